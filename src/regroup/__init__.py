@@ -1,0 +1,52 @@
+"""Grouped-query attention from multi-head checkpoints (Ainslie et al., EMNLP 2023).
+
+``convert_checkpoint`` turns a checkpoint into a grouped one and ``load`` loads what it wrote; ``detect`` and
+``make_plan`` are its steps. Everything is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import open_checkpoint
+    from .errors import RegroupError
+    from .inspection import summarize
+    from .layout import Layout, detect
+    from .models import load
+    from .pipeline import convert_checkpoint
+    from .plan import Plan, make_plan
+
+__version__ = "0.1.0"
+__all__ = [
+    "Layout",
+    "Plan",
+    "RegroupError",
+    "convert_checkpoint",
+    "detect",
+    "load",
+    "make_plan",
+    "open_checkpoint",
+    "summarize",
+]
+
+_HOMES = {
+    "Layout": "layout",
+    "Plan": "plan",
+    "RegroupError": "errors",
+    "convert_checkpoint": "pipeline",
+    "detect": "layout",
+    "load": "models",
+    "make_plan": "plan",
+    "open_checkpoint": "checkpoint",
+    "summarize": "inspection",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,1 @@
+"""Bytes and FLOPs by arithmetic, and what is measured against them."""

@@ -1,0 +1,20 @@
+"""Safetensors in, safetensors out. Nothing here knows what a head is."""
+
+from .gguf import read_gguf
+from .header import TensorEntry, read_header
+from .reader import Checkpoint, open_checkpoint
+from .source import fetch, is_hub_id, remote_headers
+from .writer import ShardFile, staged_folder
+
+__all__ = [
+    "Checkpoint",
+    "ShardFile",
+    "TensorEntry",
+    "fetch",
+    "is_hub_id",
+    "open_checkpoint",
+    "read_gguf",
+    "read_header",
+    "remote_headers",
+    "staged_folder",
+]

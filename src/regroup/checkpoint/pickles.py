@@ -1,0 +1,75 @@
+"""Pickled weights, for those who insist: one copy as safetensors, made with torch's restricted unpickler."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..errors import RegroupError
+from .reader import INDEX_FILE, SINGLE_FILE, read_json
+
+_SINGLE = "pytorch_model.bin"
+_INDEX = "pytorch_model.bin.index.json"
+
+
+def pickled_files(folder: Path) -> list[Path]:
+    """The pickled shards of a checkpoint that has no safetensors; empty if it has, or has neither.
+
+    Raises:
+        RegroupError: an index names a file outside the folder.
+    """
+    if (folder / SINGLE_FILE).exists() or (folder / INDEX_FILE).exists():
+        return []
+    if (folder / _INDEX).exists():
+        weight_map = read_json(folder / _INDEX).get("weight_map")
+        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+        for name in names:
+            if not isinstance(name, str) or name != Path(name).name:
+                raise RegroupError(
+                    "an index file points outside its folder", file=folder / _INDEX, got=repr(name)[:200]
+                )
+        return [folder / name for name in names]
+    return [folder / _SINGLE] if (folder / _SINGLE).exists() else []
+
+
+def unpickle(folder: Path, copy: Path) -> None:
+    """Write a copy of a pickled checkpoint with its weights as safetensors, a shard at a time.
+
+    Only tensors are unpickled (``torch.load(weights_only=True)``): a pickle that wants anything else is refused.
+
+    Raises:
+        RegroupError: a shard is missing, damaged, or holds more than a table of tensors.
+    """
+    files = pickled_files(folder)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for path in files:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise RegroupError(
+                "pickled weights cannot be read safely",
+                file=path,
+                expected="a pickled table of tensors",
+                got=str(error).splitlines()[0][:160] if str(error) else type(error).__name__,
+                remedy="look for a safetensors revision of the checkpoint",
+            ) from error
+        if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+            raise RegroupError("pickled weights are not a table of tensors", file=path, got=type(state).__name__)
+        # Tied tensors share storage, which safetensors does not allow: each gets its own bytes.
+        tensors = {name: value.detach().clone().contiguous() for name, value in state.items()}
+        name = SINGLE_FILE if len(files) == 1 else path.with_suffix(".safetensors").name
+        save_file(tensors, copy / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(value.nbytes for value in tensors.values())
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (copy / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    for path in folder.iterdir():
+        if path.is_file() and path not in files and path.name != _INDEX and not path.name.startswith("."):
+            shutil.copyfile(path, copy / path.name)

@@ -1,0 +1,247 @@
+"""A checkpoint folder: its config, where each tensor lies, and the files that travel with the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import RegroupError
+from .header import TensorEntry, read_header
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# Weights in other formats describe the parent and would contradict the child; caches and version control are noise.
+_LEFT_BEHIND = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".gguf",
+    ".ggml",
+    ".tflite",
+    ".ot",
+    ".npz",
+    ".index.json",
+    ".py",
+    ".lock",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint folder: headers are read and checked, weights are not.
+
+    Attributes:
+        folder: where it lies.
+        config: the parsed ``config.json``.
+        shards: file name to tensor name to entry, in the order of the data.
+        metadata: file name to the safetensors metadata of that file.
+        index: the parsed index file, or None for a single file.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    shards: Mapping[str, Mapping[str, TensorEntry]]
+    metadata: Mapping[str, Mapping[str, str]]
+    index: dict[str, Any] | None
+    _file_of: dict[str, str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_file_of", {n: file for file, names in self.shards.items() for n in names})
+
+    @property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """Every tensor of the checkpoint by name."""
+        return {name: entry for shard in self.shards.values() for name, entry in shard.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    def file_of(self, tensor: str) -> str:
+        return self._file_of[tensor]
+
+    def read(self, tensor: str) -> torch.Tensor:
+        """Read one tensor into memory, in the dtype that is stored.
+
+        Raises:
+            RegroupError: the dtype is not a floating-point type that can be merged, or the file has shrunk.
+        """
+        file = self._file_of[tensor]
+        entry = self.shards[file][tensor]
+        if entry.dtype not in TORCH_DTYPES:
+            raise RegroupError(
+                "a tensor to be rewritten is not stored in floating point",
+                file=self.folder / file,
+                tensor=tensor,
+                expected=", ".join(TORCH_DTYPES),
+                got=entry.dtype,
+                remedy="start from the unquantised checkpoint",
+            )
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+        view = memoryview(buffer.numpy())
+        with (self.folder / file).open("rb", buffering=0) as stream:
+            done = 0
+            while done < entry.nbytes:
+                count = os.preadv(stream.fileno(), [view[done:]], entry.start + done)
+                if count == 0:
+                    raise RegroupError(
+                        "a checkpoint file became shorter while it was read",
+                        file=self.folder / file,
+                        tensor=tensor,
+                        expected=f"{entry.end} bytes",
+                        got=f"{entry.start + done} bytes",
+                    )
+                done += count
+        return buffer.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+
+    def companions(self) -> Iterator[Path]:
+        """Paths, relative to the folder, of the files that belong to the child too: tokenizer, generation config, …
+
+        Raises:
+            RegroupError: a link points out of the folder.
+        """
+        root = self.folder.resolve()
+        # In huggingface_hub's cache every file is a link into the blobs folder of the same repository.
+        allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
+        for path in sorted(self.folder.rglob("*")):
+            relative = path.relative_to(self.folder)
+            if any(part.startswith(".") for part in relative.parts) or not path.is_file():
+                continue
+            if relative.as_posix() == "config.json" or path.name.endswith(_LEFT_BEHIND):
+                continue
+            target = path.resolve()
+            if not any(target.is_relative_to(place) for place in allowed):
+                raise RegroupError(
+                    "a link in the source folder points out of it",
+                    file=path,
+                    expected=f"a file below {root}",
+                    got=target,
+                    remedy="replace the link by the file, or remove it",
+                )
+            yield relative
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON file that holds an object.
+
+    Raises:
+        RegroupError: missing, unreadable, or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RegroupError(
+            "a file of the checkpoint cannot be read", file=path, got=error.strerror or str(error)
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise RegroupError("a file is not valid JSON", file=path, got=str(error)[:200]) from error
+    if not isinstance(value, dict):
+        raise RegroupError("a JSON file does not hold an object", file=path, expected="{…}", got=type(value).__name__)
+    return value
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read ``config.json``, the index and every safetensors header of a folder, and check them against each other.
+
+    Raises:
+        RegroupError: anything is missing, truncated, contradictory, outside the folder, or only there as a pickle.
+    """
+    if not folder.is_dir():
+        raise RegroupError(
+            "the source is not a folder",
+            file=folder,
+            expected="a checkpoint folder with config.json and safetensors files",
+            remedy="give a local folder, or a hub id such as meta-llama/Llama-2-7b-hf",
+        )
+    config = read_json(folder / "config.json")
+    single, index_path = folder / SINGLE_FILE, folder / INDEX_FILE
+    index = read_json(index_path) if index_path.exists() else None
+    if index is not None:
+        files = _indexed_files(index_path, index)
+    elif single.exists():
+        files = [SINGLE_FILE]
+    else:
+        raise _no_weights(folder)
+
+    shards, metadata = {}, {}
+    for name in files:
+        shards[name], metadata[name] = read_header(folder / name)
+    if index is not None:
+        _check_index(index_path, index["weight_map"], shards)
+    return Checkpoint(folder, config, shards, metadata, index)
+
+
+def _indexed_files(path: Path, index: dict[str, Any]) -> list[str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise RegroupError("an index file has no weight map", file=path, expected='{"weight_map": {tensor: file}}')
+    for tensor, name in weight_map.items():
+        plain = isinstance(name, str) and name == Path(name).name and not name.startswith(".")
+        if not plain or not name.endswith(".safetensors"):
+            raise RegroupError(
+                "an index file points outside its folder or at a file of another kind",
+                file=path,
+                tensor=tensor,
+                expected="the plain name of a .safetensors file in the same folder",
+                got=repr(name)[:200],
+                remedy="correct the index, or download the checkpoint again",
+            )
+    return sorted(set(weight_map.values()))
+
+
+def _check_index(path: Path, weight_map: dict[str, str], shards: Mapping[str, Mapping[str, TensorEntry]]) -> None:
+    for tensor, file in weight_map.items():
+        if tensor not in shards[file]:
+            raise RegroupError(
+                "the index names a tensor that its file does not hold",
+                file=path,
+                tensor=tensor,
+                expected=f"in {file}",
+                got=next((f"in {other}" for other, names in shards.items() if tensor in names), "in no file"),
+                remedy="the index belongs to another version of the weights: download both again",
+            )
+    for file, names in shards.items():
+        for tensor in names:
+            if weight_map.get(tensor) != file:
+                raise RegroupError(
+                    "a file holds a tensor that the index does not place there",
+                    file=path.parent / file,
+                    tensor=tensor,
+                    expected=f"in {weight_map[tensor]}" if tensor in weight_map else "in the index",
+                    remedy="the index belongs to another version of the weights: download both again",
+                )
+
+
+def _no_weights(folder: Path) -> RegroupError:
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        return RegroupError(
+            "the checkpoint holds pickled weights only",
+            file=folder / pickles[0],
+            expected=f"{SINGLE_FILE} or {INDEX_FILE}",
+            remedy="look for a safetensors revision; or pass --allow-pickle if you trust whoever made the file",
+        )
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    return RegroupError(
+        "the folder holds no weights that can be read",
+        file=folder,
+        expected=f"{SINGLE_FILE} or {INDEX_FILE}",
+        got=", ".join(found[:4]) or "no safetensors file",
+        remedy="an index file is needed for weights in several files" if found else None,
+    )

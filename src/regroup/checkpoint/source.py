@@ -1,0 +1,92 @@
+"""From what the user typed, a folder or a hub id, to a local folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import RegroupError
+from .header import TensorEntry
+from .reader import read_json
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
+_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+_NEVER = ["*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.gguf", "*.tflite", "original/*", "*.py"]
+_PICKLES = ["*.bin", "*.bin.index.json", "*.pt", "*.pth"]
+
+
+def fetch(source: str, *, revision: str | None = None, weights: bool = True, pickles: bool = False) -> Path:
+    """Return the local folder of a checkpoint, downloading it when ``source`` is a hub id.
+
+    Args:
+        source: a folder, or a hub id such as ``"meta-llama/Llama-2-7b-hf"``.
+        revision: branch, tag or commit of the hub repository.
+        weights: False downloads everything but the weights.
+        pickles: True also downloads pickled weights.
+
+    Raises:
+        RegroupError: no such folder, and not a hub id or not to be had (offline, gated, absent).
+    """
+    path = Path(source).expanduser()
+    if path.exists() or not is_hub_id(source):
+        if not path.is_dir():
+            raise RegroupError(
+                "the source does not exist" if not path.exists() else "the source is not a folder",
+                file=path,
+                expected="a checkpoint folder or a hub id such as meta-llama/Llama-2-7b-hf",
+            )
+        return path
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    ignore = _NEVER + ([] if weights else _WEIGHTS) + ([] if pickles else _PICKLES)
+    try:
+        return Path(snapshot_download(source, revision=revision, ignore_patterns=ignore))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise _unreachable(source, error) from error
+
+
+def is_hub_id(source: str) -> bool:
+    """True for ``name`` and ``owner/name``, which may be a hub id when no such folder exists."""
+    return _HUB_ID.fullmatch(source) is not None and ".." not in source
+
+
+def remote_headers(repository: str, *, revision: str | None = None) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
+    """The config and every tensor's dtype and shape of a hub repository, without downloading a weight.
+
+    Returns:
+        The parsed ``config.json``, and name to entry; byte ranges count from the beginning of each file's data.
+
+    Raises:
+        RegroupError: no such repository, no safetensors weights in it, or no network.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+    )
+
+    try:
+        config = read_json(Path(hf_hub_download(repository, "config.json", revision=revision)))
+        found = HfApi().get_safetensors_metadata(repository, revision=revision)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, NotASafetensorsRepoError, OSError) as error:
+        raise _unreachable(repository, error) from error
+    return config, {
+        name: TensorEntry(info.dtype, tuple(info.shape), *info.data_offsets)
+        for file in found.files_metadata.values()
+        for name, info in file.tensors.items()
+    }
+
+
+def _unreachable(source: str, error: Exception) -> RegroupError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return RegroupError(
+        "the source is neither a local folder nor a hub repository that can be reached",
+        got=f"{source}: {lines[0][:200]}",
+        remedy="check the spelling and the network (offline, only cached repositories work); "
+        "for a gated model run `hf auth login`; or give the path of a local folder",
+    )

@@ -1,0 +1,161 @@
+"""How results look in a terminal: tables and progress bars, nothing computed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from .convert import Preview
+from .inspection import LayerSummary, Summary
+from .layout import Layout
+from .plan import Plan
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def human_bytes(count: float) -> str:
+    """1536 to ``"1.5 KiB"``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+@contextlib.contextmanager
+def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar that counts bytes, on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+@contextlib.contextmanager
+def count_progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar that counts things, on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def show_summary(
+    summary: Summary, kv_heads: Sequence[int], *, context: int, batch: int, encoder_context: int | None
+) -> None:
+    """What ``regroup inspect`` prints."""
+    facts = [summary.family, f"{len(summary.layers)} attention layers with a KV cache"]
+    if summary.encoder_layers:
+        facts.append(f"{summary.encoder_layers} encoder layers without one, which stay as they are")
+    if summary.parameters is not None:
+        facts.append(f"{summary.parameters / 1e6:,.1f} M parameters")
+    if summary.dtype is not None:
+        facts.append(summary.dtype)
+    out.print(f"[bold]{summary.source}[/bold]\n{', '.join(facts)}")
+
+    table = Table("layers", "attention", "heads", "KV heads", "head_dim", "RoPE dims", "window")
+    for layers, example in _runs(summary.layers):
+        table.add_row(
+            layers,
+            example.kind,
+            str(example.num_attention_heads),
+            str(example.num_key_value_heads),
+            str(example.head_dim),
+            str(example.rotary_dim or "–"),
+            str(example.window or "–"),
+        )
+    out.print(table)
+
+    where = f"{context:,} tokens × batch {batch}"
+    if encoder_context is not None:
+        where += f", {encoder_context:,} encoder tokens"
+    cache = Table("KV heads", "16-bit, a token", f"16-bit, {where}", f"32-bit, {where}", f"8-bit, {where}", "of now")
+    now = summary.kv_bytes("BF16", context=context, batch=batch, encoder_context=encoder_context)
+    for label, variant in [("now", summary), *((str(g), summary.with_kv_heads(g)) for g in kv_heads)]:
+        sizes = [
+            variant.kv_bytes(dtype, context=context, batch=batch, encoder_context=encoder_context)
+            for dtype in ("BF16", "F32", "F8")
+        ]
+        cache.add_row(label, human_bytes(variant.kv_bytes("BF16")), *map(human_bytes, sizes), f"{sizes[0] / now:.3g}")
+    out.print(cache)
+
+
+def show_plan(plan: Plan, layout: Layout) -> None:
+    """A plan, like layers in one row."""
+    table = Table("layers", "attention", "heads", "KV heads", "to", "keys by", "values by", title="plan")
+    rows: dict[tuple[object, ...], list[int]] = {}
+    for layer, want in zip(layout.layers, plan.layers, strict=True):
+        key = (
+            layer.kind,
+            want.num_attention_heads,
+            want.parent_num_key_value_heads,
+            want.num_key_value_heads,
+            want.key_method,
+            want.value_method,
+        )
+        rows.setdefault(key, []).append(layer.index)
+    for key, indices in rows.items():
+        table.add_row(_ranges(indices), *map(str, key))
+    err.print(table)
+    if plan.tensor_parallel > 1:
+        for count, number in Counter(layer.num_key_value_heads for layer in plan.layers).items():
+            if count < plan.tensor_parallel:
+                err.print(
+                    f"[yellow]note:[/yellow] {number} layers have {count} KV heads for {plan.tensor_parallel} devices: "
+                    "each is copied to several, so fewer than the devices save nothing more (paper, section 2.2)"
+                )
+
+
+def show_preview(ahead: Preview) -> None:
+    """What a conversion writes."""
+    err.print(
+        f"weights {human_bytes(ahead.bytes_before)} → {human_bytes(ahead.bytes_after)} in {len(ahead.shards)} "
+        f"file{'s' if len(ahead.shards) > 1 else ''}, {len(ahead.changed)} tensors rewritten; "
+        f"KV cache {human_bytes(ahead.kv_bytes_before)} → {human_bytes(ahead.kv_bytes_after)} a token; "
+        + ("loads with stock transformers" if ahead.stock else "loads with trust_remote_code=True or regroup.load")
+    )
+
+
+def _runs(layers: Sequence[LayerSummary]) -> list[tuple[str, LayerSummary]]:
+    """Layers that differ in their names alone share a row."""
+    rows: dict[tuple[object, ...], list[int]] = {}
+    examples: dict[tuple[object, ...], LayerSummary] = {}
+    seen: Counter[str] = Counter()
+    for layer in layers:
+        key = (
+            layer.kind,
+            layer.num_attention_heads,
+            layer.num_key_value_heads,
+            layer.head_dim,
+            layer.window,
+            layer.rotary_dim,
+        )
+        rows.setdefault(key, []).append(seen[layer.kind])
+        examples.setdefault(key, layer)
+        seen[layer.kind] += 1
+    return [(_ranges(indices), examples[key]) for key, indices in rows.items()]
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """0, 1, 2, 5 to ``"0-2, 5"``."""
+    spans: list[list[int]] = []
+    for index in indices:
+        if spans and index == spans[-1][1] + 1:
+            spans[-1][1] = index
+        else:
+            spans.append([index, index])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -1,0 +1,79 @@
+"""The model card that travels with a converted checkpoint."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..errors import RegroupError
+from ..layout.types import Layout
+from ..plan import Plan
+
+_KEPT = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+
+
+def model_card(parent: str, layout: Layout, plan: Plan, *, stock: bool, parent_card: Path | None) -> str:
+    """Markdown with metadata: the parent, what was merged and how, the plan's hash, versions, how to load it.
+
+    Args:
+        parent: what the user named as the source.
+        layout: of the parent.
+        plan: that was carried out.
+        stock: whether stock transformers classes load the result.
+        parent_card: the parent's README.md, whose licence and language are kept; None if it has none.
+    """
+    from huggingface_hub import ModelCardData
+
+    hub_id = parent if not Path(parent).exists() else None
+    data = ModelCardData(
+        base_model=hub_id,
+        library_name="transformers",
+        tags=["grouped-query-attention", "regroup"],
+        **_kept(parent_card),
+    )
+    counts = Counter(
+        (layer.parent_num_key_value_heads, layer.num_key_value_heads, layer.key_method, layer.value_method)
+        for layer in plan.layers
+    )
+    rows = "\n".join(
+        f"| {number} | {before} | {after} | {key} | {value} |" for (before, after, key, value), number in counts.items()
+    )
+    name = Path(parent).name
+    load = "" if stock else ", trust_remote_code=True"
+    versions = ", ".join(
+        f"{package} {importlib.metadata.version(package)}" for package in ("regroup-gqa", "torch", "transformers")
+    )
+    return f"""---
+{data}
+---
+
+# {name} with grouped-query attention
+
+Converted from `{hub_id or name}` by [regroup](https://pypi.org/project/regroup-gqa/): key and value heads were merged
+within groups (Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints",
+EMNLP 2023). **Merging alone costs quality; continue training before use.**
+
+| attention layers | KV heads before | KV heads now | keys by | values by |
+| --- | --- | --- | --- | --- |
+{rows}
+
+- Family: {layout.family}. Plan: `regroup_plan.json`, hash `{plan.digest()}`.
+- Written by {versions}.
+- Load with `AutoModel….from_pretrained(path{load})` or `regroup.load(path)`.
+"""
+
+
+def _kept(card: Path | None) -> dict[str, Any]:
+    if card is None:
+        return {}
+    from huggingface_hub import ModelCard
+
+    try:
+        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError) as error:
+        raise RegroupError(
+            "the parent's model card cannot be read", file=card, got=str(error)[:200], remedy="correct or remove it"
+        ) from error
+    return {key: data[key] for key in _KEPT if key in data}

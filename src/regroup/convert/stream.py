@@ -1,0 +1,230 @@
+"""Convert a checkpoint folder without ever holding more than a few tensors of it.
+
+Untouched byte ranges are copied inside the kernel; tensors that change are read, merged and written one at a time.
+Two workers share one queue of such pieces, so reading, merging and writing overlap, for one large file too.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..bench.roofline import kv_cache_bytes
+from ..checkpoint import Checkpoint, ShardFile, staged_folder
+from ..checkpoint.header import nbytes_of
+from ..checkpoint.reader import INDEX_FILE
+from ..checkpoint.writer import check_destination, write_text
+from ..layout.types import Layout
+from ..models import MODELING_FILE
+from ..plan import Plan
+from .card import model_card
+from .config import child_config, is_stock
+from .rewrite import Rewrite, rewrites
+
+PLAN_FILE = "regroup_plan.json"
+# One piece of untouched data: long enough for disk speed, short enough to stop and to share among workers.
+_PIECE = 64 << 20
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a conversion would write, known from headers alone.
+
+    Attributes:
+        shards: file name to tensor name to (dtype, shape), in the order of the data.
+        changed: how to make every tensor that changes.
+        bytes_before, bytes_after: of tensor data.
+        kv_bytes_before, kv_bytes_after: of KV cache for one token, in the checkpoint's own dtype.
+        stock: whether stock transformers classes load the result.
+    """
+
+    shards: dict[str, dict[str, tuple[str, tuple[int, ...]]]]
+    changed: dict[str, Rewrite]
+    bytes_before: int
+    bytes_after: int
+    kv_bytes_before: int
+    kv_bytes_after: int
+    stock: bool
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion wrote."""
+
+    destination: Path
+    preview: Preview
+    plan_digest: str
+    seconds: float
+
+
+def preview(checkpoint: Checkpoint, layout: Layout, plan: Plan) -> Preview:
+    """Check a plan against a checkpoint and say what carrying it out would write.
+
+    Raises:
+        RegroupError: the plan does not fit.
+    """
+    plan.check(layout)
+    tensors = checkpoint.tensors
+    changed: dict[str, Rewrite] = {}
+    dropped: set[str] = set()
+    for layer, want in zip(layout.layers, plan.layers, strict=True):
+        new, gone = rewrites(layer, want, tensors, std=layout.initializer_std, seed=plan.seed)
+        changed |= new
+        dropped |= gone
+    shards = {
+        file: {
+            name: (entry.dtype, changed[name].shape if name in changed else entry.shape)
+            for name, entry in entries.items()
+            if name not in dropped
+        }
+        for file, entries in checkpoint.shards.items()
+    }
+    wanted = tuple(
+        layer.with_kv_heads(p.num_key_value_heads) for layer, p in zip(layout.layers, plan.layers, strict=True)
+    )
+    return Preview(
+        shards=shards,
+        changed=changed,
+        bytes_before=checkpoint.nbytes,
+        bytes_after=sum(nbytes_of(*spec) for names in shards.values() for spec in names.values()),
+        kv_bytes_before=kv_cache_bytes(layout.layers, dtype=layout.dtype),
+        kv_bytes_after=kv_cache_bytes(wanted, dtype=layout.dtype),
+        stock=is_stock(layout, plan),
+    )
+
+
+def convert(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    plan: Plan,
+    destination: Path,
+    *,
+    parent: str | None = None,
+    workers: int = 2,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write the child of a checkpoint.
+
+    Args:
+        checkpoint, layout, plan: the parent, what it is, and what is wanted.
+        destination: a folder that does not exist yet. It appears when everything in it is on the disk.
+        parent: what to call the parent in the model card; its folder by default.
+        workers: threads that read, merge and write.
+        progress: called from any thread with the number of bytes just written.
+
+    Raises:
+        RegroupError: bad plan, destination or source, or a full disk; nothing is left behind.
+    """
+    started = time.perf_counter()
+    ahead = preview(checkpoint, layout, plan)
+    companions = list(checkpoint.companions())
+    small = sum((checkpoint.folder / path).stat().st_size for path in companions)
+    check_destination(destination, checkpoint.folder, ahead.bytes_after + small)
+    config = child_config(checkpoint.config, layout, plan)
+    card = next((checkpoint.folder / path for path in companions if path.as_posix() == "README.md"), None)
+    text = model_card(parent or str(checkpoint.folder), layout, plan, stock=ahead.stock, parent_card=card)
+
+    with staged_folder(destination) as stage:
+        for path in companions:
+            (stage / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.folder / path, stage / path)
+        _write_shards(checkpoint, ahead, stage, workers, progress or (lambda count: None))
+        if checkpoint.index is not None:
+            write_text(stage / INDEX_FILE, json.dumps(_index(checkpoint.index, ahead), indent=2) + "\n")
+        write_text(stage / PLAN_FILE, plan.dumps())
+        write_text(stage / "README.md", text)
+        if not ahead.stock:
+            shutil.copyfile(MODELING_FILE, stage / MODELING_FILE.name)
+        # Last, so that a folder with a config.json is complete.
+        write_text(stage / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    return Conversion(destination, ahead, plan.digest(), time.perf_counter() - started)
+
+
+def _write_shards(checkpoint: Checkpoint, ahead: Preview, stage: Path, workers: int, progress: Progress) -> None:
+    files: list[ShardFile] = []
+    executor = ThreadPoolExecutor(max_workers=workers)
+    try:
+        pending: list[tuple[ShardFile, list[Future[None]]]] = []
+        for name, tensors in ahead.shards.items():
+            target = ShardFile(stage / name, tensors, checkpoint.metadata[name])
+            files.append(target)
+            pieces = _pieces(checkpoint, ahead, name, target)
+            pending.append((target, [executor.submit(_run, piece, progress) for piece in pieces]))
+        syncs = []
+        for target, futures in pending:
+            _finish(futures)
+            # The disk works on this file while the next one is being made.
+            syncs.append(executor.submit(target.close))
+        _finish(syncs)
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+        for target in files:
+            target.close(sync=False)
+
+
+def _finish(futures: list[Future[None]]) -> None:
+    # One at a time: a wait for all of them would hold a Ctrl-C back until the queue is empty.
+    for future in futures:
+        wait([future])
+        future.result()
+
+
+def _run(piece: tuple[int, Callable[[], None]], progress: Progress) -> None:
+    nbytes, action = piece
+    action()
+    progress(nbytes)
+
+
+def _pieces(
+    checkpoint: Checkpoint, ahead: Preview, file: str, target: ShardFile
+) -> Iterator[tuple[int, Callable[[], None]]]:
+    """The work of one file: (bytes written, what writes them)."""
+    entries, path = checkpoint.shards[file], checkpoint.folder / file
+
+    def rewrite(name: str) -> Callable[[], None]:
+        return lambda: target.write(name, ahead.changed[name].run(name, checkpoint.read))
+
+    def copy(start: int, end: int, to: int) -> Callable[[], None]:
+        return lambda: target.copy(path, start, end, to)
+
+    runs: list[list[int]] = []
+    for name in ahead.shards[file]:
+        start, end = target.ranges[name]
+        if name in ahead.changed:
+            yield end - start, rewrite(name)
+            continue
+        entry = entries[name]
+        # Neighbours in both files are one run.
+        if runs and runs[-1][1] == entry.start and runs[-1][2] + runs[-1][1] - runs[-1][0] == start:
+            runs[-1][1] = entry.end
+        else:
+            runs.append([entry.start, entry.end, start])
+    for first, last, to in runs:
+        for begin in range(first, last, _PIECE):
+            end = min(begin + _PIECE, last)
+            yield end - begin, copy(begin, end, to + begin - first)
+
+
+def _index(index: dict[str, object], ahead: Preview) -> dict[str, object]:
+    old = index.get("metadata")
+    metadata = dict(old) if isinstance(old, dict) else {}
+    metadata["total_size"] = ahead.bytes_after
+    if "total_parameters" in metadata:
+        counts = (_numel(shape) for names in ahead.shards.values() for _, shape in names.values())
+        metadata["total_parameters"] = sum(counts)
+    weight_map = {name: file for file, names in ahead.shards.items() for name in names}
+    return {**index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for length in shape:
+        total *= length
+    return total

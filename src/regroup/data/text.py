@@ -1,0 +1,187 @@
+"""Reading text, JSON lines and pairs, and cutting text into windows of tokens."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import RegroupError
+
+# Tokenising book-sized strings at once takes memory out of all proportion; pieces of this many characters do not.
+_PIECE = 1 << 20
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """The documents of a file: the whole of a text file, or the ``"text"`` field of each JSON line; either gzipped.
+
+    Raises:
+        RegroupError: missing, not UTF-8, empty, or a line without text.
+    """
+    if _bare_suffix(path) not in (".jsonl", ".json"):
+        text = _read(path)
+        if not text.strip():
+            raise RegroupError("the text file is empty", file=path)
+        yield text
+        return
+    for number, row in _json_lines(path):
+        if not isinstance(row.get("text"), str):
+            raise RegroupError(
+                "a JSON line has no text", file=f"{path}:{number}", expected='{"text": "…"}', got=str(row)[:120]
+            )
+        yield row["text"]
+
+
+def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
+    """Source and target of each line: tab-separated, or JSON lines with ``"source"`` and ``"target"``.
+
+    Raises:
+        RegroupError: missing, not UTF-8, empty, or a line that is not a pair.
+    """
+    if _bare_suffix(path) in (".jsonl", ".json"):
+        for number, row in _json_lines(path):
+            pair = (row.get("source"), row.get("target"))
+            if not all(isinstance(side, str) for side in pair):
+                raise RegroupError(
+                    "a JSON line is not a pair",
+                    file=f"{path}:{number}",
+                    expected='{"source": "…", "target": "…"}',
+                    got=str(row)[:120],
+                )
+            yield str(pair[0]), str(pair[1])
+        return
+    empty = True
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        sides = line.split("\t")
+        if len(sides) != 2:
+            raise RegroupError(
+                "a line is not a pair", file=f"{path}:{number}", expected="source, tab, target", got=line[:120]
+            )
+        empty = False
+        yield sides[0], sides[1]
+    if empty:
+        raise RegroupError("the file of pairs is empty", file=path)
+
+
+def token_windows(
+    texts: Iterable[str],
+    tokenizer: Any,
+    *,
+    length: int,
+    limit: int | None = None,
+    bos: bool = True,
+    document_starts: bool = False,
+) -> tuple[torch.Tensor, int]:
+    """Cut text into windows of tokens that do not overlap; what is left over at the end is dropped.
+
+    Args:
+        texts: documents; they are joined, with the tokenizer's end-of-sequence token between them.
+        tokenizer: a transformers tokenizer.
+        length: tokens a window.
+        limit: number of windows at most.
+        bos: begin every window with the tokenizer's beginning-of-sequence token, where it has one: a model that was
+            trained to see it first is otherwise surprised by every window's start.
+        document_starts: take one window from the start of each document that is long enough, instead of joining them.
+
+    Returns:
+        (windows, length) int64, and the bytes of UTF-8 text that a model predicts in them: a window's first token is
+        given, not predicted, and special tokens hold no text.
+
+    Raises:
+        RegroupError: less text than one window.
+    """
+    first = [tokenizer.bos_token_id] if bos and tokenizer.bos_token_id is not None else []
+    body = length - len(first)
+    rows: list[list[int]] = []
+    nbytes = 0
+    if document_starts:
+        starts = (list(islice(_tokens([text], tokenizer), body)) for text in texts)
+        chunks = (chunk for chunk in starts if len(chunk) == body)
+    else:
+        chunks = _chunks(_tokens(texts, tokenizer), body)
+    for chunk in chunks:
+        rows.append(first + chunk)
+        nbytes += _text_bytes(rows[-1][1:], tokenizer)
+        if limit is not None and len(rows) == limit:
+            break
+    if not rows:
+        raise RegroupError(
+            "there is less text than one window", expected=f"at least {length} tokens", remedy="use a shorter --window"
+        )
+    return torch.tensor(rows, dtype=torch.int64), nbytes
+
+
+def _text_bytes(tokens: list[int], tokenizer: Any) -> int:
+    """Bytes of UTF-8 text that the tokens stand for."""
+    special = set(tokenizer.all_special_ids)
+    plain = [token for token in tokens if token not in special]
+
+    def decoded(ids: list[int]) -> int:
+        return len(tokenizer.decode(ids, clean_up_tokenization_spaces=False).encode())
+
+    # Many tokenizers drop a space at the start of what they decode; the doubled first token takes that loss.
+    return decoded(plain[:1] + plain) - decoded(plain[:1])
+
+
+def _tokens(texts: Iterable[str], tokenizer: Any) -> Iterator[int]:
+    for number, text in enumerate(texts):
+        if number and tokenizer.eos_token_id is not None:
+            yield tokenizer.eos_token_id
+        for start, end in _pieces(text):
+            yield from tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _pieces(text: str) -> Iterator[tuple[int, int]]:
+    """Ranges of a text that end at line ends, so that hardly a token is cut."""
+    start = 0
+    while start < len(text):
+        end = min(start + _PIECE, len(text))
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield start, end
+        start = end
+
+
+def _chunks(tokens: Iterator[int], size: int) -> Iterator[list[int]]:
+    chunk: list[int] = []
+    for token in tokens:
+        chunk.append(token)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+
+
+def _bare_suffix(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
+def _read(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+    except (OSError, EOFError) as error:
+        raise RegroupError("the text cannot be read", file=path, got=str(error)[:200]) from error
+    except UnicodeDecodeError as error:
+        raise RegroupError("the text is not UTF-8", file=path, got=f"byte {error.start}: {error.reason}") from error
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    empty = True
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        empty = False
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RegroupError("a line is not valid JSON", file=f"{path}:{number}", got=str(error)[:120]) from error
+        if not isinstance(row, dict):
+            raise RegroupError("a JSON line is not an object", file=f"{path}:{number}", got=line[:120])
+        yield number, row
+    if empty:
+        raise RegroupError("the file holds no lines", file=path)

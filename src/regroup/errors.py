@@ -1,0 +1,40 @@
+"""The one exception that users see, and the form of its message."""
+
+from __future__ import annotations
+
+
+class RegroupError(Exception):
+    """Something the user can act on: bad input, an impossible request, a full disk.
+
+    The command line prints it without a traceback and exits with status 2.
+
+    Args:
+        what: one sentence that says what is wrong.
+        file, tensor, layer: where it is wrong, as far as that is known.
+        expected, got: the two sides of the contradiction.
+        remedy: what to do about it, in the imperative.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        file: object = None,
+        tensor: str | None = None,
+        layer: str | None = None,
+        expected: object = None,
+        got: object = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.what = what
+        self.details = {
+            "file": file,
+            "tensor": tensor,
+            "layer": layer,
+            "expected": expected,
+            "got": got,
+            "remedy": remedy,
+        }
+        lines = [what]
+        lines += [f"  {name + ':':<10}{value}" for name, value in self.details.items() if value is not None]
+        super().__init__("\n".join(lines))

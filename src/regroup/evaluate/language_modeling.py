@@ -1,0 +1,83 @@
+"""Batches for teacher-forced evaluation: windows of text, or source and target pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import RegroupError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs, and for each position of the logits the token that should come next.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward.
+        targets: (batch, length) int64: what the logits at each position should predict; ``IGNORED`` where nothing is
+            asked.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    targets: torch.Tensor
+
+
+def causal_batches(windows: torch.Tensor, batch_size: int) -> Iterator[Batch]:
+    """Windows (n, length) of token ids, ``batch_size`` at a time; every token but the first is predicted."""
+    for part in windows.split(batch_size):
+        targets = torch.full_like(part, IGNORED)
+        targets[:, :-1] = part[:, 1:]
+        yield Batch({"input_ids": part, "attention_mask": torch.ones_like(part)}, targets)
+
+
+def pair_batches(
+    pairs: Sequence[tuple[str, str]], tokenizer: Any, *, batch_size: int, start_token: int, max_length: int = 512
+) -> Iterator[Batch]:
+    """Source and target pairs for an encoder-decoder; every target token is predicted, the end included.
+
+    Args:
+        pairs: (source, target) texts.
+        tokenizer: a transformers tokenizer.
+        batch_size: pairs a batch; pairs of like length share one.
+        start_token: the model's ``decoder_start_token_id``.
+        max_length: tokens of a source or target at most; the rest is cut off.
+    """
+    rows = [
+        (
+            tokenizer(source, truncation=True, max_length=max_length)["input_ids"],
+            tokenizer(text_target=target, truncation=True, max_length=max_length)["input_ids"],
+        )
+        for source, target in pairs
+    ]
+    if not all(source and target for source, target in rows):
+        raise RegroupError("a pair has an empty side after tokenisation", remedy="remove empty lines from the data")
+    rows.sort(key=lambda row: (len(row[0]), len(row[1])))
+    for first in range(0, len(rows), batch_size):
+        part = rows[first : first + batch_size]
+        source, mask = _padded([row[0] for row in part], 0)
+        targets, target_mask = _padded([row[1] for row in part], IGNORED)
+        before, _ = _padded([[start_token, *row[1][:-1]] for row in part], 0)
+        yield Batch(
+            {
+                "input_ids": source,
+                "attention_mask": mask,
+                "decoder_input_ids": before,
+                "decoder_attention_mask": target_mask,
+            },
+            targets,
+        )
+
+
+def _padded(rows: list[list[int]], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
+    length = max(map(len, rows))
+    values = torch.full((len(rows), length), fill, dtype=torch.int64)
+    mask = torch.zeros((len(rows), length), dtype=torch.int64)
+    for number, row in enumerate(rows):
+        values[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+    return values, mask

@@ -1,0 +1,134 @@
+"""`regroup evaluate` as one function: load, cut windows, score, record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import fetch
+from ..data import read_pairs, read_texts, token_windows
+from ..errors import RegroupError
+from ..models import load
+from ..record import record
+from .language_modeling import causal_batches, pair_batches
+from .score import score
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+
+
+def evaluate(
+    model: str,
+    data: Path,
+    *,
+    teacher: str | None = None,
+    window: int = 512,
+    windows: int | None = None,
+    document_starts: bool = False,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint on held-out text or pairs.
+
+    Args:
+        model, teacher: checkpoint folders or hub ids; the teacher is the parent to compare with.
+        data: see ``regroup.data.read_texts`` and ``read_pairs``.
+        window, windows, document_starts: tokens a window, windows at most, and where they begin (``token_windows``).
+        batch_size: windows or pairs at a time.
+        dtype: of weights and activations; ``"auto"`` as stored.
+        device: a torch device; a GPU where there is one.
+        progress: called with the number of rows after each batch.
+
+    Returns:
+        A record (see ``regroup.record``).
+
+    Raises:
+        RegroupError: anything missing, unreadable or mismatched.
+    """
+    if dtype not in _DTYPES:
+        raise RegroupError("the dtype is not known", expected=", ".join(_DTYPES), got=dtype)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = fetch(model)
+    student = load_for_scoring(folder, dtype, place)
+    parent = load_for_scoring(fetch(teacher), dtype, place) if teacher is not None else None
+    tokenizer = load_tokenizer(folder)
+
+    nbytes = None
+    if student.config.is_encoder_decoder:
+        if student.main_input_name != "input_ids":
+            raise RegroupError("models that listen or look cannot be evaluated on text", file=folder)
+        pairs = list(islice(read_pairs(data), windows))
+        start = student.generation_config.decoder_start_token_id
+        batches = pair_batches(
+            pairs,
+            tokenizer,
+            batch_size=batch_size,
+            start_token=student.config.decoder_start_token_id if start is None else start,
+        )
+        rows = len(pairs)
+    else:
+        cut, nbytes = token_windows(
+            read_texts(data), tokenizer, length=window, limit=windows, document_starts=document_starts
+        )
+        batches = causal_batches(cut, batch_size)
+        rows = len(cut)
+    result = score(student, batches, teacher=parent, progress=progress)
+
+    results: dict[str, Any] = {
+        "rows": rows,
+        "tokens": result.tokens,
+        "nats_per_token": result.nats_per_token,
+        "standard_error": result.standard_error,
+        "perplexity": result.perplexity,
+    }
+    if nbytes is not None:
+        results["bits_per_byte"] = result.bits_per_byte(nbytes)
+    if result.teacher_nats_per_token is not None:
+        results |= {
+            "teacher_nats_per_token": result.teacher_nats_per_token,
+            "excess_nats_per_token": result.nats_per_token - result.teacher_nats_per_token,
+            "kl_nats_per_token": result.kl_nats_per_token,
+            "top1_agreement": result.top1_agreement,
+        }
+    configuration = {
+        "model": model,
+        "teacher": teacher,
+        "data": data.name,
+        "window": window,
+        "windows": windows,
+        "document_starts": document_starts,
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "device": torch.device(place).type,
+    }
+    return record("evaluate/language-modeling", configuration, results)
+
+
+def load_for_scoring(folder: Path, dtype: str, device: str) -> Any:
+    """A checkpoint in evaluation mode on a device."""
+    model: Any = load(folder, dtype=_DTYPES[dtype])
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        RegroupError: there is none, or it needs something that is not installed.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        raise RegroupError(
+            "the checkpoint has no tokenizer that can be loaded",
+            file=folder,
+            got=str(error).strip().splitlines()[0][:200],
+            remedy="copy the tokenizer's files into the folder",
+        ) from error

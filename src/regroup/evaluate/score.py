@@ -1,0 +1,129 @@
+"""One pass over held-out batches: loss of a model, and how far it has moved from its parent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import RegroupError
+from .language_modeling import IGNORED, Batch
+
+
+@dataclass(frozen=True)
+class Score:
+    """Means over predicted tokens.
+
+    Attributes:
+        tokens: how many were predicted.
+        nats_per_token: cross-entropy.
+        standard_error: of that mean, taking each row of a batch (window or pair) as one draw.
+        teacher_nats_per_token: the parent's cross-entropy on the same tokens, or None.
+        kl_nats_per_token: KL(parent ‖ model), or None.
+        top1_agreement: share of positions where both put the same token first, or None.
+    """
+
+    tokens: int
+    nats_per_token: float
+    standard_error: float
+    teacher_nats_per_token: float | None = None
+    kl_nats_per_token: float | None = None
+    top1_agreement: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss; infinite where that overflows."""
+        return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
+
+    def bits_per_byte(self, nbytes: int) -> float:
+        """The loss a byte of the predicted text, in bits: comparable between tokenizers."""
+        return self.nats_per_token * self.tokens / math.log(2) / nbytes
+
+
+@torch.inference_mode()
+def score(
+    model: Any,
+    batches: Iterable[Batch],
+    *,
+    teacher: Any = None,
+    progress: Callable[[int], None] | None = None,
+) -> Score:
+    """Score a causal or encoder-decoder model, and compare it with its parent where one is given.
+
+    Logits are taken as the model computes them; softmax, loss and KL are computed in float32 and summed in float64.
+
+    Args:
+        model: a transformers model with a language-modelling head.
+        batches: see ``causal_batches`` and ``pair_batches``.
+        teacher: the parent, or None.
+        progress: called with the number of rows after each batch.
+
+    Raises:
+        RegroupError: no batch, a token outside the vocabulary, or a parent with another vocabulary.
+    """
+    device = next(model.parameters()).device
+    sums: list[tuple[float, int]] = []
+    teacher_loss = kl = agreed = 0.0
+    for batch in batches:
+        targets = batch.targets.to(device)
+        logits = _logits(model, batch, device)
+        _check_vocabulary(batch, logits.shape[-1])
+        asked = targets != IGNORED
+        wanted = targets.clamp(min=0).unsqueeze(-1)
+        log_p = logits.float().log_softmax(-1)
+        loss = -log_p.gather(-1, wanted).squeeze(-1) * asked
+        sums += zip(loss.double().sum(1).tolist(), asked.sum(1).tolist(), strict=True)
+        if teacher is not None:
+            other = _logits(teacher, batch, device)
+            if other.shape != logits.shape:
+                raise RegroupError("the parent has another vocabulary", expected=logits.shape[-1], got=other.shape[-1])
+            log_q = other.float().log_softmax(-1)
+            teacher_loss -= float((log_q.gather(-1, wanted).squeeze(-1) * asked).double().sum())
+            kl += float(((log_q.exp() * (log_q - log_p)).sum(-1) * asked).double().sum())
+            agreed += float(((log_q.argmax(-1) == log_p.argmax(-1)) & asked).sum())
+        if progress is not None:
+            progress(len(targets))
+    if not sums:
+        raise RegroupError("there is nothing to evaluate on")
+    total, tokens = sum(loss for loss, _ in sums), sum(count for _, count in sums)
+    mean = total / tokens
+    error = _standard_error(sums, mean, tokens)
+    if teacher is None:
+        return Score(tokens, mean, error)
+    return Score(tokens, mean, error, teacher_loss / tokens, kl / tokens, agreed / tokens)
+
+
+def _standard_error(sums: list[tuple[float, int]], mean: float, tokens: int) -> float:
+    """Of a ratio of sums, by linearisation: rows differ in length."""
+    n = len(sums)
+    if n < 2:
+        return math.nan
+    spread = sum((loss - mean * count) ** 2 for loss, count in sums) / (n - 1)
+    return math.sqrt(spread * n) / tokens
+
+
+def _logits(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
+    inputs = {name: value.to(device) for name, value in batch.inputs.items()}
+    size = model.config.get_text_config().vocab_size
+    for name in ("input_ids", "decoder_input_ids"):
+        if name in inputs and int(inputs[name].max()) >= size:
+            raise RegroupError(
+                "a token is outside the model's vocabulary",
+                expected=f"ids below {size}",
+                got=int(inputs[name].max()),
+                remedy="the tokenizer belongs to another model",
+            )
+    return model(**inputs, use_cache=False).logits
+
+
+def _check_vocabulary(batch: Batch, size: int) -> None:
+    if int(batch.targets.max()) >= size:
+        raise RegroupError(
+            "a target token is outside the model's vocabulary",
+            expected=f"ids below {size}",
+            got=int(batch.targets.max()),
+            remedy="the tokenizer belongs to another model",
+        )

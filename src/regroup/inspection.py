@@ -1,0 +1,195 @@
+"""What a model costs to decode: a summary of a checkpoint, a config or a GGUF file, and its KV cache at any G."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from .bench.roofline import kv_cache_bytes
+from .checkpoint import fetch, is_hub_id, open_checkpoint, read_gguf, remote_headers
+from .checkpoint.reader import read_json
+from .errors import RegroupError
+from .layout import Layout, detect
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One attention layer: query heads H, KV heads G, head_dim D, window in tokens or None, RoPE dimensions a head."""
+
+    name: str
+    kind: Literal["self", "cross"]
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    window: int | None
+    rotary_dim: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What ``regroup inspect`` shows.
+
+    Attributes:
+        source, format: what was read: ``"safetensors"``, ``"config"`` or ``"gguf"``.
+        family: model type; for GGUF its architecture.
+        hidden_size, dtype, parameters, tied_embeddings: None where the source does not say.
+        layers: the attention layers that keep a KV cache.
+        encoder_layers: layers that keep none.
+        native_kv_heads: what the stock transformers class holds (see ``Layout``).
+    """
+
+    source: str
+    format: Literal["safetensors", "config", "gguf"]
+    family: str
+    hidden_size: int | None
+    dtype: str | None
+    parameters: int | None
+    tied_embeddings: bool | None
+    layers: tuple[LayerSummary, ...]
+    encoder_layers: int = 0
+    native_kv_heads: str | None = None
+
+    def with_kv_heads(self, heads: int) -> Summary:
+        """The same model with G at most ``heads`` in every layer."""
+        for layer in self.layers:
+            if heads < 1 or layer.num_attention_heads % heads:
+                raise RegroupError(
+                    "the query heads cannot be divided into that many groups",
+                    layer=layer.name,
+                    expected=f"a divisor of {layer.num_attention_heads}",
+                    got=heads,
+                )
+        layers = (replace(x, num_key_value_heads=min(heads, x.num_key_value_heads)) for x in self.layers)
+        return replace(self, layers=tuple(layers))
+
+    def kv_bytes(self, dtype: str, *, context: int = 1, batch: int = 1, encoder_context: int | None = None) -> int:
+        """Bytes of KV cache (see ``bench.roofline.kv_cache_bytes``)."""
+        return kv_cache_bytes(self.layers, context=context, batch=batch, encoder_context=encoder_context, dtype=dtype)
+
+    def to_json(
+        self, kv_heads: Sequence[int], *, context: int, batch: int, encoder_context: int | None
+    ) -> dict[str, Any]:
+        """Everything that the command prints, as plain data; bytes throughout."""
+
+        def costs(summary: Summary) -> dict[str, Any]:
+            return {
+                dtype: {
+                    "kv_bytes_per_token": summary.kv_bytes(dtype),
+                    "kv_bytes": summary.kv_bytes(dtype, context=context, batch=batch, encoder_context=encoder_context),
+                }
+                for dtype in ("F32", "BF16", "F8")
+            }
+
+        return {
+            **asdict(self),
+            "context": context,
+            "batch": batch,
+            "encoder_context": encoder_context,
+            "kv_cache": {"now": costs(self), **{str(g): costs(self.with_kv_heads(g)) for g in kv_heads}},
+        }
+
+
+def summarize(source: str, *, revision: str | None = None) -> Summary:
+    """Summarise a folder, a ``config.json``, a ``.gguf`` file, or a hub repository (its headers only).
+
+    Raises:
+        RegroupError: nothing of the kind, or nothing that is understood.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        return _from_gguf(path)
+    if path.is_file():
+        return _from_layout(source, detect(read_json(path)))
+    if path.is_dir() and (path / "config.json").exists() and not _has_weights(path):
+        return _from_layout(source, detect(read_json(path / "config.json")))
+    if not path.exists() and is_hub_id(source):
+        config, tensors = remote_headers(source, revision=revision)
+        return _from_layout(source, detect(config, tensors))
+    checkpoint = open_checkpoint(fetch(source, revision=revision))
+    return _from_layout(source, detect(checkpoint.config, checkpoint.tensors))
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+
+
+def _from_layout(source: str, layout: Layout) -> Summary:
+    return Summary(
+        source=source,
+        format="config" if layout.parameters is None else "safetensors",
+        family=layout.family,
+        hidden_size=layout.hidden_size,
+        dtype=layout.dtype,
+        parameters=layout.parameters,
+        tied_embeddings=layout.tied_embeddings,
+        layers=tuple(
+            LayerSummary(
+                name=layer.name,
+                kind=layer.kind,
+                num_attention_heads=layer.num_attention_heads,
+                num_key_value_heads=layer.num_key_value_heads,
+                head_dim=layer.head_dim,
+                window=layer.window,
+                rotary_dim=layer.rotary.dim if layer.rotary else 0,
+            )
+            for layer in layout.layers
+        ),
+        encoder_layers=layout.encoder_layers,
+        native_kv_heads=layout.native_kv_heads,
+    )
+
+
+def _from_gguf(path: Path) -> Summary:
+    values = read_gguf(path)
+    architecture = values.get("general.architecture")
+
+    def number(key: str, default: Any = None) -> Any:
+        value = values.get(f"{architecture}.{key}", default)
+        if value is None:
+            raise RegroupError("the GGUF header lacks a number that is needed", file=path, expected=f"…{key}")
+        return value
+
+    blocks = int(number("block_count"))
+    heads = _per_layer(number("attention.head_count"), blocks)
+    kv_heads = _per_layer(number("attention.head_count_kv", heads), blocks)
+    hidden = int(number("embedding_length"))
+    # DeciLM files list layers without attention with no heads; they keep no cache.
+    present = [index for index in range(blocks) if heads[index] and kv_heads[index]]
+    if not present:
+        raise RegroupError("no layer of this GGUF file has attention heads", file=path)
+    head_dim = int(number("attention.key_length", hidden // max(heads)))
+    if int(number("attention.value_length", head_dim)) != head_dim:
+        raise RegroupError(
+            "keys and values of this model differ in width, which is not described here",
+            file=path,
+            got=f"keys {head_dim}, values {number('attention.value_length')}",
+        )
+    window = values.get(f"{architecture}.attention.sliding_window")
+    return Summary(
+        source=str(path),
+        format="gguf",
+        family=str(architecture),
+        hidden_size=hidden,
+        dtype=None,
+        parameters=values["parameters"],
+        tied_embeddings=None,
+        layers=tuple(
+            LayerSummary(
+                name=f"blk.{index}",
+                kind="self",
+                num_attention_heads=heads[index],
+                num_key_value_heads=kv_heads[index],
+                head_dim=head_dim,
+                window=int(window) if isinstance(window, int) and window > 0 else None,
+                rotary_dim=int(number("rope.dimension_count", 0)),
+            )
+            for index in present
+        ),
+    )
+
+
+def _per_layer(value: Any, blocks: int) -> list[int]:
+    """One number a layer, from one number for all or a list."""
+    return [int(x) for x in value] if isinstance(value, (list, tuple)) else [int(value)] * blocks

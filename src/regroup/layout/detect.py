@@ -1,0 +1,335 @@
+"""From config.json and tensor shapes to a Layout. What is not known is refused; nothing is guessed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..errors import RegroupError
+from .families import (
+    FAMILIES,
+    Family,
+    declared_kv_heads,
+    family_for,
+    fixed_order,
+    initializer_std,
+    rotary_fraction,
+    sliding_window,
+    unsupported_reason,
+)
+from .types import AttentionLayer, HeadSlot, Kind, Layout, Projection, Rotary, TensorInfo, fused_slots
+
+_FLOATS = ("BF16", "F16", "F32", "F64")
+# The key under which a checkpoint written by regroup names its KV heads, module by module.
+CONFIG_KEY = "regroup"
+CONFIG_FORMAT = 1
+
+
+def detect(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None = None) -> Layout:
+    """Describe every attention layer of a checkpoint.
+
+    Args:
+        config: the parsed ``config.json``.
+        tensors: name to dtype and shape, from the safetensors headers; None describes the config alone, without
+            checking it against weights.
+
+    Returns:
+        The layout. Every slot in it was compared with the shape of its tensor, where there are tensors.
+
+    Raises:
+        RegroupError: unknown family, quantised weights, or weights that are not what the config says.
+    """
+    family = family_for(config)
+    if family is None:
+        raise RegroupError(
+            "this model family is not known",
+            file="config.json",
+            expected=f"model_type one of {', '.join(sorted(FAMILIES))}",
+            got=f"model_type {config.get('model_type')!r}",
+            remedy="docs/adding-a-family.md says what a new family needs; a fine-tune that only renamed its model_type "
+            "can have it set back",
+        )
+    if (reason := unsupported_reason(config)) is not None:
+        raise RegroupError(
+            f"this {config['model_type']} checkpoint cannot be converted: {reason}",
+            file="config.json",
+            remedy="start from the unquantised checkpoint" if "quantised" in reason else None,
+        )
+    reader = _Reader(config, family, tensors)
+    layers = tuple(reader.layers())
+    if tensors is not None:
+        reader.check_nothing_else(layers)
+    model_type = config["model_type"]
+    return Layout(
+        family="llama" if model_type == "deci" else model_type,
+        layers=layers,
+        hidden_size=reader.hidden,
+        dtype=tensors[layers[0].query.weight.tensor].dtype if tensors else None,
+        native_kv_heads=family.native,
+        encoder_layers=_natural(config, (family.encoder_layers,)) if family.encoder_layers else 0,
+        tied_embeddings=bool(config.get("tie_word_embeddings", family.cross is not None)),
+        parameters=sum(_count(info.shape) for info in tensors.values()) if tensors else None,
+        initializer_std=initializer_std(config, reader.hidden),
+    )
+
+
+class _Reader:
+    """One pass over one checkpoint: holds what every layer needs to know."""
+
+    def __init__(self, config: Mapping[str, Any], family: Family, tensors: Mapping[str, TensorInfo] | None) -> None:
+        self.config, self.family, self.tensors = config, family, tensors
+        self.H = _natural(config, family.heads)
+        self.count = _natural(config, family.layers)
+        self.hidden = _natural(config, family.hidden)
+        self.D = self._head_dim()
+        self.prefix = self._prefix()
+
+    def _head_dim(self) -> int:
+        for key in self.family.head_dim:
+            if self.config.get(key) is not None:
+                return _natural(self.config, (key,))
+        if self.family.head_dim_default is not None:
+            return self.family.head_dim_default
+        if self.hidden % self.H:
+            raise RegroupError(
+                "the hidden size is not a multiple of the number of heads and the config names no head_dim",
+                file="config.json",
+                got=f"hidden size {self.hidden}, {self.H} heads",
+            )
+        return self.hidden // self.H
+
+    def _prefix(self) -> str:
+        if self.tensors is None:
+            return self.family.prefixes[0]
+        first = self.family.module.format(i=0) + "."
+        for prefix in self.family.prefixes:
+            if any(name.startswith(prefix + first) for name in self.tensors):
+                return prefix
+        raise RegroupError(
+            "the weights hold no attention layer where this family has it",
+            layer=self.family.prefixes[0] + first[:-1],
+            got=f"tensors such as {next(iter(self.tensors), 'none at all')}",
+            remedy="config.json and weights may belong to different models",
+        )
+
+    def layers(self) -> Iterator[AttentionLayer]:
+        for index in range(self.count):
+            yield self._layer(index, "self", self.family.module.format(i=index))
+            if self.family.cross is not None:
+                yield self._layer(index, "cross", self.family.cross.format(i=index))
+
+    def _layer(self, index: int, kind: Kind, module: str) -> AttentionLayer:
+        family, H, D = self.family, self.H, self.D
+        name = self.prefix + module
+        G = self._kv_heads(index, module, name)
+        axis = 1 if family.conv1d else 0
+        if family.fused is not None:
+            slots = fused_slots(family.packing, f"{name}.{family.fused}.weight", axis, H, G, D)
+            biases = (
+                fused_slots(family.packing, f"{name}.{family.fused}.bias", 0, H, G, D)
+                if self._has(f"{name}.{family.fused}.bias")
+                else (None,) * 3
+            )
+        else:
+            names = (family.query, family.key, family.value)
+            counts = (H, G, G)
+            slots = tuple(
+                HeadSlot(f"{name}.{part}.weight", axis, count, D) for part, count in zip(names, counts, strict=True)
+            )
+            biases = tuple(
+                HeadSlot(f"{name}.{part}.bias", 0, count, D) if self._has(f"{name}.{part}.bias") else None
+                for part, count in zip(names, counts, strict=True)
+            )
+        query_extras = self._extras(name, family.query_norm, H)
+        bias_table = f"{name}.{family.position_bias}"
+        if kind == "self" and family.position_bias and self._has(bias_table, absent=index == 0):
+            query_extras += (HeadSlot(bias_table, 1, H, 1),)
+        layer = AttentionLayer(
+            name=name,
+            module=module,
+            index=index,
+            kind=kind,
+            num_attention_heads=H,
+            num_key_value_heads=G,
+            head_dim=D,
+            packing=family.packing,
+            query=Projection(slots[0], biases[0], query_extras),
+            key=Projection(slots[1], biases[1], self._extras(name, family.key_norm, G)),
+            value=Projection(slots[2], biases[2]),
+            output=Projection(HeadSlot(f"{name}.{family.output}.weight", 1 - axis, H, D)),
+            rotary=Rotary(family.pairs, int(D * rotary_fraction(self.config, family))) if family.pairs else None,
+            window=sliding_window(self.config, index),
+            fixed_order=fixed_order(self.config),
+            order_group="decoder self-attention" if family.shared_order and kind == "self" else None,
+        )
+        if self.tensors is not None:
+            self._check_shapes(layer)
+        return layer
+
+    def _has(self, tensor: str, *, absent: bool = False) -> bool:
+        return absent if self.tensors is None else tensor in self.tensors
+
+    def _extras(self, name: str, norms: tuple[tuple[str, int], ...], heads: int) -> tuple[HeadSlot, ...]:
+        return tuple(
+            HeadSlot(f"{name}.{norm}", 0, heads, self.D if size == -1 else size)
+            for norm, size in norms
+            if self._has(f"{name}.{norm}".format(head=0))
+        )
+
+    def _kv_heads(self, index: int, module: str, name: str) -> int:
+        """KV heads of a layer: as the weights say, and not otherwise than the config says."""
+        own = self.config.get(CONFIG_KEY)
+        if own is not None:
+            table = own.get("num_key_value_heads") if isinstance(own, dict) else None
+            if not isinstance(table, dict) or own.get("format") != CONFIG_FORMAT:
+                raise RegroupError(
+                    "the config's own table of KV heads cannot be read",
+                    file="config.json",
+                    expected=f'"{CONFIG_KEY}": {{"format": {CONFIG_FORMAT}, "num_key_value_heads": {{module: G}}}}',
+                    got=str(own)[:120],
+                    remedy="a newer regroup may have written it: upgrade",
+                )
+            declared = table.get(module)
+        else:
+            declared = declared_kv_heads(self.config, self.family, self.H, index)
+        if declared is not None and (
+            not isinstance(declared, int) or isinstance(declared, bool) or declared < 1 or self.H % declared
+        ):
+            raise RegroupError(
+                "the config names an impossible number of KV heads",
+                file="config.json",
+                layer=name,
+                expected=f"a divisor of {self.H} query heads",
+                got=declared,
+            )
+        if self.tensors is None:
+            if declared is None:
+                raise RegroupError(
+                    "the config does not name the number of KV heads",
+                    file="config.json",
+                    layer=name,
+                    expected="num_key_value_heads",
+                    remedy="add it, or inspect the folder with its weights",
+                )
+            return declared
+        family = self.family
+        part = f"{name}.{family.fused or family.key}.weight"
+        shape = self._shape(part, name)
+        rows = shape[1 if family.conv1d else 0]
+        if family.fused is not None:
+            rows = (rows - self.H * self.D) / 2
+        found = rows / self.D
+        if found < 1 or found != int(found) or self.H % int(found) or (declared or found) != found:
+            raise RegroupError(
+                "the key projection does not have the shape that the config asks for",
+                tensor=part,
+                layer=name,
+                expected=f"{declared if declared else f'a divisor of {self.H}'} KV heads of {self.D}",
+                got=f"shape {list(shape)}",
+                remedy="config.json and weights may belong to different models",
+            )
+        return int(found)
+
+    def _shape(self, tensor: str, layer: str) -> tuple[int, ...]:
+        assert self.tensors is not None
+        if tensor not in self.tensors:
+            raise RegroupError(
+                "a tensor of an attention layer is missing",
+                tensor=tensor,
+                layer=layer,
+                expected=f"{self.count} layers, as config.json says",
+                remedy="config.json and weights may belong to different models, or a shard is missing from the index",
+            )
+        info = self.tensors[tensor]
+        if info.dtype not in _FLOATS:
+            raise RegroupError(
+                "an attention weight is quantised",
+                tensor=tensor,
+                layer=layer,
+                expected=", ".join(_FLOATS),
+                got=info.dtype,
+                remedy="start from the unquantised checkpoint",
+            )
+        return info.shape
+
+    def _check_shapes(self, layer: AttentionLayer) -> None:
+        """Compare every slot with its tensor: along the head axis exactly, across it with the hidden size."""
+        for part, projection in layer.projections().items():
+            for slot in projection.slots():
+                across = {1: (), 2: (self.hidden,)}
+                for tensor in slot.tensors():
+                    shape = self._shape(tensor, layer.name)
+                    length = slot.size if "{head}" in slot.tensor else slot.heads * slot.size
+                    if self.family.fused and part != "output" and slot not in projection.extras:
+                        length = (layer.num_attention_heads + 2 * layer.num_key_value_heads) * layer.head_dim
+                    ranks = (1, 2) if slot in projection.extras else (1 if slot is projection.bias else 2,)
+                    rest = shape[: slot.axis] + shape[slot.axis + 1 :]
+                    fits = len(shape) in ranks and shape[slot.axis] == length
+                    if slot is projection.weight:
+                        fits = fits and rest == across[2]
+                    if not fits:
+                        wanted = [self.hidden]
+                        wanted.insert(slot.axis, length)
+                        raise RegroupError(
+                            f"a {part} tensor does not have the shape that the config asks for",
+                            tensor=tensor,
+                            layer=layer.name,
+                            expected=f"shape {wanted if slot is projection.weight else [length]}",
+                            got=f"shape {list(shape)}",
+                            remedy="config.json and weights may belong to different models",
+                        )
+
+    def check_nothing_else(self, layers: tuple[AttentionLayer, ...]) -> None:
+        """Refuse parameters below an attention module that the family's row does not account for."""
+        assert self.tensors is not None
+        known = {t for layer in layers for p in layer.projections().values() for s in p.slots() for t in s.tensors()}
+        names = {layer.name for layer in layers}
+        patterns = [
+            re.compile("(" + re.escape(self.prefix + path).replace(r"\{i\}", r"(\d+)") + r")\.(.+)")
+            for path in (self.family.module, self.family.cross)
+            if path is not None
+        ]
+        for tensor in self.tensors:
+            for pattern in patterns:
+                if (match := pattern.fullmatch(tensor)) is None or tensor in known:
+                    continue
+                name, rest = match[1], match[3]
+                if name not in names:
+                    raise RegroupError(
+                        "the weights hold more layers than the config says",
+                        tensor=tensor,
+                        expected=f"{self.count} layers",
+                        got=f"layer {match[2]}",
+                    )
+                if rest not in (*self.family.ignored, f"{self.family.output}.bias"):
+                    raise RegroupError(
+                        "an attention layer holds a parameter that this family does not have",
+                        tensor=tensor,
+                        layer=name,
+                        got=f"shape {list(self.tensors[tensor].shape)}, {self.tensors[tensor].dtype}",
+                        remedy="if it is an adapter, merge it first; if the weights are quantised, start from the "
+                        "original ones",
+                    )
+
+
+def _natural(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
+    for key in keys:
+        value = config.get(key)
+        if value is not None:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise RegroupError(
+                    "the config holds an impossible number",
+                    file="config.json",
+                    expected=f"{key}: a positive integer",
+                    got=repr(value)[:80],
+                )
+            return value
+    raise RegroupError("the config lacks a number that is needed", file="config.json", expected=" or ".join(keys))
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for length in shape:
+        total *= length
+    return total

@@ -1,0 +1,80 @@
+"""Result records: one JSON object that says what was measured, with what, on what."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import RegroupError
+
+PACKAGES = ("regroup-gqa", "torch", "transformers", "safetensors", "numpy")
+
+
+def record(kind: str, configuration: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of one measurement.
+
+    Args:
+        kind: what was measured, such as ``"evaluate/language-modeling"``.
+        configuration: everything that is needed to do it again.
+        results: the figures; names carry their units.
+    """
+    return {
+        "kind": kind,
+        "format": 1,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "configuration": dict(configuration),
+        "results": dict(results),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "machine": machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and accelerator: what a figure of speed depends on, and nothing that names the host."""
+    import os
+
+    import torch
+
+    facts: dict[str, Any] = {
+        "processor": _first_value("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if (memory := _first_value("/proc/meminfo", "MemTotal")) is not None:
+        facts["memory_gb"] = round(int(memory.split()[0]) / 2**20, 1)
+    if torch.cuda.is_available():
+        facts["accelerator"] = torch.cuda.get_device_name()
+    return facts
+
+
+def write_record(path: Path | None, value: Mapping[str, Any]) -> None:
+    """Write a record to a file, or to standard output for None.
+
+    Raises:
+        RegroupError: the file cannot be written.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    if path is None:
+        sys.stdout.write(text)
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RegroupError("the record cannot be written", file=path, got=error.strerror or str(error)) from error
+
+
+def _first_value(file: str, key: str) -> str | None:
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), None)
