@@ -94,7 +94,7 @@ class Checkpoint:
                 remedy="start from the unquantised checkpoint",
             )
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view = buffer.numpy().data
         with (self.folder / file).open("rb", buffering=0) as stream:
             done = 0
             while done < entry.nbytes:

@@ -48,7 +48,7 @@ class ShardFile:
     def write(self, name: str, value: torch.Tensor) -> None:
         """Write one tensor; its bytes must be exactly those that the header announces."""
         start, end = self.ranges[name]
-        data = memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
         assert data.nbytes == end - start, f"{name}: {data.nbytes} bytes for a place of {end - start}"
         _write_all(self._fd, data, start)
 

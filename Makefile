@@ -1,0 +1,34 @@
+# `make demo` and `make test` set everything up on a machine with Python 3.11, git and make.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test slow lint types check clean
+
+demo: $(READY)
+	$(BIN)/regroup demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/pyright
+
+check: lint types test
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up .venv (once; about 400 MB to download)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' -c constraints.txt
+	@touch $@
+
+clean:
+	rm -rf .venv demo-output .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,102 @@
+"""Models with grouped key/value heads that stock `transformers` classes cannot express, and how to load them.
+
+`modeling_regroup.py` holds the classes and is copied into every checkpoint that needs them. Importing this package
+imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.reader import read_json
+from ..errors import RegroupError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["MODELING_FILE", "grouped_config", "load"]
+
+MODELING_FILE = Path(__file__).with_name("modeling_regroup.py")
+
+
+def grouped_config(config: dict[str, Any], num_key_value_heads: dict[str, int]) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint whose attention modules have these numbers of key/value heads.
+
+    ``config`` is the parent's, stock or itself grouped by regroup; it is not changed. ``num_key_value_heads`` maps the
+    path of each converted attention module, relative to ``model.base_model``, to its G. The result names a
+    ``Regroup…`` architecture, and the ``auto_map`` by which the Auto classes find it in ``modeling_regroup.py``.
+
+    Raises RegroupError where the configuration has no architecture or one that `transformers` does not map for its
+    ``model_type``.
+    """
+    from regroup.models import modeling_regroup
+
+    architecture = _stock_architecture(config, "config.json")
+    model_type = config.get("model_type", "")
+    auto_map = modeling_regroup.auto_map(model_type, architecture)
+    target = f"{MODELING_FILE.stem}.{modeling_regroup.PREFIX}{architecture}"
+    if target not in auto_map.values():
+        raise ValueError(
+            f"config.json: no Auto class of transformers maps model_type {model_type!r} to {architecture}. "
+            "Correct architectures or model_type, or install the transformers release that knows them."
+        )
+    grouped = dict(config)
+    # The stock class is built first, so it needs room for the layer that keeps the most heads.
+    if isinstance(config.get("num_key_value_heads"), int):
+        grouped["num_key_value_heads"] = max(num_key_value_heads.values(), default=config["num_key_value_heads"])
+    grouped["architectures"] = [f"{modeling_regroup.PREFIX}{architecture}"]
+    grouped["auto_map"] = auto_map
+    grouped["regroup"] = {"format": modeling_regroup.FORMAT, "num_key_value_heads": dict(num_key_value_heads)}
+    return grouped
+
+
+def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a checkpoint folder, grouped by regroup or stock, as the class that its config.json names.
+
+    Code in the folder is never run: the classes come from the installed regroup and transformers. ``kwargs`` go to
+    ``from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation``, …).
+
+    Raises RegroupError without a config.json, where its architecture is unknown, ``trust_remote_code`` is asked for,
+    or the weights do not fit the model.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise RegroupError("the folder is not a checkpoint", file=path, expected="a config.json in it")
+    if kwargs.pop("trust_remote_code", False):
+        raise RegroupError("no code from a checkpoint is run here", file=path, remedy="leave trust_remote_code out")
+    import transformers
+
+    from regroup.models import modeling_regroup
+
+    config = read_json(file)
+    architecture = _stock_architecture(config, str(file))
+    stock = getattr(transformers, architecture, None)
+    if not (isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)):
+        raise RegroupError(
+            "the architecture is not a model class of the installed transformers",
+            file=file,
+            expected=f"a class of transformers {transformers.__version__}",
+            got=architecture,
+            remedy="correct architectures, or install the release that knows it",
+        )
+    cls = getattr(modeling_regroup, modeling_regroup.PREFIX + architecture) if "regroup" in config else stock
+    try:
+        return cls.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RegroupError(
+            "transformers cannot load the checkpoint", file=path, got=str(error).strip()[:800] or type(error).__name__
+        ) from error
+
+
+def _stock_architecture(config: dict[str, Any], where: str) -> str:
+    names = config.get("architectures") or []
+    if not names:
+        raise RegroupError(
+            "the config does not name the model's class",
+            file=where,
+            expected='"architectures": ["LlamaForCausalLM"] or the like',
+            got=names,
+            remedy="add it",
+        )
+    return str(names[0]).removeprefix("Regroup")
