@@ -97,8 +97,9 @@ def rewrites(
     for (part, before), after in zip(layer.projections().items(), child.projections().values(), strict=True):
         for old, new in zip(before.slots(), after.slots(), strict=True):
             method = methods.get(part)
-            # A fused tensor is rebuilt around its keys and values even where the queries stay in order.
-            if method is None and not reordered and old == new:
+            # A fused tensor is rebuilt around its keys and values even where the queries stay in order and in place.
+            fused = layer.packing != "separate" and part != "output" and old not in before.extras
+            if method is None and not reordered and not fused:
                 continue
             rule = _rule(method or "mean", norm=old in before.extras, std=std, seed=seed, slot=old)
             for tensor in new.tensors():

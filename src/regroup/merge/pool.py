@@ -6,7 +6,7 @@ import torch
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to merge in: exact for the mean of equal heads.
+    """The dtype to merge in.
 
     The sum of n equal numbers and its n-th part are exact when the wider format has log2(n) spare bits: float32 gives
     16-bit formats at least 13, float64 gives float32 29.
@@ -24,10 +24,13 @@ def mean(heads: torch.Tensor) -> torch.Tensor:
         (head_dim, …), in the same dtype, rounded once.
     """
     wide = torch.zeros(heads.shape[1:], dtype=accumulator(heads.dtype))
+    # Nothing wider to add float64 in: there the differences from one head are added, which equal heads have none of.
+    base = heads[0] if wide.dtype == heads.dtype else None
     # One head at a time: the wide copy of a whole group would be the largest thing in memory.
     for head in heads:
-        wide += head
-    return (wide / len(heads)).to(heads.dtype)
+        wide += head if base is None else head - base
+    wide /= len(heads)
+    return wide.to(heads.dtype) if base is None else base + wide
 
 
 def first(heads: torch.Tensor) -> torch.Tensor:

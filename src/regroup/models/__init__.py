@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.reader import read_json
 from ..errors import RegroupError
 
 if TYPE_CHECKING:
@@ -67,6 +66,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         raise RegroupError("no code from a checkpoint is run here", file=path, remedy="leave trust_remote_code out")
     import transformers
 
+    from regroup.checkpoint.reader import read_json
     from regroup.models import modeling_regroup
 
     config = read_json(file)
