@@ -36,9 +36,12 @@ def grouped_config(config: dict[str, Any], num_key_value_heads: dict[str, int]) 
     auto_map = modeling_regroup.auto_map(model_type, architecture)
     target = f"{MODELING_FILE.stem}.{modeling_regroup.PREFIX}{architecture}"
     if target not in auto_map.values():
-        raise ValueError(
-            f"config.json: no Auto class of transformers maps model_type {model_type!r} to {architecture}. "
-            "Correct architectures or model_type, or install the transformers release that knows them."
+        raise RegroupError(
+            "no Auto class of the installed transformers knows the architecture",
+            file="config.json",
+            expected=f"an architecture of model_type {model_type!r}",
+            got=architecture,
+            remedy="correct architectures or model_type, or install the transformers release that knows them",
         )
     grouped = dict(config)
     # The stock class is built first, so it needs room for the layer that keeps the most heads.
