@@ -42,7 +42,10 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights where there is nothing else.")]
 KVHeads = Annotated[int | None, typer.Option("--kv-heads", help="KV heads of every layer (1 is MQA).")]
 Layers = Annotated[str | None, typer.Option(help="KV heads by layer, such as 0-3:8,4-31:4 or cross.0-5:2.")]
-Method = Annotated[str, typer.Option(help="How heads are merged: mean (the paper's), first or random.")]
+Method = Annotated[
+    str,
+    typer.Option(help="How heads are merged: auto, lowrank, procrustes, or mean (the paper's), first, random."),
+]
 TensorParallel = Annotated[int, typer.Option(help="Devices that will share a layer; checked against the KV heads.")]
 Seed = Annotated[int, typer.Option(help="Of the random method.")]
 
@@ -80,7 +83,7 @@ def plan(
     source: Source,
     kv_heads: KVHeads = None,
     layers: Layers = None,
-    method: Method = "mean",
+    method: Method = "auto",
     tensor_parallel: TensorParallel = 1,
     seed: Seed = 0,
     output: Annotated[
@@ -118,8 +121,19 @@ def convert(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="A folder that does not exist yet.")],
     kv_heads: KVHeads = None,
     layers: Layers = None,
-    plan: Annotated[Path | None, typer.Option("--plan", help="A plan instead of the options above and below.")] = None,
-    method: Method = "mean",
+    plan: Annotated[Path | None, typer.Option("--plan", help="A plan instead of these options.")] = None,
+    method: Method = "auto",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Text, JSON lines, or pairs to convert on: slower, and far better."),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it at most.")] = 65_536,
+    calibration_window: Annotated[int, typer.Option(min=2, help="Tokens a window of it.")] = 512,
+    calibration_batch: Annotated[int, typer.Option(min=1, help="Windows or pairs of it at a time.")] = 4,
+    repair: Annotated[
+        str, typer.Option(help="With calibration: none, output (solve output projections again) or distill.")
+    ] = "output",
+    device: Annotated[str | None, typer.Option(help="Where calibration runs; a GPU where there is one.")] = None,
     tensor_parallel: TensorParallel = 1,
     seed: Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
@@ -128,15 +142,25 @@ def convert(
     workers: Annotated[int, typer.Option(min=1, help="Threads that read, merge and write.")] = 2,
 ) -> None:
     """Convert a checkpoint: fewer KV heads, everything else bit for bit."""
-    from .checkpoint.writer import check_destination
-    from .console import byte_progress, err, human_bytes, show_plan, show_preview
+    import contextlib
+
+    from .checkpoint.writer import check_destination, existing_parent
+    from .console import byte_progress, count_progress, err, human_bytes, show_outcomes, show_plan, show_preview
     from .convert import convert as write_child
     from .convert import preview
-    from .pipeline import choose_plan, open_source
+    from .convert.calibrate import REPAIRS, Settings
+    from .convert.text import CalibrationText
+    from .pipeline import calibrated, choose_plan, open_source
 
     if plan is not None and (kv_heads is not None or layers is not None):
         raise RegroupError("a plan and its parts were both given", remedy="give --plan, or --kv-heads and --layers")
-    with open_source(source, revision=revision, allow_pickle=allow_pickle) as opened:
+    if repair not in REPAIRS:
+        raise RegroupError("the repair is not known", expected=", ".join(REPAIRS), got=repair)
+    text = None
+    if calibration is not None:
+        text = CalibrationText(calibration, calibration_tokens, calibration_window, calibration_batch)
+    scratch = existing_parent(destination)
+    with open_source(source, revision=revision, allow_pickle=allow_pickle, scratch=scratch) as opened:
         checkpoint, layout = opened.checkpoint, opened.layout
         chosen = choose_plan(
             layout,
@@ -152,13 +176,38 @@ def convert(
         show_preview(ahead)
         if opened.ignores_code:
             err.print("[yellow]note:[/yellow] the source asks for code of its own; it is neither run nor copied")
-        check_destination(destination, checkpoint.folder, ahead.bytes_after)
+        check_destination(destination, opened.folder, ahead.bytes_after)
         if dry_run:
             err.print("dry run: nothing was written")
             return
-        with byte_progress("converting", ahead.bytes_after) as progress:
+        with contextlib.ExitStack() as stack:
+            given = None
+            if text is not None:
+                settings = Settings(choose=plan is None and method == "auto", repair=repair)
+                count = stack.enter_context(count_progress("calibrating, layers", layout.layers[-1].index + 1))
+                solved = stack.enter_context(
+                    calibrated(
+                        opened,
+                        chosen,
+                        text,
+                        settings,
+                        scratch=scratch,
+                        device=device,
+                        progress=count,
+                    )
+                )
+                chosen, given = solved.plan, solved.given
+                show_outcomes(solved)
+            progress = stack.enter_context(byte_progress("converting", ahead.bytes_after))
             done = write_child(
-                checkpoint, layout, chosen, destination, parent=source, workers=workers, progress=progress
+                checkpoint,
+                layout,
+                chosen,
+                destination,
+                given=given,
+                parent=source,
+                workers=workers,
+                progress=progress,
             )
         rate = (ahead.bytes_before + ahead.bytes_after) / done.seconds
         err.print(f"wrote {destination} in {done.seconds:.1f} s ({human_bytes(rate)}/s read and written)")
@@ -216,7 +265,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints, record and plot.")] = Path(
         "demo-output"
     ),
-    windows: Annotated[int, typer.Option(min=2, help="Held-out windows of 256 tokens.")] = 128,
+    windows: Annotated[int, typer.Option(min=2, help="Held-out windows of 256 tokens.")] = 64,
 ) -> None:
     """Convert a small embedded model to several G with each method, and show what each costs in quality."""
     from .demo.story import tell
@@ -233,9 +282,9 @@ def _numbers(text: str) -> list[int]:
 
 def _default_groups(layers: Any) -> list[int]:
     """Divisors of the query heads below the present KV heads: half, a quarter, … and one."""
-    heads = layers[0].num_attention_heads
     most = max(layer.num_key_value_heads for layer in layers)
-    return [g for g in range(most - 1, 0, -1) if heads % g == 0 and (most % g == 0 or g == 1)]
+    divisors = [g for g in range(most - 1, 0, -1) if most % g == 0]
+    return [g for g in divisors if all(layer.num_attention_heads % g == 0 for layer in layers)]
 
 
 def _fail(message: str) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +23,9 @@ from .convert import Preview
 from .inspection import LayerSummary, Summary
 from .layout import Layout
 from .plan import Plan
+
+if TYPE_CHECKING:
+    from .convert.calibrate import Calibrated
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -128,6 +132,14 @@ def show_preview(ahead: Preview) -> None:
         f"KV cache {human_bytes(ahead.kv_bytes_before)} → {human_bytes(ahead.kv_bytes_after)} a token; "
         + ("loads with stock transformers" if ahead.stock else "loads with trust_remote_code=True or regroup.load")
     )
+
+
+def show_outcomes(solved: Calibrated) -> None:
+    """What calibration chose for each layer, and what it could not save."""
+    table = Table("attention layer", "keys by", "values by", "attention output lost", title="calibration")
+    for outcome in solved.outcomes:
+        table.add_row(outcome.name, outcome.key_method, outcome.value_method, f"{outcome.error:.1%}")
+    err.print(table)
 
 
 def _runs(layers: Sequence[LayerSummary]) -> list[tuple[str, LayerSummary]]:

@@ -60,6 +60,7 @@ class Summary:
                     layer=layer.name,
                     expected=f"a divisor of {layer.num_attention_heads}",
                     got=heads,
+                    remedy="choose a number that divides the query heads of every layer",
                 )
         layers = (replace(x, num_key_value_heads=min(heads, x.num_key_value_heads)) for x in self.layers)
         return replace(self, layers=tuple(layers))
@@ -147,13 +148,19 @@ def _from_gguf(path: Path) -> Summary:
 
     def number(key: str, default: Any = None) -> Any:
         value = values.get(f"{architecture}.{key}", default)
-        if value is None:
-            raise RegroupError("the GGUF header lacks a number that is needed", file=path, expected=f"…{key}")
+        numbers = value if isinstance(value, list) else [value]
+        if not numbers or not all(isinstance(x, int) and x >= 0 for x in numbers):
+            raise RegroupError(
+                "the GGUF header lacks a number that is needed",
+                file=path,
+                expected=f"{architecture}.{key}",
+                got=repr(value)[:80],
+            )
         return value
 
     blocks = int(number("block_count"))
-    heads = _per_layer(number("attention.head_count"), blocks)
-    kv_heads = _per_layer(number("attention.head_count_kv", heads), blocks)
+    heads = _per_layer(number("attention.head_count"), blocks, path)
+    kv_heads = _per_layer(number("attention.head_count_kv", heads), blocks, path)
     hidden = int(number("embedding_length"))
     # DeciLM files list layers without attention with no heads; they keep no cache.
     present = [index for index in range(blocks) if heads[index] and kv_heads[index]]
@@ -190,6 +197,13 @@ def _from_gguf(path: Path) -> Summary:
     )
 
 
-def _per_layer(value: Any, blocks: int) -> list[int]:
+def _per_layer(value: Any, blocks: int, path: Path) -> list[int]:
     """One number a layer, from one number for all or a list."""
-    return [int(x) for x in value] if isinstance(value, (list, tuple)) else [int(value)] * blocks
+    if isinstance(value, list) and len(value) != blocks:
+        raise RegroupError(
+            "the GGUF header counts its layers in two ways",
+            file=path,
+            expected=f"heads of {blocks} layers",
+            got=f"heads of {len(value)} layers",
+        )
+    return value if isinstance(value, list) else [value] * blocks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import platform
 import sys
 from collections.abc import Mapping
@@ -61,7 +62,7 @@ def write_record(path: Path | None, value: Mapping[str, Any]) -> None:
     Raises:
         RegroupError: the file cannot be written.
     """
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if path is None:
         sys.stdout.write(text)
         return
@@ -70,6 +71,15 @@ def write_record(path: Path | None, value: Mapping[str, Any]) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RegroupError("the record cannot be written", file=path, got=error.strerror or str(error)) from error
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no word for what is infinite or not a number: null."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _first_value(file: str, key: str) -> str | None:

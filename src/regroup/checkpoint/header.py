@@ -18,6 +18,8 @@ from ..errors import RegroupError
 
 # The limit that the safetensors library itself enforces.
 MAX_HEADER_BYTES = 100_000_000
+# What torch can hold.
+MAX_DIMENSIONS = 64
 
 # Bits per element of every dtype that the format knows.
 DTYPE_BITS = {
@@ -72,15 +74,16 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise _not_safetensors(path, f"a header of {length} bytes in a file of {size} bytes")
             raw = file.read(length)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise RegroupError(
             "a checkpoint file cannot be read",
-            file=path,
-            got=error.strerror or str(error),
+            file=repr(str(path)) if isinstance(error, ValueError) else path,
+            got=getattr(error, "strerror", None) or str(error),
             remedy="download the missing file again or correct the index",
         ) from error
     try:
-        header = json.loads(raw)
+        header = json.loads(raw.decode())
+        json.dumps(header, ensure_ascii=False).encode()  # escapes can spell text that is not Unicode
     except (ValueError, RecursionError) as error:
         raise _not_safetensors(path, f"a header that is not JSON ({type(error).__name__})") from error
     if not isinstance(header, dict):
@@ -129,13 +132,14 @@ def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: 
 
 def _entry(path: Path, name: str, value: object, data_start: int) -> TensorEntry:
     def natural(item: object) -> bool:
-        return isinstance(item, int) and not isinstance(item, bool) and item >= 0
+        return isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**63
 
     if isinstance(value, dict):
         dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
         if (
             isinstance(dtype, str)
             and isinstance(shape, list)
+            and len(shape) <= MAX_DIMENSIONS
             and all(map(natural, shape))
             and isinstance(offsets, list)
             and len(offsets) == 2

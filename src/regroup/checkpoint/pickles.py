@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from ..errors import RegroupError
-from .reader import INDEX_FILE, SINGLE_FILE, read_json
+from .reader import INDEX_FILE, SINGLE_FILE, companion_files, read_json
 
 _SINGLE = "pytorch_model.bin"
 _INDEX = "pytorch_model.bin.index.json"
+_PICKLE_ERRORS = (EOFError, pickle.UnpicklingError)
 
 
 def pickled_files(folder: Path) -> list[Path]:
@@ -27,13 +29,18 @@ def pickled_files(folder: Path) -> list[Path]:
         return []
     if (folder / _INDEX).exists():
         weight_map = read_json(folder / _INDEX).get("weight_map")
-        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-        for name in names:
-            if not isinstance(name, str) or name != Path(name).name:
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise RegroupError("an index file has no weight map", file=folder / _INDEX)
+        for tensor, name in weight_map.items():
+            if not isinstance(name, str) or name != Path(name).name or not name or "\0" in name:
                 raise RegroupError(
-                    "an index file points outside its folder", file=folder / _INDEX, got=repr(name)[:200]
+                    "an index file points outside its folder",
+                    file=folder / _INDEX,
+                    tensor=tensor,
+                    expected="the plain name of a file in the same folder",
+                    got=repr(name)[:200],
                 )
-        return [folder / name for name in names]
+        return [folder / name for name in sorted(set(weight_map.values()))]
     return [folder / _SINGLE] if (folder / _SINGLE).exists() else []
 
 
@@ -50,8 +57,10 @@ def unpickle(folder: Path, copy: Path) -> None:
     total = 0
     for path in files:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            # Pickles from before torch 1.6 are no zip files and cannot be mapped.
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        # The unpickler reports damage by whatever its parsing runs into.
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, *_PICKLE_ERRORS) as error:
             raise RegroupError(
                 "pickled weights cannot be read safely",
                 file=path,
@@ -59,7 +68,8 @@ def unpickle(folder: Path, copy: Path) -> None:
                 got=str(error).splitlines()[0][:160] if str(error) else type(error).__name__,
                 remedy="look for a safetensors revision of the checkpoint",
             ) from error
-        if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        pairs = state.items() if isinstance(state, dict) else [(None, None)]
+        if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in pairs):
             raise RegroupError("pickled weights are not a table of tensors", file=path, got=type(state).__name__)
         # Tied tensors share storage, which safetensors does not allow: each gets its own bytes.
         tensors = {name: value.detach().clone().contiguous() for name, value in state.items()}
@@ -70,6 +80,7 @@ def unpickle(folder: Path, copy: Path) -> None:
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (copy / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
-    for path in folder.iterdir():
-        if path.is_file() and path not in files and path.name != _INDEX and not path.name.startswith("."):
-            shutil.copyfile(path, copy / path.name)
+    for path in [Path("config.json"), *companion_files(folder)]:
+        (copy / path).parent.mkdir(parents=True, exist_ok=True)
+        if (folder / path).is_file():
+            shutil.copyfile(folder / path, copy / path)

@@ -111,30 +111,35 @@ class Checkpoint:
         return buffer.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
 
     def companions(self) -> Iterator[Path]:
-        """Paths, relative to the folder, of the files that belong to the child too: tokenizer, generation config, …
+        """The files that belong to the child too (see ``companion_files``)."""
+        return companion_files(self.folder)
 
-        Raises:
-            RegroupError: a link points out of the folder.
-        """
-        root = self.folder.resolve()
-        # In huggingface_hub's cache every file is a link into the blobs folder of the same repository.
-        allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
-        for path in sorted(self.folder.rglob("*")):
-            relative = path.relative_to(self.folder)
-            if any(part.startswith(".") for part in relative.parts) or not path.is_file():
-                continue
-            if relative.as_posix() == "config.json" or path.name.endswith(_LEFT_BEHIND):
-                continue
-            target = path.resolve()
-            if not any(target.is_relative_to(place) for place in allowed):
-                raise RegroupError(
-                    "a link in the source folder points out of it",
-                    file=path,
-                    expected=f"a file below {root}",
-                    got=target,
-                    remedy="replace the link by the file, or remove it",
-                )
-            yield relative
+
+def companion_files(folder: Path) -> Iterator[Path]:
+    """Paths, relative to the folder, of the files that travel with the weights: tokenizer, generation config, …
+
+    Raises:
+        RegroupError: a link points out of the folder.
+    """
+    root = folder.resolve()
+    # In huggingface_hub's cache every file is a link into the blobs folder of the same repository.
+    allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if any(part.startswith(".") for part in relative.parts) or not path.is_file():
+            continue
+        if relative.as_posix() == "config.json" or path.name.endswith(_LEFT_BEHIND):
+            continue
+        target = path.resolve()
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise RegroupError(
+                "a link in the source folder points out of it",
+                file=path,
+                expected=f"a file below {root}",
+                got=target,
+                remedy="replace the link by the file, or remove it",
+            )
+        yield relative
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -39,12 +39,11 @@ def fetch(source: str, *, revision: str | None = None, weights: bool = True, pic
         return path
 
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     ignore = _NEVER + ([] if weights else _WEIGHTS) + ([] if pickles else _PICKLES)
     try:
         return Path(snapshot_download(source, revision=revision, ignore_patterns=ignore))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except _hub_errors() as error:
         raise _unreachable(source, error) from error
 
 
@@ -63,23 +62,27 @@ def remote_headers(repository: str, *, revision: str | None = None) -> tuple[dic
         RegroupError: no such repository, no safetensors weights in it, or no network.
     """
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        NotASafetensorsRepoError,
-    )
 
     try:
         config = read_json(Path(hf_hub_download(repository, "config.json", revision=revision)))
         found = HfApi().get_safetensors_metadata(repository, revision=revision)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, NotASafetensorsRepoError, OSError) as error:
+    except _hub_errors() as error:
         raise _unreachable(repository, error) from error
     return config, {
         name: TensorEntry(info.dtype, tuple(info.shape), *info.data_offsets)
         for file in found.files_metadata.values()
         for name, info in file.tensors.items()
     }
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises where a repository is absent, closed to us, damaged or out of reach."""
+    from huggingface_hub import errors
+
+    # The base of its own errors is that of its HTTP client, whichever that is: a connection that fails raises those.
+    client = errors.HfHubHTTPError.__bases__[0]
+    own = (errors.EntryNotFoundError, errors.NotASafetensorsRepoError, errors.SafetensorsParsingError)
+    return (client, *own, errors.HFValidationError, OSError)
 
 
 def _unreachable(source: str, error: Exception) -> RegroupError:

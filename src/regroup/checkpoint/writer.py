@@ -122,7 +122,7 @@ def check_destination(destination: Path, source: Path | None, nbytes: int) -> No
                 expected=f"a folder outside {source}",
                 remedy="choose a destination beside the source",
             )
-    parent = _existing_parent(destination)
+    parent = existing_parent(destination)
     if not os.access(parent, os.W_OK):
         raise RegroupError("the destination's folder cannot be written to", file=parent)
     free = shutil.disk_usage(parent).free
@@ -147,7 +147,11 @@ def staged_folder(destination: Path) -> Iterator[Path]:
     made = _make_parents(parent)
     prefix = f".{destination.name}.regroup-"
     _remove_stale(parent, prefix)
-    stage = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        stage = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    except OSError:
+        _remove_empty(made)
+        raise
     lock = os.open(stage, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,9 +167,7 @@ def staged_folder(destination: Path) -> Iterator[Path]:
         _sync_folder(parent)
     except BaseException as error:
         shutil.rmtree(stage, ignore_errors=True)
-        for folder in reversed(made):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        _remove_empty(made)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RegroupError(
                 "the disk became full; nothing was left behind",
@@ -189,7 +191,8 @@ def _remove_stale(parent: Path, prefix: str) -> None:
                 os.close(fd)
 
 
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above a path that exists."""
     parent = path.absolute().parent
     while not parent.is_dir():
         if parent.exists():
@@ -206,6 +209,12 @@ def _make_parents(parent: Path) -> list[Path]:
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
     return missing[::-1]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in reversed(folders):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -40,7 +40,7 @@ def model_card(parent: str, layout: Layout, plan: Plan, *, stock: bool, parent_c
     rows = "\n".join(
         f"| {number} | {before} | {after} | {key} | {value} |" for (before, after, key, value), number in counts.items()
     )
-    name = Path(parent).name
+    name = hub_id or Path(parent).resolve().name
     load = "" if stock else ", trust_remote_code=True"
     versions = ", ".join(
         f"{package} {importlib.metadata.version(package)}" for package in ("regroup-gqa", "torch", "transformers")
@@ -51,7 +51,7 @@ def model_card(parent: str, layout: Layout, plan: Plan, *, stock: bool, parent_c
 
 # {name} with grouped-query attention
 
-Converted from `{hub_id or name}` by [regroup](https://pypi.org/project/regroup-gqa/): key and value heads were merged
+Converted from `{name}` by [regroup](https://pypi.org/project/regroup-gqa/): key and value heads were merged
 within groups (Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints",
 EMNLP 2023). **Merging alone costs quality; continue training before use.**
 
@@ -69,10 +69,11 @@ def _kept(card: Path | None) -> dict[str, Any]:
     if card is None:
         return {}
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
     try:
         data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, YAMLError) as error:
         raise RegroupError(
             "the parent's model card cannot be read", file=card, got=str(error)[:200], remedy="correct or remove it"
         ) from error

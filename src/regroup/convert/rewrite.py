@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import torch
+from safetensors import safe_open
 
+from ..checkpoint.reader import TORCH_DTYPES
 from ..layout.types import AttentionLayer, HeadSlot, TensorInfo
 from ..merge import first, mean, random
-from ..plan import LayerPlan, key_value_sources
+from ..plan import LINEAR_METHODS, LayerPlan, key_value_sources
+from .heads import HeadWeights, Read, share
+from .solve import solve_keys, solve_values, weight_moments
 
-Read = Callable[[str], torch.Tensor]
 # (n, size, …) and the number of the child's head to (size, …).
 Rule = Callable[[torch.Tensor, int], torch.Tensor]
 
@@ -63,6 +69,83 @@ class Rewrite:
         return out
 
 
+class Change(Protocol):
+    """How a tensor of the child is made."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    def run(self, name: str, read: Read) -> torch.Tensor: ...
+
+
+class Solver:
+    """Shares one layer's heads from its weights alone, once, however many tensors and threads ask for parts of it."""
+
+    def __init__(self, layer: AttentionLayer, want: LayerPlan) -> None:
+        self.layer, self.want = layer, want
+        self._lock = threading.Lock()
+        self._made: dict[str, torch.Tensor] = {}
+
+    def changes(self, child: AttentionLayer, tensors: Mapping[str, TensorInfo]) -> dict[str, Change]:
+        """A change for each projection's tensor."""
+        made: dict[str, Change] = {}
+        for projection in child.projections().values():
+            for slot in (projection.weight, projection.bias):
+                if slot is not None:
+                    shape = list(tensors[slot.tensor].shape)
+                    if child.packing == "separate" or projection is child.output:
+                        shape[slot.axis] = slot.heads * slot.size
+                    else:
+                        shape[slot.axis] = (child.num_attention_heads + 2 * child.num_key_value_heads) * child.head_dim
+                    made[slot.tensor] = Solved(tuple(shape), tensors[slot.tensor].dtype, self)
+        return made
+
+    def take(self, name: str, read: Read) -> torch.Tensor:
+        """One solved tensor, in float32; solving happens when the first is asked for."""
+        with self._lock:
+            if name not in self._made:
+                self._made = self._solve(read)
+            return self._made.pop(name)
+
+    def _solve(self, read: Read) -> dict[str, torch.Tensor]:
+        layer, want = self.layer, self.want
+        weights = HeadWeights.read(layer, read)
+        moments = weight_moments(weights)
+        groups = want.num_key_value_heads
+        keys = solve_keys(want.key_method, layer, moments, want.order, groups)
+        values = solve_values(want.value_method, layer, weights, moments, want.order, groups)
+        return share(weights, want.order, keys, values).tensors(layer.with_kv_heads(groups))
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A tensor of the child that a solver makes."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    solver: Solver
+
+    def run(self, name: str, read: Read) -> torch.Tensor:
+        """Solve if need be, and round to the dtype that is stored."""
+        return self.solver.take(name, read).to(TORCH_DTYPES[self.dtype])
+
+
+@dataclass(frozen=True)
+class Given:
+    """A tensor of the child that was made beforehand and lies in a file of its own."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    path: Path
+
+    def run(self, name: str, read: Read) -> torch.Tensor:
+        """Load the tensor of this name."""
+        del read  # nothing of the parent is needed
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(name)
+
+
 def rewrites(
     layer: AttentionLayer,
     want: LayerPlan,
@@ -70,7 +153,7 @@ def rewrites(
     *,
     std: float,
     seed: int,
-) -> tuple[dict[str, Rewrite], set[str]]:
+) -> tuple[dict[str, Change], set[str]]:
     """Everything that one layer's conversion changes.
 
     Args:
@@ -84,6 +167,7 @@ def rewrites(
     """
     if not want.changes:
         return {}, set()
+    solver = Solver(layer, want) if {want.key_method, want.value_method} & set(LINEAR_METHODS) else None
     child = layer.with_kv_heads(want.num_key_value_heads)
     reordered = want.order != tuple(range(layer.num_attention_heads))
     own = tuple((head,) for head in want.order)
@@ -101,11 +185,16 @@ def rewrites(
             fused = layer.packing != "separate" and part != "output" and old not in before.extras
             if method is None and not reordered and not fused:
                 continue
-            rule = _rule(method or "mean", norm=old in before.extras, std=std, seed=seed, slot=old)
+            rule = _rule(
+                method or "mean", norm=old in before.extras, std=0.0 if old == before.bias else std, seed=seed, slot=old
+            )
             for tensor in new.tensors():
                 moves.setdefault(tensor, []).append(Move(old, new, own if method is None else shared, rule))
             dropped |= set(old.tensors()) - set(new.tensors())
-    return {name: _rewrite(name, parts, tensors) for name, parts in moves.items()}, dropped
+    made: dict[str, Change] = {name: _rewrite(name, parts, tensors) for name, parts in moves.items()}
+    if solver is not None:
+        made |= solver.changes(child, tensors)
+    return made, dropped
 
 
 def _rewrite(name: str, moves: list[Move], tensors: Mapping[str, TensorInfo]) -> Rewrite:
@@ -130,7 +219,7 @@ def _rule(method: str, *, norm: bool, std: float, seed: int, slot: HeadSlot) -> 
     if method == "first":
         return lambda heads, _: first(heads)
     # A norm has no fresh start that means anything beside kept queries: it is pooled.
-    if method == "mean" or norm:
+    if method == "mean" or method in LINEAR_METHODS or norm:
         return lambda heads, _: mean(heads)
 
     def fresh(heads: torch.Tensor, head: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..models import MODELING_FILE
 from ..plan import Plan
 from .card import model_card
 from .config import child_config, is_stock
-from .rewrite import Rewrite, rewrites
+from .rewrite import Change, Given, rewrites
 
 PLAN_FILE = "regroup_plan.json"
 # One piece of untouched data: long enough for disk speed, short enough to stop and to share among workers.
@@ -46,7 +46,7 @@ class Preview:
     """
 
     shards: dict[str, dict[str, tuple[str, tuple[int, ...]]]]
-    changed: dict[str, Rewrite]
+    changed: dict[str, Change]
     bytes_before: int
     bytes_after: int
     kv_bytes_before: int
@@ -64,20 +64,24 @@ class Conversion:
     seconds: float
 
 
-def preview(checkpoint: Checkpoint, layout: Layout, plan: Plan) -> Preview:
+def preview(checkpoint: Checkpoint, layout: Layout, plan: Plan, given: Mapping[str, Given] | None = None) -> Preview:
     """Check a plan against a checkpoint and say what carrying it out would write.
+
+    ``given`` are tensors that were made beforehand, from calibration text; they replace what the plan would make.
 
     Raises:
         RegroupError: the plan does not fit.
     """
     plan.check(layout)
     tensors = checkpoint.tensors
-    changed: dict[str, Rewrite] = {}
+    changed: dict[str, Change] = {}
     dropped: set[str] = set()
     for layer, want in zip(layout.layers, plan.layers, strict=True):
         new, gone = rewrites(layer, want, tensors, std=layout.initializer_std, seed=plan.seed)
         changed |= new
         dropped |= gone
+    for name, tensor in (given or {}).items():
+        changed[name] = tensor
     shards = {
         file: {
             name: (entry.dtype, changed[name].shape if name in changed else entry.shape)
@@ -106,6 +110,7 @@ def convert(
     plan: Plan,
     destination: Path,
     *,
+    given: Mapping[str, Given] | None = None,
     parent: str | None = None,
     workers: int = 2,
     progress: Progress | None = None,
@@ -115,6 +120,7 @@ def convert(
     Args:
         checkpoint, layout, plan: the parent, what it is, and what is wanted.
         destination: a folder that does not exist yet. It appears when everything in it is on the disk.
+        given: see ``preview``.
         parent: what to call the parent in the model card; its folder by default.
         workers: threads that read, merge and write.
         progress: called from any thread with the number of bytes just written.
@@ -123,7 +129,7 @@ def convert(
         RegroupError: bad plan, destination or source, or a full disk; nothing is left behind.
     """
     started = time.perf_counter()
-    ahead = preview(checkpoint, layout, plan)
+    ahead = preview(checkpoint, layout, plan, given)
     companions = list(checkpoint.companions())
     small = sum((checkpoint.folder / path).stat().st_size for path in companions)
     check_destination(destination, checkpoint.folder, ahead.bytes_after + small)

@@ -1,5 +1,6 @@
 """Text files in, token windows out."""
 
+from .batches import IGNORED, Batch, causal_batches, pair_batches
 from .text import read_pairs, read_texts, token_windows
 
-__all__ = ["read_pairs", "read_texts", "token_windows"]
+__all__ = ["IGNORED", "Batch", "causal_batches", "pair_batches", "read_pairs", "read_texts", "token_windows"]

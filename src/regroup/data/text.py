@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -56,7 +57,7 @@ def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
             yield str(pair[0]), str(pair[1])
         return
     empty = True
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_lines(path), 1):
         sides = line.split("\t")
         if len(sides) != 2:
             raise RegroupError(
@@ -164,15 +165,21 @@ def _read(path: Path) -> str:
     try:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise RegroupError("the text cannot be read", file=path, got=str(error)[:200]) from error
     except UnicodeDecodeError as error:
         raise RegroupError("the text is not UTF-8", file=path, got=f"byte {error.start}: {error.reason}") from error
 
 
+def _lines(path: Path) -> list[str]:
+    """Lines that end with a line feed: ``splitlines`` also cuts at characters that text and JSON may hold."""
+    lines = _read(path).replace("\r\n", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     empty = True
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         empty = False

@@ -19,7 +19,7 @@ from ..record import record, write_record
 from .corpus import held_out_text
 
 PARENT = Path(str(files("regroup.demo"))) / "parent"
-METHODS = ("mean", "first", "random")
+METHODS = ("mean", "first", "random", "auto")
 KV_HEADS = (4, 2, 1)
 WINDOW = 256
 
@@ -44,8 +44,8 @@ def tell(output: Path, *, windows: int) -> dict[str, Any]:
     parent = load_for_scoring(PARENT, "float32", "cpu")
     out.print(
         f"The parent: a multi-head Llama of {sum(p.numel() for p in parent.parameters()) / 1e6:.1f} M parameters with "
-        f"{parent.config.num_attention_heads} heads, trained on {training['tokens'] / 1e6:.1f} M tokens of Python's "
-        f"standard library.\nHeld out: {len(cut)} windows of {WINDOW} tokens from files it never saw.\n"
+        f"{parent.config.num_attention_heads} heads, trained on {training['tokens'] / 1e6:.1f} M tokens of "
+        f"Python's standard library.\nHeld out: {len(cut)} windows of {WINDOW} tokens from files it never saw.\n"
     )
     variants = [(method, heads) for heads in KV_HEADS for method in METHODS]
     rows: list[dict[str, Any]] = []

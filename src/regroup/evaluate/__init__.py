@@ -1,6 +1,6 @@
 """What a conversion cost in quality: loss on held-out text, and distance from the parent."""
 
-from .language_modeling import Batch, causal_batches, pair_batches
+from ..data import Batch, causal_batches, pair_batches
 from .score import Score, score
 
 __all__ = ["Batch", "Score", "causal_batches", "pair_batches", "score"]

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from ..checkpoint import fetch
-from ..data import read_pairs, read_texts, token_windows
+from ..data import causal_batches, pair_batches, read_pairs, read_texts, token_windows
 from ..errors import RegroupError
 from ..models import load
 from ..record import record
-from .language_modeling import causal_batches, pair_batches
 from .score import score
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}

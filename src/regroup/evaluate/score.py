@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from ..data import IGNORED, Batch
 from ..errors import RegroupError
-from .language_modeling import IGNORED, Batch
 
 
 @dataclass(frozen=True)

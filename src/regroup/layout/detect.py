@@ -10,10 +10,12 @@ from ..errors import RegroupError
 from .families import (
     FAMILIES,
     Family,
+    clipping,
     declared_kv_heads,
     family_for,
     fixed_order,
     initializer_std,
+    residual_scale,
     rotary_fraction,
     sliding_window,
     unsupported_reason,
@@ -24,6 +26,8 @@ _FLOATS = ("BF16", "F16", "F32", "F64")
 # The key under which a checkpoint written by regroup names its KV heads, module by module.
 CONFIG_KEY = "regroup"
 CONFIG_FORMAT = 1
+# A hostile config must not fill the memory with layers that do not exist.
+MAX_LAYERS = 10_000
 
 
 def detect(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None = None) -> Layout:
@@ -81,6 +85,13 @@ class _Reader:
         self.config, self.family, self.tensors = config, family, tensors
         self.H = _natural(config, family.heads)
         self.count = _natural(config, family.layers)
+        if self.count > MAX_LAYERS:
+            raise RegroupError(
+                "the config names more layers than any model has",
+                file="config.json",
+                expected=f"at most {MAX_LAYERS}",
+                got=self.count,
+            )
         self.hidden = _natural(config, family.hidden)
         self.D = self._head_dim()
         self.prefix = self._prefix()
@@ -145,6 +156,7 @@ class _Reader:
         bias_table = f"{name}.{family.position_bias}"
         if kind == "self" and family.position_bias and self._has(bias_table, absent=index == 0):
             query_extras += (HeadSlot(bias_table, 1, H, 1),)
+        clip = clipping(self.config)
         layer = AttentionLayer(
             name=name,
             module=module,
@@ -162,10 +174,19 @@ class _Reader:
             window=sliding_window(self.config, index),
             fixed_order=fixed_order(self.config),
             order_group="decoder self-attention" if family.shared_order and kind == "self" else None,
+            key_obstacle=clip or ("a norm follows the key projection" if self._normed(name) else None),
+            value_obstacle=clip,
+            residual_scale=residual_scale(self.config) if kind == "self" else None,
         )
         if self.tensors is not None:
             self._check_shapes(layer)
         return layer
+
+    def _normed(self, name: str) -> bool:
+        """Whether queries and keys pass a norm, shared by all heads or one a head."""
+        shared = [part for part in self.family.ignored if part.endswith("norm.weight")]
+        own = [norm for norm, _ in self.family.key_norm]
+        return any(self._has(f"{name}.{part}".format(head=0)) for part in shared + own)
 
     def _has(self, tensor: str, *, absent: bool = False) -> bool:
         return absent if self.tensors is None else tensor in self.tensors
@@ -216,7 +237,7 @@ class _Reader:
         family = self.family
         part = f"{name}.{family.fused or family.key}.weight"
         shape = self._shape(part, name)
-        rows = shape[1 if family.conv1d else 0]
+        rows: float = shape[1 if family.conv1d else 0] if len(shape) == 2 else 0
         if family.fused is not None:
             rows = (rows - self.H * self.D) / 2
         found = rows / self.D
@@ -265,7 +286,7 @@ class _Reader:
                         length = (layer.num_attention_heads + 2 * layer.num_key_value_heads) * layer.head_dim
                     ranks = (1, 2) if slot in projection.extras else (1 if slot is projection.bias else 2,)
                     rest = shape[: slot.axis] + shape[slot.axis + 1 :]
-                    fits = len(shape) in ranks and shape[slot.axis] == length
+                    fits = len(shape) in ranks and slot.axis < len(shape) and shape[slot.axis] == length
                     if slot is projection.weight:
                         fits = fits and rest == across[2]
                     if not fits:
@@ -317,7 +338,7 @@ def _natural(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
     for key in keys:
         value = config.get(key)
         if value is not None:
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**63:
                 raise RegroupError(
                     "the config holds an impossible number",
                     file="config.json",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from ..errors import RegroupError
 from .types import Packing
 
 ALIBI = "ALiBi gives every query head a slope of its own by its number"
@@ -240,6 +241,20 @@ def fixed_order(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def clipping(config: Mapping[str, Any]) -> str | None:
+    """What clips queries, keys and values after their projections, or None."""
+    return "clip_qkv clips every element" if config.get("model_type") == "olmo" and config.get("clip_qkv") else None
+
+
+def residual_scale(config: Mapping[str, Any]) -> float | None:
+    """Factor with which self-attention is added to the residual stream; None where a norm stands between."""
+    if config.get("model_type") in ("gemma2", "olmo2"):
+        return None
+    if config.get("model_type") == "granite" and config.get("residual_multiplier") is not None:
+        return _number(config, "residual_multiplier", 1e6)
+    return 1.0
+
+
 def declared_kv_heads(config: Mapping[str, Any], family: Family, heads: int, layer: int) -> int | None:
     """KV heads of a layer that the config names, or None where it leaves them to transformers' default."""
     per_layer = config.get("num_key_value_heads_per_layer")
@@ -281,13 +296,29 @@ def rotary_fraction(config: Mapping[str, Any], family: Family) -> float:
     rope = config.get("rope_parameters")
     for place in (rope if isinstance(rope, dict) else {}, config):
         for key in ("partial_rotary_factor", "rotary_pct"):
-            if isinstance(place.get(key), (int, float)):
-                return float(place[key])
+            if place.get(key) is not None:
+                return _number(place, key, 1.0)
     return family.rotary_default
 
 
 def initializer_std(config: Mapping[str, Any], hidden: int) -> float:
     """Standard deviation of the family's own fresh key and value projections."""
     if config.get("model_type") in ("t5", "mt5", "umt5"):
-        return float(config.get("initializer_factor", 1.0)) * hidden**-0.5
-    return float(config.get("initializer_range", config.get("init_std", 0.02)))
+        scale = 1.0 if config.get("initializer_factor") is None else _number(config, "initializer_factor", 1e6)
+        return scale * hidden**-0.5
+    for key in ("initializer_range", "init_std"):
+        if config.get(key) is not None:
+            return _number(config, key, 1e6)
+    return 0.02
+
+
+def _number(config: Mapping[str, Any], key: str, largest: float) -> float:
+    value = config[key]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= largest:
+        raise RegroupError(
+            "the config holds an impossible number",
+            file="config.json",
+            expected=f"{key}: a number from 0 to {largest:g}",
+            got=repr(value)[:80],
+        )
+    return float(value)

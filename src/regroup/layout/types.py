@@ -108,6 +108,10 @@ class AttentionLayer:
         window: sliding-window length in tokens, or None.
         fixed_order: why query heads may not be reordered (ALiBi), or None.
         order_group: layers with the same name here must share one order of query heads, or None.
+        key_obstacle, value_obstacle: what keeps a linear map from passing through the keys or values (a norm, a clip),
+            or None.
+        residual_scale: factor with which the output projection's result is added to the residual stream; None where it
+            is normalised first, or where the stream beside it is not at hand (cross-attention).
     """
 
     name: str
@@ -126,6 +130,9 @@ class AttentionLayer:
     window: int | None = None
     fixed_order: str | None = None
     order_group: str | None = None
+    key_obstacle: str | None = None
+    value_obstacle: str | None = None
+    residual_scale: float | None = None
 
     def with_kv_heads(self, heads: int) -> AttentionLayer:
         """The same layer with another number of key/value heads: where everything lies after conversion."""

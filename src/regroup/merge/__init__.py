@@ -1,5 +1,21 @@
 """Merge rules: pure tensor functions that know nothing of checkpoints."""
 
+from .lowrank import low_rank
 from .pool import first, mean, random
+from .procrustes import procrustes
+from .rotary import rotary_low_rank, rotary_procrustes
+from .sharing import Sharing, error, owners, pooled
 
-__all__ = ["first", "mean", "random"]
+__all__ = [
+    "Sharing",
+    "error",
+    "first",
+    "low_rank",
+    "mean",
+    "owners",
+    "pooled",
+    "procrustes",
+    "random",
+    "rotary_low_rank",
+    "rotary_procrustes",
+]

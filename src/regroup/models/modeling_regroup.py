@@ -22,6 +22,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
@@ -89,6 +90,10 @@ def __getattr__(name: str) -> Any:
     stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # transformers finds the renamings of older checkpoints (GPT-NeoX's output layer) by the name of the class.
+    renamed = get_checkpoint_conversion_mapping(stock.__name__)
+    if renamed is not None:
+        register_checkpoint_conversion_mapping(name, renamed, overwrite=True)
     made = type(name, (RegroupMixin, stock), {"__module__": __name__, "__qualname__": name, "__doc__": stock.__doc__})
     return globals().setdefault(name, made)
 

@@ -14,7 +14,9 @@ from ..errors import RegroupError
 from ..layout.types import AttentionLayer, Layout
 
 FORMAT = "regroup-plan/1"
-METHODS = ("mean", "first", "random")
+# Linear maps that queries and outputs absorb (``regroup.merge.sharing``); the paper's rules need no such thing.
+LINEAR_METHODS = ("lowrank", "procrustes")
+METHODS = ("mean", "first", "random", *LINEAR_METHODS)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class LayerPlan:
     @property
     def order(self) -> tuple[int, ...]:
         """The order of query heads, spelled out."""
-        return self.query_order or tuple(range(self.num_attention_heads))
+        return tuple(range(self.num_attention_heads)) if self.query_order is None else self.query_order
 
     @property
     def changes(self) -> bool:
@@ -124,7 +126,7 @@ class Plan:
         orders: dict[str, tuple[int, ...]] = {}
         for want, layer in zip(self.layers, layout.layers, strict=True):
             _check_heads(want, layer, self.tensor_parallel)
-            _check_methods(want)
+            _check_methods(want, layer)
             _check_order(want, layer, orders)
 
 
@@ -143,7 +145,8 @@ def make_plan(
         layout: of the parent.
         kv_heads: KV heads of every layer that ``layers`` does not name; None leaves those as they are.
         layers: for example ``"0-3:8,4-31:4"``; ``"self.0-5:4,cross.0-5:2"`` names one kind of an encoder-decoder.
-        method: the rule for keys and values: ``"mean"`` (the paper's, section 2.1), ``"first"`` or ``"random"``.
+        method: the rule for keys and values: ``"mean"`` (the paper's, section 2.1), ``"first"``, ``"random"``,
+            ``"lowrank"``, ``"procrustes"``, or ``"auto"``: what does best for each layer where no text is at hand.
         tensor_parallel: number of devices that will share each layer; KV heads must divide evenly over them.
         seed: of the ``random`` rule.
 
@@ -164,9 +167,9 @@ def make_plan(
                 name=layer.name,
                 num_attention_heads=layer.num_attention_heads,
                 parent_num_key_value_heads=layer.num_key_value_heads,
-                num_key_value_heads=chosen.get(layer.name, kv_heads or layer.num_key_value_heads),
-                key_method=method,
-                value_method=method,
+                num_key_value_heads=chosen.get(layer.name, layer.num_key_value_heads if kv_heads is None else kv_heads),
+                key_method=_key_method(method, layer),
+                value_method=_value_method(method, layer),
             )
             for layer in layout.layers
         ),
@@ -175,6 +178,21 @@ def make_plan(
     )
     plan.check(layout)
     return plan
+
+
+def _key_method(method: str, layer: AttentionLayer) -> str:
+    if method != "auto":
+        return method
+    if layer.key_obstacle is not None:
+        return "mean"
+    return "lowrank"
+
+
+def _value_method(method: str, layer: AttentionLayer) -> str:
+    if method != "auto":
+        return method
+    # Without text the norm that low-rank minimises misleads it for values (docs/methods.md, ablations).
+    return "procrustes" if layer.value_obstacle is None else "mean"
 
 
 _RANGE = re.compile(r"(?:(self|cross|encoder)\.)?(\d+)(?:-(\d+))?:(\d+)")
@@ -226,6 +244,7 @@ def _check_heads(want: LayerPlan, layer: AttentionLayer, tensor_parallel: int) -
             layer=layer.name,
             expected=f"{H} query heads, {G} KV heads",
             got=f"{want.num_attention_heads} query heads, {want.parent_num_key_value_heads} KV heads",
+            remedy="only num_key_value_heads, the methods and query_order are yours to change",
         )
     divisors = [g for g in range(1, G + 1) if H % g == 0]
     if wanted > G:
@@ -250,6 +269,7 @@ def _check_heads(want: LayerPlan, layer: AttentionLayer, tensor_parallel: int) -
             layer=layer.name,
             expected=f"a divisor of {H}",
             got=f"--tensor-parallel {tensor_parallel}",
+            remedy=f"choose one of {', '.join(str(d) for d in range(1, H + 1) if H % d == 0)}",
         )
     # Below the degree, engines copy a KV head to several devices, which works while it is a divisor of the degree.
     if wanted % tensor_parallel and tensor_parallel % wanted:
@@ -263,11 +283,35 @@ def _check_heads(want: LayerPlan, layer: AttentionLayer, tensor_parallel: int) -
         )
 
 
-def _check_methods(want: LayerPlan) -> None:
-    for method in (want.key_method, want.value_method):
+def _check_methods(want: LayerPlan, layer: AttentionLayer) -> None:
+    both = (want.key_method, want.value_method)
+    for method in both:
         if method not in METHODS:
             raise RegroupError(
-                "the merge method is not known", layer=want.name, expected=" or ".join(METHODS), got=repr(method)
+                "the merge method is not known",
+                layer=want.name,
+                expected=" or ".join(METHODS),
+                got=repr(method),
+                remedy="mean is the paper's",
+            )
+    if not want.changes:
+        return
+    if set(both) & set(LINEAR_METHODS) and set(both) & {"first", "random"}:
+        raise RegroupError(
+            "these methods for keys and values cannot be combined",
+            layer=want.name,
+            expected=f"two of mean, {', '.join(LINEAR_METHODS)}",
+            got=" and ".join(both),
+        )
+    obstacles = (("keys", want.key_method, layer.key_obstacle), ("values", want.value_method, layer.value_obstacle))
+    for what, method, obstacle in obstacles:
+        if method in LINEAR_METHODS and obstacle is not None:
+            raise RegroupError(
+                f"the {what} of this layer cannot be shared by a linear map: {obstacle}",
+                layer=layer.name,
+                expected="mean, first or random",
+                got=method,
+                remedy="use --method auto, which pools them by mean and solves what can be solved",
             )
 
 
@@ -279,6 +323,7 @@ def _check_order(want: LayerPlan, layer: AttentionLayer, orders: dict[str, tuple
             layer=layer.name,
             expected=f"each of 0 to {layer.num_attention_heads - 1} once",
             got=list(want.order),
+            remedy="name every head once, or leave query_order out",
         )
     if layer.fixed_order is not None and want.order != identity:
         raise RegroupError(

@@ -1,4 +1,4 @@
-"""Batches for teacher-forced evaluation: windows of text, or source and target pairs."""
+"""Batches of model inputs with targets: windows of text, or source and target pairs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,232 @@
+"""The parent's decoder layers, one at a time, run on calibration text as the model itself would run them.
+
+The parent is loaded by transformers, which maps safetensors files rather than reading them: a page is in memory while
+it is used, and only one layer at a time is copied out, in float32. Hidden states of all batches lie beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import RegroupError
+from ..layout.types import AttentionLayer, Layout
+from ..models import load
+
+Inputs = dict[str, torch.Tensor]
+
+
+class _StopError(Exception):
+    """Ends a forward pass once what was wanted has been seen."""
+
+
+@dataclass
+class Seen:
+    """What one attention module saw and did on one batch.
+
+    Attributes:
+        query_input, memory: (B, T, hidden) that queries are made of, and (B, S, hidden) that keys and values are.
+        mixed: what the output projection was given, (B, T, H·D).
+        output: what it gave, (B, T, hidden).
+        weights: attention weights (B, H, T, S), or None where the pass ended before they were returned.
+    """
+
+    query_input: torch.Tensor
+    memory: torch.Tensor
+    mixed: torch.Tensor
+    output: torch.Tensor
+    weights: torch.Tensor | None = None
+
+
+class DecoderLayer:
+    """A decoder layer of the parent, or a copy of one with other attention, with weights in float32."""
+
+    def __init__(self, stream: LayerStream, index: int, module: nn.Module) -> None:
+        self.stream, self.index, self.module = stream, index, module
+
+    def copy(self) -> DecoderLayer:
+        return DecoderLayer(self.stream, self.index, copy.deepcopy(self.module))
+
+    def attention(self, layer: AttentionLayer) -> nn.Module:
+        """The attention module that a layout's layer describes."""
+        return self.module.get_submodule(self.stream.inside(layer))
+
+    def forward(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states after the layer, (B, T, hidden)."""
+        args, kwargs = self.stream.arguments(batch, self.index, hidden)
+        result = self.module(*args, **kwargs)
+        return result[0] if isinstance(result, tuple) else result
+
+    def observe(
+        self, batch: int, hidden: torch.Tensor, layers: Sequence[AttentionLayer], *, whole: bool
+    ) -> tuple[dict[str, Seen], torch.Tensor | None]:
+        """Run the layer and watch its attention modules.
+
+        Args:
+            batch: number of the batch, for its masks and positions.
+            hidden: (B, T, hidden).
+            layers: which attention to watch, in the order of the layer's forward pass.
+            whole: run to the end and keep attention weights; else stop at the last one's output projection.
+
+        Returns:
+            What was seen, by the name of the attention layer, and the hidden states after the layer if ``whole``.
+        """
+        seen: dict[str, Seen] = {}
+        handles = []
+        try:
+            for number, layer in enumerate(layers):
+                last = number == len(layers) - 1 and not whole
+                handles += self._watch(layer, seen, stop=last, weights=whole)
+            try:
+                return seen, self.forward(batch, hidden)
+            except _StopError:
+                return seen, None
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watch(self, layer: AttentionLayer, seen: dict[str, Seen], *, stop: bool, weights: bool) -> list[Any]:
+        attention = self.attention(layer)
+        output_name = layer.output.weight.tensor.removeprefix(layer.name + ".").removesuffix(".weight")
+        inputs: dict[str, torch.Tensor] = {}
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            query = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            memory = next(
+                (
+                    kwargs[name]
+                    for name in ("key_value_states", "encoder_hidden_states")
+                    if kwargs.get(name) is not None
+                ),
+                query,
+            )
+            inputs.update(query=query, memory=memory)
+
+        def projected(_: nn.Module, args: tuple[Any, ...], result: torch.Tensor) -> None:
+            seen[layer.name] = Seen(inputs["query"], inputs["memory"], args[0], result)
+            if stop:
+                raise _StopError
+
+        def after(_: nn.Module, __: tuple[Any, ...], result: Any) -> None:
+            found = result[-1] if isinstance(result, tuple) else None
+            if not isinstance(found, torch.Tensor) or found.ndim != 4:
+                raise RegroupError(
+                    "this attention class does not return its weights, which calibration needs", layer=layer.name
+                )
+            seen[layer.name].weights = found
+
+        handles: list[Any] = [attention.register_forward_pre_hook(before, with_kwargs=True)]
+        handles.append(attention.get_submodule(output_name).register_forward_hook(projected))
+        if weights:
+            handles.append(attention.register_forward_hook(after))
+        return handles
+
+
+class LayerStream:
+    """Decoder layers of a checkpoint in order, and how the model calls each of them.
+
+    Args:
+        folder: the parent.
+        layout: of the parent.
+        batches: model inputs; every batch of a decoder-only model holds full windows of one length.
+        device: where layers run; hidden states stay on the CPU.
+
+    Raises:
+        RegroupError: transformers cannot load the parent.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, batches: Sequence[Inputs], *, device: str = "cpu") -> None:
+        self.layout, self.batches, self.device = layout, batches, torch.device(device)
+        self.model: Any = load(folder, dtype="auto", attn_implementation="eager")
+        self.model.eval().requires_grad_(False)
+        path, _, _ = layout.layers[0].module.partition(".0.")
+        self._path = path
+        self.blocks: nn.ModuleList = self.model.base_model.get_submodule(path)
+        self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self.hidden: list[torch.Tensor] = []
+        self._capture()
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def inside(self, layer: AttentionLayer) -> str:
+        """Path of an attention module below its decoder layer."""
+        return layer.module.removeprefix(f"{self._path}.{layer.index}.")
+
+    def layer(self, index: int) -> DecoderLayer:
+        """A float32 copy of one decoder layer on the device."""
+        module = copy.deepcopy(self.blocks[index]).to(device=self.device, dtype=torch.float32)
+        return DecoderLayer(self, index, module)
+
+    def attention_layers(self, index: int) -> list[AttentionLayer]:
+        """The layout's attention layers of one decoder layer: self-attention, then cross-attention."""
+        return [layer for layer in self.layout.layers if layer.index == index]
+
+    def arguments(self, batch: int, index: int, hidden: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model would call a layer with, for these hidden states."""
+        args, kwargs = self._calls[self._call_of(batch)][index]
+        place = _to(hidden, self.device)
+        rest = {name: _to(value, self.device) for name, value in kwargs.items()}
+        if "hidden_states" in rest:
+            return tuple(_to(value, self.device) for value in args), {**rest, "hidden_states": place}
+        return (place, *(_to(value, self.device) for value in args[1:])), rest
+
+    def _call_of(self, batch: int) -> int:
+        """Masks and positions of a decoder-only model depend on the shape of a batch alone."""
+        if self.model.config.is_encoder_decoder:
+            return batch
+        shapes = [tuple(inputs["input_ids"].shape) for inputs in self.batches]
+        return shapes.index(shapes[batch])
+
+    @torch.no_grad()
+    def _capture(self) -> None:
+        """Record how each layer is called, and the first layer's hidden states for every batch."""
+        for number, inputs in enumerate(self.batches):
+            calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+            needed = self._call_of(number) == number
+
+            def record(
+                _: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                calls: list[Any] = calls,
+                needed: bool = needed,
+            ) -> None:
+                if not calls:
+                    first = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                    self.hidden.append(first.detach().float().cpu())
+                calls.append((args, kwargs))
+                if not needed:
+                    raise _StopError
+
+            handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in self.blocks]
+            try:
+                self.model(**inputs, use_cache=False)
+            except _StopError:
+                pass
+            finally:
+                for handle in handles:
+                    handle.remove()
+            if needed:
+                self._calls[number] = [(_without_hidden(a), _without_hidden(k)) for a, k in calls]
+
+
+def _without_hidden(value: Any) -> Any:
+    """Drop the hidden states of a recorded call: they are the largest part of it, and are replaced anyway."""
+    if isinstance(value, dict):
+        return {name: None if name == "hidden_states" else item for name, item in value.items()}
+    return (None, *value[1:]) if value else value
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, torch.float32) if value.is_floating_point() else value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_to(item, device) for item in value)
+    return value

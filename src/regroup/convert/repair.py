@@ -1,0 +1,159 @@
+"""Mending what merging left: the output projection solved again, or the layer distilled, on the child's own inputs.
+
+Both aim at the parent's attention output, plus what the residual stream of the child lacks by then where that is known
+(``AttentionLayer.residual_scale``): a layer that can make up for the ones before it should.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+# Strengths of the ridge that are tried, relative to the mean square of the inputs; held-out text chooses.
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+@dataclass
+class Regression:
+    """Sums that a linear regression of outputs (…, E) on inputs (…, F) needs, in float64.
+
+    Attributes:
+        gram, cross, square, rows: Σ a aᵀ (F, F), Σ a yᵀ (F, E), Σ |y|², and how many rows.
+    """
+
+    gram: torch.Tensor | None = None
+    cross: torch.Tensor | None = None
+    square: float = 0.0
+    rows: int = 0
+
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """Count rows (N, F) and (N, E)."""
+        gram, cross = (inputs.T @ inputs).double(), (inputs.T @ targets).double()
+        self.gram = gram if self.gram is None else self.gram + gram
+        self.cross = cross if self.cross is None else self.cross + cross
+        self.square += float(targets.double().square().sum())
+        self.rows += len(inputs)
+
+    def solve(self, ridge: float) -> torch.Tensor:
+        """Weights (F, E) that minimise Σ |y - aᵀW|² + ridge · mean(gram) · |W|²."""
+        assert self.gram is not None
+        assert self.cross is not None
+        level = ridge * float(self.gram.diagonal().mean())
+        regular = self.gram + max(level, 1e-30) * torch.eye(len(self.gram), dtype=torch.float64)
+        return torch.linalg.solve(regular, self.cross)
+
+    def error(self, weights: torch.Tensor) -> float:
+        """Σ |y - aᵀW|² over Σ |y|²."""
+        assert self.gram is not None
+        assert self.cross is not None
+        W = weights.double()
+        residual = self.square - 2 * float((W * self.cross).sum()) + float((W * (self.gram @ W)).sum())
+        return max(residual, 0.0) / max(self.square, 1e-300)
+
+
+@dataclass(frozen=True)
+class Refit:
+    """The best output projection that was found, (F, E), and its held-out error; the given one if none was better."""
+
+    weights: torch.Tensor
+    error: float
+    error_before: float
+
+
+def refit_output(fit: Regression, held_out: Regression, given: torch.Tensor) -> Refit:
+    """Solve the output projection again by ridge regression, and keep it only if held-out text says so.
+
+    Args:
+        fit, held_out: sums over text that does not overlap.
+        given: (F, E), the projection to beat.
+    """
+    before = held_out.error(given)
+    best = Refit(given.double(), before, before)
+    for ridge in _RIDGES:
+        weights = fit.solve(ridge)
+        error = held_out.error(weights)
+        if error < best.error:
+            best = Refit(weights, error, before)
+    return best
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """How a layer is distilled.
+
+    Attributes:
+        learning_rate: of Adam, relative to the root mean square of each matrix.
+        warmup: share of the steps.
+        checks: how often held-out text is looked at; distillation ends when it stops getting better.
+    """
+
+    learning_rate: float = 0.02
+    warmup: float = 0.05
+    checks: int = 8
+    patience: int = 2
+    betas: tuple[float, float] = field(default=(0.9, 0.95))
+
+
+def distill(
+    module: nn.Module,
+    names: Sequence[str],
+    loss_of: Callable[[int], torch.Tensor],
+    fit: Sequence[int],
+    held_out: Sequence[int],
+    settings: DistillSettings,
+) -> tuple[float, float]:
+    """Train a layer's attention parameters on one pass over the batches ``fit``; keep the best state seen.
+
+    Args:
+        module: the attention module; changed in place.
+        names: its parameters to train.
+        loss_of: the relative error on a batch, differentiable in those parameters.
+        fit, held_out: numbers of the batches to train and to judge on.
+        settings: see there.
+
+    Returns:
+        Held-out error before and after; after is never larger.
+    """
+    parameters = [module.get_parameter(name) for name in names]
+
+    def judge() -> float:
+        with torch.no_grad():
+            return sum(float(loss_of(batch)) for batch in held_out) / len(held_out)
+
+    before = best = judge()
+    kept = copy.deepcopy(module.state_dict())
+    groups = [
+        {"params": [p], "lr": settings.learning_rate * float(p.detach().square().mean().sqrt()) or 1e-8}
+        for p in parameters
+    ]
+    rates = [group["lr"] for group in groups]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(groups, betas=settings.betas)
+    steps, worse = len(fit), 0
+    every = max(1, steps // settings.checks)
+    for step, batch in enumerate(fit):
+        scale = min(1.0, (step + 1) / max(1.0, settings.warmup * steps))
+        scale *= 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * scale
+        optimizer.zero_grad()
+        loss_of(batch).backward()
+        optimizer.step()
+        if (step + 1) % every == 0 or step + 1 == steps:
+            now = judge()
+            if now < best:
+                best, worse, kept = now, 0, copy.deepcopy(module.state_dict())
+            else:
+                worse += 1
+                if worse > settings.patience:
+                    break
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    module.load_state_dict(kept)
+    return before, best

@@ -1,0 +1,74 @@
+"""Calibration text: which file, how much of it, and the batches that it becomes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import causal_batches, pair_batches, read_pairs, read_texts, token_windows
+from ..errors import RegroupError
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """What to calibrate on.
+
+    Attributes:
+        path: text, JSON lines, or for encoder-decoders pairs (see ``regroup.data``).
+        tokens: how many at most; for pairs, of the targets about.
+        window: tokens a window of a decoder-only model.
+        batch: windows or pairs that run together.
+    """
+
+    path: Path
+    tokens: int = 65_536
+    window: int = 512
+    batch: int = 4
+
+    def describe(self) -> dict[str, Any]:
+        """For the record: the file by name and content, never by place."""
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return {"file": self.path.name, "sha256": digest, "tokens": self.tokens, "window": self.window}
+
+
+def calibration_batches(text: CalibrationText, folder: Path, config: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+    """Tokenise calibration text into model inputs.
+
+    Args:
+        text: what to read.
+        folder: of the parent, for its tokenizer.
+        config: of the parent.
+
+    Raises:
+        RegroupError: no tokenizer, unreadable text, or too little for one batch to fit and one to hold out.
+    """
+    from ..evaluate.run import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    if config.get("is_encoder_decoder") or "decoder_start_token_id" in config:
+        pairs = list(islice(read_pairs(text.path), max(1, text.tokens // 16)))
+        found = pair_batches(
+            pairs, tokenizer, batch_size=text.batch, start_token=config.get("decoder_start_token_id") or 0
+        )
+        batches = [batch.inputs for batch in found]
+    else:
+        windows, _ = token_windows(
+            read_texts(text.path), tokenizer, length=text.window, limit=max(1, text.tokens // text.window)
+        )
+        # A last batch of another shape would need masks of its own.
+        whole = len(windows) // text.batch * text.batch or len(windows)
+        batches = [batch.inputs for batch in causal_batches(windows[:whole], text.batch)]
+    if len(batches) < 2:
+        raise RegroupError(
+            "there is too little calibration text",
+            file=text.path,
+            expected=f"at least two batches of {text.batch}",
+            got=f"{len(batches)}",
+            remedy="give more text, or a smaller --calibration-window or --calibration-batch",
+        )
+    return batches

@@ -1,0 +1,161 @@
+"""Who may import whom: read from the source with ``ast``, imports inside functions included."""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+from pathlib import Path
+
+import pytest
+
+import regroup
+
+PACKAGE = Path(regroup.__file__).parent
+
+# Torch and what pulls it in.
+TORCH = {"torch", "transformers", "safetensors", "triton"}
+# What reaches the disk or the network.
+DISK = {"os", "io", "shutil", "tempfile", "mmap", "glob", "safetensors", "huggingface_hub", "gguf"}
+
+# Files of the package: what they may import of ours (patterns of module names), and what they may not from outside.
+RULES: dict[str, tuple[list[str], set[str]]] = {
+    "layout/*": (["errors", "layout*"], TORCH | DISK | {"pathlib"}),
+    # The plan reads and writes its own JSON file, by a path.
+    "plan/*": (["errors", "layout*", "plan*"], TORCH | DISK),
+    "bench/roofline.py": (["errors"], TORCH | DISK | {"pathlib"}),
+    "uptrain/budget.py": (["errors"], TORCH | DISK | {"pathlib"}),
+    "merge/*": (["errors", "merge*"], {"transformers", "numpy"} | DISK | {"pathlib"}),
+    "attention/*": (["errors", "attention*"], DISK | {"pathlib"}),
+    "checkpoint/*": (["errors", "checkpoint*"], {"transformers"}),
+    "data/*": (["errors", "data*"], {"transformers"}),
+    "report/*": (["errors", "record", "report*"], TORCH),
+    "errors.py": ([], TORCH | DISK | {"pathlib"}),
+}
+# Nobody imports these.
+LEAVES = ["cli", "console"]
+MAY_IMPORT_LEAVES = {"console": ["cli.py", "demo/*"]}
+
+
+def imports(source: str, module: str) -> set[str]:
+    """Full names of everything that a module's source imports, wherever in it, but for type checkers alone."""
+    found: set[str] = set()
+    package = module.split(".")[:-1]
+    tree = ast.parse(source)
+    skipped = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            base = ".".join(part for part in (start, node.module) if part)
+            # ``from x import y``: y may be a module of x.
+            found |= {f"{base}.{alias.name}" for alias in node.names} | {base}
+    return found
+
+
+def ours(names: set[str]) -> set[str]:
+    """Names of our own modules, below the package; the package itself says nothing."""
+    return {name.removeprefix("regroup.") for name in names if name.startswith("regroup.")}
+
+
+def broken(file: str, source: str) -> list[str]:
+    """The rules that a file breaks, in words."""
+    module = "regroup." + file.removesuffix(".py").replace("/", ".")
+    names = imports(source, module)
+    outside = {name.split(".")[0] for name in names}
+    complaints = []
+    for pattern, (allowed, forbidden) in RULES.items():
+        if not fnmatch.fnmatch(file, pattern):
+            continue
+        for name in sorted(ours(names)):
+            if not any(name == rule or name.startswith(rule.rstrip("*") + ".") for rule in allowed):
+                complaints.append(f"{file} imports regroup.{name}")
+        complaints += [f"{file} imports {name}" for name in sorted(outside & forbidden)]
+    for leaf in LEAVES:
+        excused = any(fnmatch.fnmatch(file, pattern) for pattern in MAY_IMPORT_LEAVES.get(leaf, []))
+        if not excused and any(name == leaf or name.startswith(leaf + ".") for name in ours(names)):
+            complaints.append(f"{file} imports {leaf}")
+    return complaints
+
+
+def joins_reader_and_layout(source: str, module: str) -> bool:
+    names = ours(imports(source, module))
+    heads = {name for name in names if name.split(".")[0] == "layout"}
+    disk = {name for name in names if name.split(".")[0] == "checkpoint"}
+    return bool(heads and disk)
+
+
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_keep_to_the_house(file: str) -> None:
+    assert broken(file, (PACKAGE / file).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("layout/detect.py", "import torch"),
+        ("layout/detect.py", "def f():\n    from safetensors import safe_open"),
+        ("layout/types.py", "from pathlib import Path"),
+        ("layout/detect.py", "from ..checkpoint import Checkpoint"),
+        ("layout/detect.py", "from .. import checkpoint"),
+        ("plan/plan.py", "import torch.nn as nn"),
+        ("plan/plan.py", "from ..merge import mean"),
+        ("plan/plan.py", "import regroup.convert"),
+        ("bench/roofline.py", "import os"),
+        ("merge/pool.py", "from ..layout import Layout"),
+        ("merge/pool.py", "from regroup.checkpoint.reader import read_json"),
+        ("checkpoint/reader.py", "from ..layout.types import HeadSlot"),
+        ("checkpoint/reader.py", "from ..plan import Plan"),
+        ("convert/stream.py", "from ..cli import app"),
+        ("evaluate/run.py", "from .. import console"),
+        ("report/page.py", "import torch"),
+        ("report/page.py", "from ..evaluate import score"),
+    ],
+)
+def test_the_rules_can_be_broken(file: str, source: str) -> None:
+    assert broken(file, source)
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("layout/detect.py", "from ..errors import RegroupError\nfrom .types import Layout\nimport re"),
+        ("plan/plan.py", "from ..layout.types import Layout\nfrom pathlib import Path"),
+        ("merge/pool.py", "import torch\nfrom ..errors import RegroupError"),
+        ("checkpoint/reader.py", "import os, torch\nfrom .header import read_header"),
+        ("layout/detect.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
+        ("demo/story.py", "from ..console import out"),
+    ],
+)
+def test_what_is_allowed_is_not_refused(file: str, source: str) -> None:
+    assert broken(file, source) == []
+
+
+def test_reader_and_layout_meet_in_few_places() -> None:
+    """Disk and heads are joined in the converter's room, and by what opens a source for a person."""
+    joined = [
+        file
+        for file in FILES
+        if joins_reader_and_layout(
+            (PACKAGE / file).read_text(encoding="utf-8"), "regroup." + file[:-3].replace("/", ".")
+        )
+    ]
+    assert "convert/stream.py" in joined
+    assert [file for file in joined if not file.startswith("convert/")] == ["inspection.py", "pipeline.py"]
+
+
+def test_transformers_classes_are_patched_in_models_alone() -> None:
+    for file in FILES:
+        if not file.startswith(("models/", "attention/")):
+            source = (PACKAGE / file).read_text(encoding="utf-8")
+            assert not [name for name in imports(source, "regroup.x") if name.startswith("transformers.models")], file

@@ -1,0 +1,133 @@
+"""What the documentation says of commands, families, messages and rooms, against the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+import regroup
+from regroup.cli import app
+from regroup.layout.families import FAMILIES, Family
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(regroup.__file__).parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+HELD = {"any": "any G", "mqa": "1 or H", "none": "H"}
+# Said by transformers, not by us.
+FOREIGN = {"You set `ignore_mismatched_sizes` to `False`"}
+
+_COMMANDS: Any = typer.main.get_command(app)
+OPTIONS: dict[str, set[str]] = {
+    verb: {name for parameter in command.params for name in parameter.opts} | {"--help"}
+    for verb, command in _COMMANDS.commands.items()
+}
+
+
+def wrong_commands(text: str) -> list[str]:
+    """Verbs and options in a page that the command line does not have."""
+    found = []
+    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ")
+    inline = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    for line in [*blocks.splitlines(), *inline]:
+        # A command at the start of a line, after a prompt, or with the path of an environment.
+        command = re.match(r"(?:\$ )?(?:\S*/)?regroup +([a-z][\w-]*)(.*)", line)
+        if command is None:
+            continue
+        verb, rest = command[1], command[2].split(" #")[0]
+        if verb not in OPTIONS:
+            found.append(f"regroup {verb}")
+            continue
+        found += [f"regroup {verb} {name}" for name in _options(rest) if name not in OPTIONS[verb]]
+    known = set().union(*OPTIONS.values())
+    # An option that is named alone: `--kv-heads 2`.
+    found += [name for code in inline if code.startswith("--") for name in _options(code) if name not in known]
+    return found
+
+
+def _options(text: str) -> list[str]:
+    return re.findall(r"(?:^|\s)(--[a-z][\w-]*|-[a-z])(?=[\s=]|$)", text)
+
+
+def expected_row(family: Family) -> list[str]:
+    """The cells of a family's row that are facts of the code: projections, output, RoPE pairs, what is stock."""
+    projections = f"`{family.query}` `{family.key}` `{family.value}`"
+    if family.fused:
+        projections = f"`{family.fused}`, {family.packing}" + (", Conv1D" if family.conv1d else "")
+    return [projections, f"`{family.output}`", family.pairs or "none", HELD[family.native]]
+
+
+def family_rows(text: str) -> dict[str, list[str]]:
+    """``model_type`` to the cells after the examples, from the first table of the page."""
+    table = text.split("\n\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| (.+) \|$", table.split("| --- |")[-1], re.M)
+    return {name: [cell.strip().removesuffix(" (below)") for cell in cells.split(" | ")] for name, cells in rows}
+
+
+def literals() -> list[str]:
+    """Every string of the package's source; of a formatted one, the parts between its values."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
+    return [
+        node.value
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist(page: Path) -> None:
+    assert wrong_commands(page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```\nregroup shrink parent\n```",
+        "```\n$ regroup convert parent child --heads 2\n```",
+        "```\nregroup inspect parent -o x\n```",
+        "```\n.venv/bin/regroup plan parent \\\n  --to 2\n```",
+        "Use `regroup evaluate child --parent x`.",
+        "Pass `--no-such-option`.",
+    ],
+)
+def test_commands_that_do_not_exist_are_found(text: str) -> None:
+    assert wrong_commands(text)
+
+
+def test_every_family_is_described_as_it_is() -> None:
+    rows = family_rows((ROOT / "docs/families.md").read_text(encoding="utf-8"))
+    assert rows == {name: expected_row(family) for name, family in FAMILIES.items()}
+
+
+def test_a_wrong_family_row_is_found() -> None:
+    text = (ROOT / "docs/families.md").read_text(encoding="utf-8")
+    good = family_rows(text)
+    assert family_rows(text.replace("| `gpt2` |", "| `gpt3` |")) != good
+    assert family_rows(text.replace("stacked, Conv1D", "interleaved")) != good
+
+
+def test_every_message_is_one_of_ours() -> None:
+    headings = re.findall(r"^### (.+)$", (ROOT / "docs/errors.md").read_text(encoding="utf-8"), re.M)
+    known = literals()
+    assert headings
+    assert [h for h in headings if h not in FOREIGN and not any(h in literal for literal in known)] == []
+    assert not any("the source is made of cheese" in literal for literal in known)
+
+
+def test_every_room_is_described() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rooms = {f"`{path.parent.name}/`" for path in PACKAGE.glob("*/__init__.py")}
+    files = {f"`{path.name}`" for path in PACKAGE.glob("*.py")}
+    described = set(re.findall(r"^\| (`[\w/.]+`) \|", text, re.M))
+    assert described == rooms | files
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert "://" in target or (page.parent / target).exists(), target
