@@ -194,6 +194,7 @@ def test_a_file_for_a_folder(tmp_path: Path) -> None:
 def test_offline_a_hub_id_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "x.txt").write_text("text")
     commands = [("inspect",), ("plan", "--kv-heads", 1), ("evaluate", "--data", tmp_path / "x.txt")]
     for command, *rest in [*commands, ("convert", tmp_path / "child", "--kv-heads", 1)]:
         message = refused(command, "owner/no-such-model", *rest)

@@ -11,6 +11,8 @@ from typer.core import TyperGroup
 
 from .errors import RegroupError
 
+REPAIRS = ("none", "output", "distill")
+
 
 class _Verbs(TyperGroup):
     """Turns whatever a user can act on into a message and exit status 2."""
@@ -21,12 +23,20 @@ class _Verbs(TyperGroup):
         except RegroupError as error:
             _fail(str(error))
         except KeyboardInterrupt:
-            _fail("interrupted; nothing was left behind")
+            _fail("interrupted; nothing half-written was left behind")
         except OSError as error:
             _fail(
                 f"the system refused: {error.strerror or error}"
                 + (f"\n  file:     {error.filename}" if error.filename else "")
             )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import importlib.metadata
+
+        typer.echo(importlib.metadata.version("regroup-gqa"))
+        raise typer.Exit
 
 
 app = typer.Typer(
@@ -37,17 +47,29 @@ app = typer.Typer(
     help="Turn a multi-head checkpoint into a grouped-query one.",
 )
 
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
 Source = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder or a hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights where there is nothing else.")]
 KVHeads = Annotated[int | None, typer.Option("--kv-heads", help="KV heads of every layer (1 is MQA).")]
 Layers = Annotated[str | None, typer.Option(help="KV heads by layer, such as 0-3:8,4-31:4 or cross.0-5:2.")]
 Method = Annotated[
-    str,
-    typer.Option(help="How heads are merged: auto, lowrank, procrustes, or mean (the paper's), first, random."),
+    str | None,
+    typer.Option(help="How heads are merged: auto, lowrank, procrustes, or the paper's mean, first, random."),
 ]
-TensorParallel = Annotated[int, typer.Option(help="Devices that will share a layer; checked against the KV heads.")]
-Seed = Annotated[int, typer.Option(help="Of the random method.")]
+TensorParallel = Annotated[
+    int | None, typer.Option(help="Devices that will share a layer; checked against the KV heads.")
+]
+Seed = Annotated[int | None, typer.Option(help="Of the random method.")]
 
 
 @app.command()
@@ -83,9 +105,9 @@ def plan(
     source: Source,
     kv_heads: KVHeads = None,
     layers: Layers = None,
-    method: Method = "auto",
-    tensor_parallel: TensorParallel = 1,
-    seed: Seed = 0,
+    method: Method = None,
+    tensor_parallel: TensorParallel = None,
+    seed: Seed = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write; standard output without.")
     ] = None,
@@ -122,7 +144,7 @@ def convert(
     kv_heads: KVHeads = None,
     layers: Layers = None,
     plan: Annotated[Path | None, typer.Option("--plan", help="A plan instead of these options.")] = None,
-    method: Method = "auto",
+    method: Method = None,
     calibration: Annotated[
         Path | None,
         typer.Option(help="Text, JSON lines, or pairs to convert on: slower, and far better."),
@@ -134,84 +156,46 @@ def convert(
         str, typer.Option(help="With calibration: none, output (solve output projections again) or distill.")
     ] = "output",
     device: Annotated[str | None, typer.Option(help="Where calibration runs; a GPU where there is one.")] = None,
-    tensor_parallel: TensorParallel = 1,
-    seed: Seed = 0,
+    tensor_parallel: TensorParallel = None,
+    seed: Seed = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read, merge and write.")] = 2,
 ) -> None:
     """Convert a checkpoint: fewer KV heads, everything else bit for bit."""
-    import contextlib
+    from .console import Told, err, human_bytes
+    from .pipeline import CalibrationText, convert_checkpoint
 
-    from .checkpoint.writer import check_destination, existing_parent
-    from .console import byte_progress, count_progress, err, human_bytes, show_outcomes, show_plan, show_preview
-    from .convert import convert as write_child
-    from .convert import preview
-    from .convert.calibrate import REPAIRS, Settings
-    from .convert.text import CalibrationText
-    from .pipeline import calibrated, choose_plan, open_source
-
-    if plan is not None and (kv_heads is not None or layers is not None):
-        raise RegroupError("a plan and its parts were both given", remedy="give --plan, or --kv-heads and --layers")
     if repair not in REPAIRS:
         raise RegroupError("the repair is not known", expected=", ".join(REPAIRS), got=repair)
     text = None
     if calibration is not None:
         text = CalibrationText(calibration, calibration_tokens, calibration_window, calibration_batch)
-    scratch = existing_parent(destination)
-    with open_source(source, revision=revision, allow_pickle=allow_pickle, scratch=scratch) as opened:
-        checkpoint, layout = opened.checkpoint, opened.layout
-        chosen = choose_plan(
-            layout,
-            plan,
-            kv_heads=kv_heads,
-            layers=layers,
-            method=method,
-            tensor_parallel=tensor_parallel,
-            seed=seed,
-        )
-        ahead = preview(checkpoint, layout, chosen)
-        show_plan(chosen, layout)
-        show_preview(ahead)
-        if opened.ignores_code:
-            err.print("[yellow]note:[/yellow] the source asks for code of its own; it is neither run nor copied")
-        check_destination(destination, opened.folder, ahead.bytes_after)
-        if dry_run:
-            err.print("dry run: nothing was written")
-            return
-        with contextlib.ExitStack() as stack:
-            given = None
-            if text is not None:
-                settings = Settings(choose=plan is None and method == "auto", repair=repair)
-                count = stack.enter_context(count_progress("calibrating, layers", layout.layers[-1].index + 1))
-                solved = stack.enter_context(
-                    calibrated(
-                        opened,
-                        chosen,
-                        text,
-                        settings,
-                        scratch=scratch,
-                        device=device,
-                        progress=count,
-                    )
-                )
-                chosen, given = solved.plan, solved.given
-                show_outcomes(solved)
-            progress = stack.enter_context(byte_progress("converting", ahead.bytes_after))
-            done = write_child(
-                checkpoint,
-                layout,
-                chosen,
-                destination,
-                given=given,
-                parent=source,
-                workers=workers,
-                progress=progress,
-            )
-        rate = (ahead.bytes_before + ahead.bytes_after) / done.seconds
-        err.print(f"wrote {destination} in {done.seconds:.1f} s ({human_bytes(rate)}/s read and written)")
-        err.print(f"what it cost in quality: regroup evaluate {destination} --teacher {source} --data FILE")
+    done = convert_checkpoint(
+        source,
+        destination,
+        kv_heads=kv_heads,
+        layers=layers,
+        method=method,
+        tensor_parallel=tensor_parallel,
+        seed=seed,
+        plan=plan,
+        calibration=text,
+        repair=repair,
+        device=device,
+        revision=revision,
+        allow_pickle=allow_pickle,
+        workers=workers,
+        dry_run=dry_run,
+        listener=Told(),
+    )
+    if done.destination is None:
+        err.print("dry run: nothing was written")
+        return
+    rate = (done.preview.bytes_before + done.preview.bytes_after) / done.seconds
+    err.print(f"wrote {destination} in {done.seconds:.1f} s ({human_bytes(rate)}/s read and written)")
+    err.print(f"what it cost in quality: regroup evaluate {destination} --teacher {source} --data FILE")
 
 
 @app.command()

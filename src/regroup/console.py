@@ -22,6 +22,7 @@ from rich.table import Table
 from .convert import Preview
 from .inspection import LayerSummary, Summary
 from .layout import Layout
+from .pipeline import Listener, Source
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def show_preview(ahead: Preview) -> None:
     """What a conversion writes."""
     err.print(
         f"weights {human_bytes(ahead.bytes_before)} → {human_bytes(ahead.bytes_after)} in {len(ahead.shards)} "
-        f"file{'s' if len(ahead.shards) > 1 else ''}, {len(ahead.changed)} tensors rewritten; "
+        f"file{'s' if len(ahead.shards) > 1 else ''}, "
+        f"{len(ahead.changed)} tensor{'s' if len(ahead.changed) != 1 else ''} rewritten; "
         f"KV cache {human_bytes(ahead.kv_bytes_before)} → {human_bytes(ahead.kv_bytes_after)} a token; "
         + ("loads with stock transformers" if ahead.stock else "loads with trust_remote_code=True or regroup.load")
     )
@@ -140,6 +142,25 @@ def show_outcomes(solved: Calibrated) -> None:
     for outcome in solved.outcomes:
         table.add_row(outcome.name, outcome.key_method, outcome.value_method, f"{outcome.error:.1%}")
     err.print(table)
+
+
+class Told(Listener):
+    """Shows a conversion as it goes on."""
+
+    def planned(self, source: Source, plan: Plan, ahead: Preview) -> None:
+        show_plan(plan, source.layout)
+        show_preview(ahead)
+        if source.ignores_code:
+            err.print("[yellow]note:[/yellow] the source asks for code of its own; it is neither run nor copied")
+
+    def calibrating(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        return count_progress("calibrating, layers", layers)
+
+    def calibrated(self, solved: Calibrated) -> None:
+        show_outcomes(solved)
+
+    def writing(self, nbytes: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        return byte_progress("converting", nbytes)
 
 
 def _runs(layers: Sequence[LayerSummary]) -> list[tuple[str, LayerSummary]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .bench.roofline import kv_cache_bytes
-from .checkpoint import fetch, is_hub_id, open_checkpoint, read_gguf, remote_headers
+from .checkpoint import fetch, headers_of, is_hub_id, open_checkpoint, read_gguf
 from .checkpoint.reader import read_json
 from .errors import RegroupError
 from .layout import Layout, detect
@@ -101,12 +101,19 @@ def summarize(source: str, *, revision: str | None = None) -> Summary:
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         return _from_gguf(path)
+    if path.suffix == ".safetensors":
+        raise RegroupError(
+            "a single file of weights does not say what it belongs to",
+            file=path,
+            expected="a folder with config.json, a config.json or a .gguf file",
+            remedy="give the folder",
+        )
     if path.is_file():
         return _from_layout(source, detect(read_json(path)))
     if path.is_dir() and (path / "config.json").exists() and not _has_weights(path):
         return _from_layout(source, detect(read_json(path / "config.json")))
     if not path.exists() and is_hub_id(source):
-        config, tensors = remote_headers(source, revision=revision)
+        config, tensors = headers_of(source, revision=revision)
         return _from_layout(source, detect(config, tensors))
     checkpoint = open_checkpoint(fetch(source, revision=revision))
     return _from_layout(source, detect(checkpoint.config, checkpoint.tensors))

@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import Checkpoint, fetch, is_hub_id, open_checkpoint, remote_headers
+from .checkpoint import Checkpoint, fetch, headers_of, is_hub_id, open_checkpoint
 from .checkpoint.pickles import pickled_files, unpickle
 from .checkpoint.writer import check_destination, existing_parent
-from .convert import Conversion, preview
-from .convert import convert as write_child
-from .convert.stream import Progress
+from .convert import Conversion, Preview, prepare, write
 from .convert.text import CalibrationText, calibration_batches
+from .errors import RegroupError
 from .layout import Layout, detect
 from .plan import Plan, make_plan
 
 if TYPE_CHECKING:
+    import torch
+
     from .convert.calibrate import Calibrated, Settings
 
 
@@ -70,9 +71,27 @@ def open_layout(name: str, *, revision: str | None = None, allow_pickle: bool = 
         RegroupError: as ``open_source``.
     """
     if not Path(name).expanduser().exists() and is_hub_id(name) and not allow_pickle:
-        return detect(*remote_headers(name, revision=revision))
+        return detect(*headers_of(name, revision=revision))
     with open_source(name, revision=revision, allow_pickle=allow_pickle) as source:
         return source.layout
+
+
+class Listener:
+    """Told how a conversion goes on; this one does not listen. The command line shows tables and progress bars."""
+
+    def planned(self, source: Source, plan: Plan, ahead: Preview) -> None:
+        """Everything is checked and nothing is written yet."""
+
+    def calibrating(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        """Something to call with 1 after each decoder layer."""
+        return contextlib.nullcontext(lambda count: None)
+
+    def calibrated(self, solved: Calibrated) -> None:
+        """What calibration chose."""
+
+    def writing(self, nbytes: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        """Something to call, from any thread, with the number of bytes just written."""
+        return contextlib.nullcontext(lambda count: None)
 
 
 def convert_checkpoint(
@@ -81,9 +100,9 @@ def convert_checkpoint(
     *,
     kv_heads: int | None = None,
     layers: str | None = None,
-    method: str = "auto",
-    tensor_parallel: int = 1,
-    seed: int = 0,
+    method: str | None = None,
+    tensor_parallel: int | None = None,
+    seed: int | None = None,
     plan: Plan | str | Path | None = None,
     calibration: CalibrationText | None = None,
     repair: str = "output",
@@ -91,22 +110,27 @@ def convert_checkpoint(
     revision: str | None = None,
     allow_pickle: bool = False,
     workers: int = 2,
-    progress: Progress | None = None,
+    dry_run: bool = False,
+    listener: Listener | None = None,
 ) -> Conversion:
     """Convert a multi-head checkpoint to grouped-query attention.
 
     Args:
         source: a checkpoint folder or a hub id.
         destination: a folder that does not exist yet; it appears when it is complete.
-        kv_heads, layers, method, tensor_parallel, seed: what is wanted (see ``make_plan``), unless
+        kv_heads, layers, method, tensor_parallel, seed: what is wanted (see ``make_plan``; the method is ``"auto"`` by
+            default), unless
         plan: says it: a Plan, or the path of one.
-        calibration, repair, device: text to convert on, how to repair (see ``convert.calibrate.Settings``), and where.
+        calibration: text to convert on; without it only the weights are looked at.
+        repair: with calibration, ``"none"``, ``"output"`` or ``"distill"`` (see ``convert.calibrate.Settings``).
+        device: where calibration runs; a GPU where there is one.
         revision, allow_pickle: see ``open_source``.
-        workers: threads.
-        progress: called with the number of bytes just written.
+        workers: threads that write.
+        dry_run: check everything, write nothing.
+        listener: told how it goes on.
 
     Returns:
-        What was written.
+        What was written, or would be.
 
     Raises:
         RegroupError: anything that keeps the conversion from being right; nothing is left behind.
@@ -114,11 +138,15 @@ def convert_checkpoint(
     Example:
         >>> regroup.convert_checkpoint("meta-llama/Llama-2-7b-hf", "llama-2-7b-gqa8", kv_heads=8)  # doctest: +SKIP
     """
-    target = Path(destination).expanduser()
+    target, told = Path(destination).expanduser(), listener or Listener()
     scratch = existing_parent(target)
-    with open_source(str(source), revision=revision, allow_pickle=allow_pickle, scratch=scratch) as opened:
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(
+            open_source(str(source), revision=revision, allow_pickle=allow_pickle, scratch=scratch)
+        )
+        checkpoint, layout = opened.checkpoint, opened.layout
         chosen = choose_plan(
-            opened.layout,
+            layout,
             plan,
             kv_heads=kv_heads,
             layers=layers,
@@ -126,35 +154,35 @@ def convert_checkpoint(
             tensor_parallel=tensor_parallel,
             seed=seed,
         )
-        check_destination(target, opened.folder, 0)
-        with contextlib.ExitStack() as stack:
-            given = None
-            if calibration is not None:
-                from .convert.calibrate import Settings
+        ready = prepare(checkpoint, layout, chosen, parent=opened.name)
+        told.planned(opened, chosen, ready.preview)
+        check_destination(target, opened.folder, ready.nbytes)
+        if calibration is not None:
+            from .convert.calibrate import Settings
 
-                settings = Settings(choose=plan is None and method == "auto", repair=repair)
-                check_destination(target, opened.folder, preview(opened.checkpoint, opened.layout, chosen).bytes_after)
+            settings = Settings(choose=plan is None and method in (None, "auto"), repair=repair)
+            batches = calibration_batches(calibration, checkpoint.folder, checkpoint.config)
+            if not dry_run:
+                count = stack.enter_context(told.calibrating(layout.layers[-1].index + 1))
                 solved = stack.enter_context(
-                    calibrated(opened, chosen, calibration, settings, scratch=scratch, device=device)
+                    calibrated(opened, chosen, batches, settings, scratch=scratch, device=device, progress=count)
                 )
-                chosen, given = solved.plan, solved.given
-            return write_child(
-                opened.checkpoint,
-                opened.layout,
-                chosen,
-                target,
-                given=given,
-                parent=opened.name,
-                workers=workers,
-                progress=progress,
-            )
+                told.calibrated(solved)
+                record = {**calibration.describe(), "repair": repair, "layers": solved.to_json()}
+                ready = prepare(
+                    checkpoint, layout, solved.plan, parent=opened.name, given=solved.given, calibration=record
+                )
+        if dry_run:
+            return Conversion(None, ready.preview, ready.plan.digest(), 0.0)
+        progress = stack.enter_context(told.writing(ready.preview.bytes_after))
+        return write(ready, target, workers=workers, progress=progress)
 
 
 @contextlib.contextmanager
 def calibrated(
     opened: Source,
     plan: Plan,
-    text: CalibrationText,
+    batches: list[dict[str, torch.Tensor]],
     settings: Settings,
     *,
     scratch: Path,
@@ -166,21 +194,19 @@ def calibrated(
     Args:
         opened: the parent.
         plan: what is wanted of it; the methods in it count unless ``settings.choose``.
-        text, settings: what to calibrate on, and how.
+        batches, settings: what to calibrate on, and how.
         scratch: a folder on a disk with room for the attention weights.
         device: where layers run; a GPU where there is one.
         progress: called with 1 after each decoder layer.
 
     Raises:
-        RegroupError: see ``calibration_batches`` and ``calibrate``.
+        RegroupError: see ``calibrate``.
     """
-    import torch
-
     # Running the parent takes transformers, which a conversion without text does not need.
     from .convert.calibrate import calibrate
+    from .devices import device_named
 
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    batches = calibration_batches(text, opened.checkpoint.folder, opened.checkpoint.config)
+    place = device_named(device)
     with tempfile.TemporaryDirectory(prefix=".regroup-solved-", dir=scratch) as folder:
         yield calibrate(
             opened.checkpoint, opened.layout, plan, batches, Path(folder), settings, device=place, progress=progress
@@ -193,13 +219,24 @@ def choose_plan(
     *,
     kv_heads: int | None,
     layers: str | None,
-    method: str,
-    tensor_parallel: int,
-    seed: int,
+    method: str | None,
+    tensor_parallel: int | None,
+    seed: int | None,
 ) -> Plan:
     """The plan that was given, or one made from the rest; checked against the layout either way."""
     if plan is None:
-        return make_plan(layout, kv_heads, layers=layers, method=method, tensor_parallel=tensor_parallel, seed=seed)
+        return make_plan(
+            layout,
+            kv_heads,
+            layers=layers,
+            method=method or "auto",
+            tensor_parallel=1 if tensor_parallel is None else tensor_parallel,
+            seed=seed or 0,
+        )
+    if any(part is not None for part in (kv_heads, layers, method, tensor_parallel, seed)):
+        raise RegroupError(
+            "a plan and its parts were both given", remedy="give a plan, or KV heads, layers, method and the like"
+        )
     chosen = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
     chosen.check(layout)
     return chosen

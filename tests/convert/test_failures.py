@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -22,6 +23,7 @@ from helpers import assert_same_tensors, convert_heads, digests, everything, hea
 from regroup import RegroupError
 from regroup.checkpoint import staged_folder, writer
 from regroup.checkpoint.writer import ShardFile
+from regroup.pipeline import Listener
 
 Saved = Callable[[str], Path]
 Usage = namedtuple("Usage", "total used free")
@@ -30,6 +32,16 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.fixture
 def parent(saved: Saved, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved("llama"), tmp_path / "parent"))
+
+
+class Watching(Listener):
+    """Calls something after every piece that is written."""
+
+    def __init__(self, seen: Callable[[int], None]) -> None:
+        self.seen = seen
+
+    def writing(self, nbytes: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        return contextlib.nullcontext(self.seen)
 
 
 def refuse_both(parent: Path, target: Path, *words: str) -> None:
@@ -144,16 +156,17 @@ def test_an_interrupt_between_two_writes(
     fail_after(monkeypatch, count, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=2)
-    assert "interrupted; nothing was left behind" in refused("convert", parent, tmp_path / "child", "--kv-heads", 2)
+    assert "interrupted; nothing half-written was left behind" in refused(
+        "convert", parent, tmp_path / "child", "--kv-heads", 2
+    )
     assert everything(tmp_path) == before
 
 
 def test_an_interrupt_by_a_signal(parent: Path, tmp_path: Path) -> None:
     before = everything(tmp_path)
+    listener = Watching(lambda _: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        regroup.convert_checkpoint(
-            parent, tmp_path / "child", kv_heads=2, progress=lambda _: signal.raise_signal(signal.SIGINT)
-        )
+        regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=2, listener=listener)
     assert everything(tmp_path) == before
 
 
@@ -188,7 +201,7 @@ def test_a_destination_that_appears_meanwhile(parent: Path, tmp_path: Path) -> N
         (tmp_path / "child" / "theirs").write_text("x")
 
     with pytest.raises(RegroupError, match="appeared"):
-        regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=2, progress=appear)
+        regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=2, listener=Watching(appear))
     assert everything(tmp_path / "child") == ["theirs"]
     assert not list(tmp_path.glob(".child*"))
 
@@ -200,7 +213,7 @@ def test_the_destination_appears_last_and_the_config_in_it(parent: Path, tmp_pat
         assert not (tmp_path / "child").exists()
         seen.append([path.name for stage in tmp_path.glob(".child*") for path in stage.iterdir()])
 
-    regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=2, progress=look)
+    regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=2, listener=Watching(look))
     assert seen
     assert all("model.safetensors" in names and "config.json" not in names for names in seen)
 
@@ -284,7 +297,7 @@ def test_a_run_stopped_from_outside(number: signal.Signals, tmp_path: Path) -> N
         assert len(list(tmp_path.glob(".child*"))) == 1
     else:
         assert process.returncode == 2
-        assert "interrupted; nothing was left behind" in message
+        assert "interrupted; nothing half-written was left behind" in message
         assert "Traceback" not in message
         assert not list(tmp_path.glob(".child*"))
     regroup.convert_checkpoint(tmp_path / "parent", tmp_path / "child", kv_heads=2)

@@ -227,7 +227,7 @@ def test_what_cannot_be_evaluated(saved: Saved, folders: tuple[Path, Path, Path]
         ((whisper, "--data", data), "cannot be evaluated on text"),
         ((parent, "--data", tmp_path / "absent.txt"), "cannot be read"),
         ((parent, "--data", data, "--dtype", "int4"), "dtype is not known"),
-        ((parent, "--data", data, "--window", 9999), "less text than one window"),
+        ((parent, "--data", data, "--window", 9999), "longer than the model's positions"),
         ((tmp_path / "absent", "--data", data), "does not exist"),
         ((parent, "--data", data, "--teacher", tmp_path / "absent"), "does not exist"),
     ]

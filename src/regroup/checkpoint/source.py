@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
 from .header import TensorEntry
-from .reader import read_json
+from .reader import open_checkpoint, read_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
@@ -73,6 +74,25 @@ def remote_headers(repository: str, *, revision: str | None = None) -> tuple[dic
         for file in found.files_metadata.values()
         for name, info in file.tensors.items()
     }
+
+
+def headers_of(repository: str, *, revision: str | None = None) -> tuple[dict[str, Any], Mapping[str, TensorEntry]]:
+    """``remote_headers``, or the same from huggingface_hub's cache where the hub is out of reach.
+
+    Raises:
+        RegroupError: neither is to be had.
+    """
+    try:
+        return remote_headers(repository, revision=revision)
+    except RegroupError as unreachable:
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        except _hub_errors():
+            raise unreachable from None
+        checkpoint = open_checkpoint(folder)
+        return checkpoint.config, checkpoint.tensors
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:

@@ -1,5 +1,5 @@
 """Layout and plan in, checkpoint out: ``stream`` is the one place where reader, plan and writer meet."""
 
-from .stream import Conversion, Preview, convert, preview
+from .stream import Conversion, Preview, Ready, convert, prepare, preview, write
 
-__all__ = ["Conversion", "Preview", "convert", "preview"]
+__all__ = ["Conversion", "Preview", "Ready", "convert", "prepare", "preview", "write"]

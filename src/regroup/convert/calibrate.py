@@ -28,7 +28,6 @@ from .solve import Moments, solve_keys, solve_values
 
 KEY_METHODS = ("lowrank", "procrustes")
 VALUE_METHODS = ("lowrank", "procrustes")
-REPAIRS = ("none", "output", "distill")
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ def child_config(config: dict[str, Any], layout: Layout, plan: Plan) -> dict[str
     if child.get("architectures"):
         child["architectures"] = [name.removeprefix("Regroup") for name in child["architectures"]]
     if layout.native_kv_heads == "mqa":
+        if "num_key_value_heads" in child:
+            child["num_key_value_heads"] = plan.uniform
         child["multi_query"] = plan.uniform == 1 and layout.layers[0].num_attention_heads > 1
         if config["model_type"] == "falcon":
             child["num_kv_heads"] = plan.uniform

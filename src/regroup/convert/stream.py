@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..bench.roofline import kv_cache_bytes
 from ..checkpoint import Checkpoint, ShardFile, staged_folder
@@ -27,10 +28,9 @@ from .config import child_config, is_stock
 from .rewrite import Change, Given, rewrites
 
 PLAN_FILE = "regroup_plan.json"
+CALIBRATION_FILE = "regroup_calibration.json"
 # One piece of untouched data: long enough for disk speed, short enough to stop and to share among workers.
 _PIECE = 64 << 20
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Preview:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion wrote."""
+    """What a conversion wrote; ``destination`` is None after a dry run."""
 
-    destination: Path
+    destination: Path | None
     preview: Preview
     plan_digest: str
     seconds: float
@@ -104,56 +104,116 @@ def preview(checkpoint: Checkpoint, layout: Layout, plan: Plan, given: Mapping[s
     )
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A conversion that was checked as far as it can be without writing.
+
+    Attributes:
+        checkpoint, plan, preview: what is converted, how, and into what.
+        config, card: the child's config.json and model card.
+        companions: files that are copied, relative to the parent's folder.
+        calibration: record of the text that the conversion used, or None.
+        nbytes: of everything that will be written, about.
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    preview: Preview
+    config: dict[str, Any]
+    card: str
+    companions: tuple[Path, ...]
+    calibration: dict[str, Any] | None
+    nbytes: int
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    plan: Plan,
+    *,
+    parent: str | None = None,
+    given: Mapping[str, Given] | None = None,
+    calibration: dict[str, Any] | None = None,
+) -> Ready:
+    """Check everything about a conversion that can be known before the first byte is written.
+
+    Args:
+        checkpoint, layout, plan: the parent, what it is, and what is wanted.
+        parent: what to call the parent in the model card; its folder by default.
+        given: tensors made beforehand, from calibration text.
+        calibration: record of that text and of what was chosen on it.
+
+    Raises:
+        RegroupError: the plan does not fit, or the parent's files cannot travel along.
+    """
+    ahead = preview(checkpoint, layout, plan, given)
+    companions = tuple(checkpoint.companions())
+    card = next((checkpoint.folder / path for path in companions if path.as_posix() == "README.md"), None)
+    return Ready(
+        checkpoint=checkpoint,
+        plan=plan,
+        preview=ahead,
+        config=child_config(checkpoint.config, layout, plan),
+        card=model_card(parent or str(checkpoint.folder), layout, plan, stock=ahead.stock, parent_card=card),
+        companions=companions,
+        calibration=calibration,
+        nbytes=ahead.bytes_after + sum((checkpoint.folder / path).stat().st_size for path in companions),
+    )
+
+
+def write(
+    ready: Ready, destination: Path, *, workers: int = 2, progress: Callable[[int], None] | None = None
+) -> Conversion:
+    """Write what was prepared.
+
+    Args:
+        ready: see ``prepare``.
+        destination: a folder that does not exist yet. It appears when everything in it is on the disk.
+        workers: threads that read, merge and write.
+        progress: called from any thread with the number of bytes just written.
+
+    Raises:
+        RegroupError: bad destination, a source that changes, or a full disk; nothing is left behind.
+    """
+    started = time.perf_counter()
+    checkpoint, ahead = ready.checkpoint, ready.preview
+    check_destination(destination, checkpoint.folder, ready.nbytes)
+    with staged_folder(destination) as stage:
+        for path in ready.companions:
+            (stage / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.folder / path, stage / path)
+        _write_shards(checkpoint, ahead, stage, workers, progress or (lambda count: None))
+        if checkpoint.index is not None:
+            write_text(stage / INDEX_FILE, json.dumps(_index(checkpoint.index, ahead), indent=2) + "\n")
+        write_text(stage / PLAN_FILE, ready.plan.dumps())
+        if ready.calibration is not None:
+            write_text(stage / CALIBRATION_FILE, json.dumps(ready.calibration, indent=2) + "\n")
+        write_text(stage / "README.md", ready.card)
+        if not ahead.stock:
+            shutil.copyfile(MODELING_FILE, stage / MODELING_FILE.name)
+        # Last, so that a folder with a config.json is complete.
+        write_text(stage / "config.json", json.dumps(ready.config, indent=2, ensure_ascii=False) + "\n")
+    return Conversion(destination, ahead, ready.plan.digest(), time.perf_counter() - started)
+
+
 def convert(
     checkpoint: Checkpoint,
     layout: Layout,
     plan: Plan,
     destination: Path,
     *,
-    given: Mapping[str, Given] | None = None,
     parent: str | None = None,
     workers: int = 2,
-    progress: Progress | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Conversion:
-    """Write the child of a checkpoint.
-
-    Args:
-        checkpoint, layout, plan: the parent, what it is, and what is wanted.
-        destination: a folder that does not exist yet. It appears when everything in it is on the disk.
-        given: see ``preview``.
-        parent: what to call the parent in the model card; its folder by default.
-        workers: threads that read, merge and write.
-        progress: called from any thread with the number of bytes just written.
-
-    Raises:
-        RegroupError: bad plan, destination or source, or a full disk; nothing is left behind.
-    """
-    started = time.perf_counter()
-    ahead = preview(checkpoint, layout, plan, given)
-    companions = list(checkpoint.companions())
-    small = sum((checkpoint.folder / path).stat().st_size for path in companions)
-    check_destination(destination, checkpoint.folder, ahead.bytes_after + small)
-    config = child_config(checkpoint.config, layout, plan)
-    card = next((checkpoint.folder / path for path in companions if path.as_posix() == "README.md"), None)
-    text = model_card(parent or str(checkpoint.folder), layout, plan, stock=ahead.stock, parent_card=card)
-
-    with staged_folder(destination) as stage:
-        for path in companions:
-            (stage / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.folder / path, stage / path)
-        _write_shards(checkpoint, ahead, stage, workers, progress or (lambda count: None))
-        if checkpoint.index is not None:
-            write_text(stage / INDEX_FILE, json.dumps(_index(checkpoint.index, ahead), indent=2) + "\n")
-        write_text(stage / PLAN_FILE, plan.dumps())
-        write_text(stage / "README.md", text)
-        if not ahead.stock:
-            shutil.copyfile(MODELING_FILE, stage / MODELING_FILE.name)
-        # Last, so that a folder with a config.json is complete.
-        write_text(stage / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    return Conversion(destination, ahead, plan.digest(), time.perf_counter() - started)
+    """``prepare`` and ``write`` in one: the arguments are theirs."""
+    ready = prepare(checkpoint, layout, plan, parent=parent)
+    return write(ready, destination, workers=workers, progress=progress)
 
 
-def _write_shards(checkpoint: Checkpoint, ahead: Preview, stage: Path, workers: int, progress: Progress) -> None:
+def _write_shards(
+    checkpoint: Checkpoint, ahead: Preview, stage: Path, workers: int, progress: Callable[[int], None]
+) -> None:
     files: list[ShardFile] = []
     executor = ThreadPoolExecutor(max_workers=workers)
     try:
@@ -182,7 +242,7 @@ def _finish(futures: list[Future[None]]) -> None:
         future.result()
 
 
-def _run(piece: tuple[int, Callable[[], None]], progress: Progress) -> None:
+def _run(piece: tuple[int, Callable[[], None]], progress: Callable[[int], None]) -> None:
     nbytes, action = piece
     action()
     progress(nbytes)

@@ -14,12 +14,14 @@ from ..data import token_windows
 from ..evaluate import Score, causal_batches, score
 from ..evaluate.run import load_for_scoring, load_tokenizer
 from ..inspection import summarize
-from ..pipeline import convert_checkpoint
+from ..pipeline import CalibrationText, convert_checkpoint
 from ..record import record, write_record
-from .corpus import held_out_text
+from .corpus import held_out_text, training_text
 
 PARENT = Path(str(files("regroup.demo"))) / "parent"
-METHODS = ("mean", "first", "random", "auto")
+# The paper's three rules, then ours from weights alone and on text.
+METHODS = ("mean", "first", "random", "auto", "auto + text")
+CALIBRATION_TOKENS = 32_768
 KV_HEADS = (4, 2, 1)
 WINDOW = 256
 
@@ -47,22 +49,29 @@ def tell(output: Path, *, windows: int) -> dict[str, Any]:
         f"{parent.config.num_attention_heads} heads, trained on {training['tokens'] / 1e6:.1f} M tokens of "
         f"Python's standard library.\nHeld out: {len(cut)} windows of {WINDOW} tokens from files it never saw.\n"
     )
+    text = _calibration_text(output)
     variants = [(method, heads) for heads in KV_HEADS for method in METHODS]
     rows: list[dict[str, Any]] = []
     with count_progress("converting and evaluating", len(variants) + 1) as progress:
         base = score(parent, causal_batches(cut, 16))
         progress(1)
         for method, heads in variants:
-            folder = output / f"{method}-{heads}"
+            folder = output / f"{method.replace(' + ', '-')}-{heads}"
             shutil.rmtree(folder, ignore_errors=True)
-            done = convert_checkpoint(PARENT, folder, kv_heads=heads, method=method)
+            convert_checkpoint(
+                PARENT,
+                folder,
+                kv_heads=heads,
+                method=method.removesuffix(" + text"),
+                calibration=text if method.endswith("text") else None,
+            )
             child = load_for_scoring(folder, "float32", "cpu")
             result = score(child, causal_batches(cut, 16), teacher=parent)
             rows.append(
                 {
                     "method": method,
                     "num_key_value_heads": heads,
-                    "kv_bytes_per_token": done.preview.kv_bytes_after,
+                    "kv_bytes_per_token": summarize(str(folder)).kv_bytes("F16"),
                     **_figures(result, nbytes),
                     "excess_nats_per_token": result.nats_per_token - base.nats_per_token,
                 }
@@ -79,17 +88,34 @@ def tell(output: Path, *, windows: int) -> dict[str, Any]:
     _table([before, *rows])
     value = record(
         "demo",
-        {"windows": len(cut), "window": WINDOW, "dtype": "float32", "parent_tokens": training["tokens"]},
+        {
+            "windows": len(cut),
+            "window": WINDOW,
+            "dtype": "float32",
+            "parent_tokens": training["tokens"],
+            "calibration_tokens": CALIBRATION_TOKENS,
+        },
         {"rows": [before, *rows], "seconds": time.perf_counter() - started},
     )
     write_record(output / "demo.json", value)
     plot(value, output / "demo.png")
     out.print(
-        f"\nMerging alone is not enough: the paper continues pre-training afterwards, for 5% of the original compute."
+        f"\nmean, first and random are the paper's merge rules. auto shares heads by linear maps that queries and"
+        f"\noutputs absorb, from the weights alone or on {CALIBRATION_TOKENS:,} tokens of training text. Nothing was"
+        f"\ntrained: the paper continues pre-training afterwards, for 5% of the original compute."
         f"\nWrote {output / 'demo.png'}, {output / 'demo.json'} and the checkpoints beside them "
         f"({time.perf_counter() - started:.0f} s). Load one with regroup.load or AutoModelForCausalLM."
     )
     return value
+
+
+def _calibration_text(output: Path) -> CalibrationText:
+    """Training files as JSON lines: text that the parent knows and the evaluation does not use."""
+    path = output / "calibration.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"text": text}) for _, text in training_text())
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return CalibrationText(path, tokens=CALIBRATION_TOKENS, window=WINDOW, batch=8)
 
 
 def _figures(result: Score, nbytes: int) -> dict[str, float | int | None]:

@@ -11,6 +11,7 @@ import torch
 
 from ..checkpoint import fetch
 from ..data import causal_batches, pair_batches, read_pairs, read_texts, token_windows
+from ..devices import device_named
 from ..errors import RegroupError
 from ..models import load
 from ..record import record
@@ -51,7 +52,9 @@ def evaluate(
     """
     if dtype not in _DTYPES:
         raise RegroupError("the dtype is not known", expected=", ".join(_DTYPES), got=dtype)
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not data.is_file():
+        raise RegroupError("the data cannot be read", file=data, expected="a file", got="no such file")
+    place = device_named(device)
     folder = fetch(model)
     student = load_for_scoring(folder, dtype, place)
     parent = load_for_scoring(fetch(teacher), dtype, place) if teacher is not None else None
@@ -71,6 +74,7 @@ def evaluate(
         )
         rows = len(pairs)
     else:
+        _check_window(student.config, window)
         cut, nbytes = token_windows(
             read_texts(data), tokenizer, length=window, limit=windows, document_starts=document_starts
         )
@@ -106,6 +110,19 @@ def evaluate(
         "device": torch.device(place).type,
     }
     return record("evaluate/language-modeling", configuration, results)
+
+
+def _check_window(config: Any, window: int) -> None:
+    """Refuse windows that are longer than the model's positions."""
+    for name in ("max_position_embeddings", "n_positions"):
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and window > limit:
+            raise RegroupError(
+                "the windows are longer than the model's positions",
+                expected=f"at most {limit} tokens",
+                got=window,
+                remedy=f"pass --window {limit}",
+            )
 
 
 def load_for_scoring(folder: Path, dtype: str, device: str) -> Any:

@@ -85,7 +85,8 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         )
     cls = getattr(modeling_regroup, modeling_regroup.PREFIX + architecture) if "regroup" in config else stock
     try:
-        return cls.from_pretrained(path, **kwargs)
+        # Pickles are never read here; ``regroup convert --allow-pickle`` makes safetensors of them.
+        return cls.from_pretrained(path, **{"use_safetensors": True, **kwargs})
     except (OSError, ValueError, RuntimeError) as error:
         raise RegroupError(
             "transformers cannot load the checkpoint", file=path, got=str(error).strip()[:800] or type(error).__name__

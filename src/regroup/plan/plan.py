@@ -302,6 +302,7 @@ def _check_methods(want: LayerPlan, layer: AttentionLayer) -> None:
             layer=want.name,
             expected=f"two of mean, {', '.join(LINEAR_METHODS)}",
             got=" and ".join(both),
+            remedy="use the same method for both",
         )
     obstacles = (("keys", want.key_method, layer.key_obstacle), ("values", want.value_method, layer.value_obstacle))
     for what, method, obstacle in obstacles:
