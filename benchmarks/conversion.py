@@ -3,9 +3,9 @@
     python benchmarks/conversion.py --gigabytes 4 --output benchmarks/records/conversion.json
 
 A synthetic sharded Llama (hidden 4096, 32 heads of 128, bfloat16, random weights) is made once. Then, alternating in
-one run: `cp -r`, `cp -r` followed by a flush of what it wrote (which regroup always does), and
-`regroup convert --kv-heads 8` in a process of its own. Page cache is dropped before each where the system allows it,
-else all are warm.
+one run: `cp -r`, `cp -r` followed by a flush of what it wrote (which regroup always does), and `regroup convert
+--kv-heads 8 --method mean` in a process of its own. Page cache is dropped before each where the system allows it, else
+all are warm.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def peak_memory(command: list[str]) -> tuple[float, int]:
 
 
 def convert_command(source: Path, target: Path) -> list[str]:
-    return [str(Path(sys.executable).with_name("regroup")), "convert", str(source), str(target), "--kv-heads", "8"]
+    regroup = str(Path(sys.executable).with_name("regroup"))
+    return [regroup, "convert", str(source), str(target), "--kv-heads", "8", "--method", "mean"]
 
 
 def main(

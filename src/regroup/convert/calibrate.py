@@ -319,16 +319,16 @@ class _Gatherer:
         key = _project(seen.memory, self.weights.key, self.weights.key_bias)
         value = _project(seen.memory, self.weights.value, self.weights.value_bias)
         rows, columns = _selected(query_mask, seen.query_input), _selected(memory_mask, seen.memory)
-        q = query.flatten(0, 1)[rows]
+        q = query.flatten(0, 1)[rows].double()
         self._count("query", torch.einsum("thd,the->hde", q, q))
-        for name, states in (("key", key), ("value", value)):
-            flat = states.flatten(0, 1)[columns].flatten(1)
-            self._count(name, flat.T @ flat)
         for number, (members, distinct, _) in enumerate(self._groups):
+            for name, states in (("key", key), ("value", value)):
+                flat = states[:, :, distinct].flatten(0, 1)[columns].flatten(1).double()
+                self._count(f"{name}.{number}", flat.T @ flat)
             stacked = value[:, :, distinct].flatten(2)
             moments = []
             for head in members:
-                mixed = (seen.weights[:, head].float() @ stacked).flatten(0, 1)[rows]
+                mixed = (seen.weights[:, head].float() @ stacked).flatten(0, 1)[rows].double()
                 moments.append(mixed.T @ mixed)
             self._count(f"attended.{number}", torch.stack(moments))
         self._rows["query"] += int(rows.sum())
@@ -339,8 +339,8 @@ class _Gatherer:
         sums, rows = self._sums, self._rows
         return Moments(
             query=sums["query"] / rows["query"],
-            key=sums["key"] / rows["memory"],
-            value=sums["value"] / rows["memory"],
+            key=[sums[f"key.{number}"] / rows["memory"] for number in range(len(self._groups))],
+            value=[sums[f"value.{number}"] / rows["memory"] for number in range(len(self._groups))],
             attended=[sums[f"attended.{number}"] / rows["query"] for number in range(len(self._groups))],
         )
 

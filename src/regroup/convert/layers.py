@@ -143,7 +143,7 @@ class LayerStream:
 
     def __init__(self, folder: Path, layout: Layout, batches: Sequence[Inputs], *, device: str = "cpu") -> None:
         self.layout, self.batches, self.device = layout, batches, torch.device(device)
-        self.model: Any = load(folder, dtype="auto", attn_implementation="eager")
+        self.model: Any = load(folder, dtype="auto", attn_implementation="eager", progress=False)
         self.model.eval().requires_grad_(False)
         path, _, _ = layout.layers[0].module.partition(".0.")
         self._path = path

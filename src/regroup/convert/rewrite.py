@@ -111,8 +111,8 @@ class Solver:
     def _solve(self, read: Read) -> dict[str, torch.Tensor]:
         layer, want = self.layer, self.want
         weights = HeadWeights.read(layer, read)
-        moments = weight_moments(weights)
         groups = want.num_key_value_heads
+        moments = weight_moments(weights, want.order, groups)
         keys = solve_keys(want.key_method, layer, moments, want.order, groups)
         values = solve_values(want.value_method, layer, weights, moments, want.order, groups)
         return share(weights, want.order, keys, values).tensors(layer.with_kv_heads(groups))

@@ -17,18 +17,18 @@ class Moments:
 
     Attributes:
         query: E[q_h q_hᵀ], (H, D, D), before any rotation.
-        key, value: of all KV heads stacked, (KV·D, KV·D).
+        key, value: of the KV heads of each group stacked: for each group (m·D, m·D).
         attended: per query head, of the values of its group's KV heads as the head's own attention mixes them: for each
             group (n, m·D, m·D); None where no text was seen.
     """
 
     query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    key: list[torch.Tensor]
+    value: list[torch.Tensor]
     attended: list[torch.Tensor] | None = None
 
 
-def weight_moments(weights: HeadWeights) -> Moments:
+def weight_moments(weights: HeadWeights, order: tuple[int, ...], groups: int) -> Moments:
     """What the moments would be if inputs were white: no text is needed (C = I). A bias is one more input of 1."""
 
     def augmented(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -36,9 +36,14 @@ def weight_moments(weights: HeadWeights) -> Moments:
         return wide if bias is None else torch.cat([wide, bias.double().unsqueeze(-1)], dim=-1)
 
     query = augmented(weights.query, weights.query_bias)
-    key = augmented(weights.key, weights.key_bias).flatten(0, 1)
-    value = augmented(weights.value, weights.value_bias).flatten(0, 1)
-    return Moments(query @ query.mT, key @ key.T, value @ value.T)
+    found: dict[str, list[torch.Tensor]] = {"key": [], "value": []}
+    for _, distinct, _ in group_owners(order, len(weights.key), groups):
+        index = torch.tensor(distinct)
+        for name, parts in found.items():
+            bias = getattr(weights, f"{name}_bias")
+            stack = augmented(getattr(weights, name)[index], None if bias is None else bias[index]).flatten(0, 1)
+            parts.append(stack @ stack.T)
+    return Moments(query @ query.mT, found["key"], found["value"])
 
 
 def solve_keys(
@@ -54,9 +59,9 @@ def solve_keys(
         groups: G of the child.
     """
     found = []
-    for members, distinct, owner in group_owners(order, layer.num_key_value_heads, groups):
+    for g, (members, distinct, owner) in enumerate(group_owners(order, layer.num_key_value_heads, groups)):
         grams = moments.query[torch.tensor(members)]
-        own = _block(moments.key, distinct, layer.head_dim)
+        own = moments.key[g]
         if method == "mean":
             found.append(pooled(len(members), len(distinct), layer.head_dim, owner))
         elif layer.rotary is None:
@@ -82,11 +87,6 @@ def solve_values(
             continue
         W = output[torch.tensor(members)]
         grams = W @ W.mT
-        seen = moments.attended[g] if moments.attended is not None else _block(moments.value, distinct, layer.head_dim)
+        seen = moments.value[g] if moments.attended is None else moments.attended[g]
         found.append((low_rank if method == "lowrank" else procrustes)(grams, seen, owner))
     return found
-
-
-def _block(moments: torch.Tensor, heads: list[int], D: int) -> torch.Tensor:
-    index = torch.cat([torch.arange(head * D, (head + 1) * D) for head in heads])
-    return moments[index][:, index]

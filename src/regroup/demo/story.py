@@ -132,7 +132,9 @@ def _figures(result: Score, nbytes: int) -> dict[str, float | int | None]:
 def _table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
-    table = Table("KV heads", "method", "KV cache a token", "nats a token", "over parent", "KL to parent", "same top-1")
+    table = Table()
+    for name in ("KV heads", "method", "KV a token", "nats a token", "over parent", "KL to parent", "same top-1"):
+        table.add_column(name, no_wrap=True)
     last = None
     for row in rows:
         if last not in (None, row["num_key_value_heads"]):
@@ -156,7 +158,7 @@ def plot(value: dict[str, Any], path: Path) -> None:
 
     rows = value["results"]["rows"]
     parent = rows[0]
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     methods = dict.fromkeys(row["method"] for row in rows[1:])
     for method, marker in zip(methods, "osD^vP*", strict=False):
@@ -172,5 +174,5 @@ def plot(value: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("held-out nats a token")
     axes.set_title("Converted, not yet uptrained: what each merge rule costs", fontsize=11)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right center", frameon=False)
     figure.savefig(path, dpi=150)

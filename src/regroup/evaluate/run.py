@@ -127,7 +127,7 @@ def _check_window(config: Any, window: int) -> None:
 
 def load_for_scoring(folder: Path, dtype: str, device: str) -> Any:
     """A checkpoint in evaluation mode on a device."""
-    model: Any = load(folder, dtype=_DTYPES[dtype])
+    model: Any = load(folder, dtype=_DTYPES[dtype], progress=False)
     return model.to(device).eval()
 
 

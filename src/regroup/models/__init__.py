@@ -53,11 +53,11 @@ def grouped_config(config: dict[str, Any], num_key_value_heads: dict[str, int]) 
     return grouped
 
 
-def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load(path: str | Path, *, progress: bool = True, **kwargs: Any) -> PreTrainedModel:
     """Load a checkpoint folder, grouped by regroup or stock, as the class that its config.json names.
 
-    Code in the folder is never run: the classes come from the installed regroup and transformers. ``kwargs`` go to
-    ``from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation``, …).
+    Code in the folder is never run: the classes come from the installed regroup and transformers. ``progress`` shows
+    transformers' bar; ``kwargs`` go to ``from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation``, …).
 
     Raises RegroupError without a config.json, where its architecture is unknown, ``trust_remote_code`` is asked for,
     or the weights do not fit the model.
@@ -84,6 +84,9 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             remedy="correct architectures, or install the release that knows it",
         )
     cls = getattr(modeling_regroup, modeling_regroup.PREFIX + architecture) if "regroup" in config else stock
+    shown = transformers.logging.is_progress_bar_enabled()
+    if not progress:
+        transformers.logging.disable_progress_bar()
     try:
         # Pickles are never read here; ``regroup convert --allow-pickle`` makes safetensors of them.
         return cls.from_pretrained(path, **{"use_safetensors": True, **kwargs})
@@ -91,6 +94,9 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         raise RegroupError(
             "transformers cannot load the checkpoint", file=path, got=str(error).strip()[:800] or type(error).__name__
         ) from error
+    finally:
+        if shown:
+            transformers.logging.enable_progress_bar()
 
 
 def _stock_architecture(config: dict[str, Any], where: str) -> str:
