@@ -37,7 +37,7 @@ def parent(saved: Saved, tmp_path: Path) -> Path:
 class Watching(Listener):
     """Calls something after every piece that is written."""
 
-    def __init__(self, seen: Callable[[int], None]) -> None:
+    def __init__(self, seen: Callable[[int], Any]) -> None:
         self.seen = seen
 
     def writing(self, nbytes: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
@@ -163,10 +163,16 @@ def test_an_interrupt_between_two_writes(
 
 
 def test_an_interrupt_by_a_signal(parent: Path, tmp_path: Path) -> None:
+    # A shell that starts the tests in the background has them ignore Ctrl-C.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = everything(tmp_path)
-    listener = Watching(lambda _: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=2, listener=listener)
+    once = iter([signal.SIGINT])
+    listener = Watching(lambda _: [os.kill(os.getpid(), number) for number in once])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=2, listener=listener)
+    finally:
+        signal.signal(signal.SIGINT, ours)
     assert everything(tmp_path) == before
 
 
@@ -281,6 +287,8 @@ def test_a_run_stopped_from_outside(number: signal.Signals, tmp_path: Path) -> N
         [sys.executable, "-c", SLOW_CONVERSION, str(tmp_path / "parent"), str(tmp_path / "child"), "--kv-heads", "2"],
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests run in the background of a shell, Ctrl-C is ignored, and a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".child*/model.safetensors")):

@@ -7,7 +7,9 @@ import errno
 import fcntl
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -166,8 +168,9 @@ def staged_folder(destination: Path) -> Iterator[Path]:
             ) from error
         _sync_folder(parent)
     except BaseException as error:
-        shutil.rmtree(stage, ignore_errors=True)
-        _remove_empty(made)
+        with _undisturbed():
+            shutil.rmtree(stage, ignore_errors=True)
+            _remove_empty(made)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RegroupError(
                 "the disk became full; nothing was left behind",
@@ -177,6 +180,19 @@ def staged_folder(destination: Path) -> Iterator[Path]:
         raise
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let a second, impatient Ctrl-C wait: half a clean-up is what it would leave behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _remove_stale(parent: Path, prefix: str) -> None:

@@ -13,6 +13,9 @@ import torch
 
 from .sharing import Sharing, pooled
 
+# Rounds end when one improves the agreement of the heads by less than this share: a further round costs as much as any.
+_TOLERANCE = 1e-6
+
 
 def procrustes(grams: torch.Tensor, moments: torch.Tensor, owner: Sequence[int], *, rounds: int = 50) -> Sharing:
     """Align the heads of a group by orthogonal matrices and average them.
@@ -45,7 +48,7 @@ def procrustes(grams: torch.Tensor, moments: torch.Tensor, owner: Sequence[int],
             others[a] = 0
             turns[a] = _nearest_rotation(torch.einsum("dbe,b,bef->df", blocks[a], others, turns))
         now = float(torch.einsum("a,adf,adbe,b,bef->", weights, turns, blocks, weights, turns))
-        if now - last <= 1e-12 * abs(now):
+        if now - last <= _TOLERANCE * abs(now):
             break
         last = now
     reduce = torch.cat([weight * turn.T for weight, turn in zip(weights, turns, strict=True)], dim=1)
