@@ -133,7 +133,7 @@ def _table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table()
-    for name in ("KV heads", "method", "KV/token", "nats/token", "excess", "KL", "same top-1"):
+    for name in ("KV heads", "method", "KV/token", "nats/token", "excess", "KL", "top-1"):
         table.add_column(name, no_wrap=True)
     last = None
     for row in rows:
