@@ -1,6 +1,6 @@
 """Train the demonstration's parent from nothing: a byte-level BPE tokenizer and a small multi-head Llama.
 
-    python recipes/demo_parent.py --output /tmp/parent --steps 200              # a look at it, a few minutes
+    python recipes/demo_parent.py --output parent --steps 200              # a look at it, a few minutes
     python recipes/demo_parent.py --output src/regroup/demo/parent --compiled   # what is shipped, within an hour
 
 The text is Python's standard library (`regroup.demo.corpus`); its held-out files are seen by neither the tokenizer nor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -35,12 +36,12 @@ class HeadWeights:
     @classmethod
     def read(cls, layer: AttentionLayer, read: Read) -> HeadWeights:
         """Gather a layer's heads from its tensors, in float32 or better."""
-        found: dict[str, torch.Tensor | None] = {}
+        found: dict[str, Any] = {}
         for part, projection in layer.projections().items():
             found[part] = _gather(projection.weight, read)
             if part != "output":
                 found[f"{part}_bias"] = _gather(projection.bias, read) if projection.bias else None
-        return cls(**found)  # pyright: ignore[reportArgumentType]
+        return cls(**found)
 
     def tensors(self, layer: AttentionLayer) -> dict[str, torch.Tensor]:
         """The layer's tensors by name; ``layer`` says where they lie for this number of KV heads."""
@@ -91,10 +92,9 @@ def share(
                 new[f"{name}_bias"].append((sharing.reduce @ bias[kv].double().flatten()).unsqueeze(0))
         if weights.query_bias is not None:
             new["query_bias"].append((k.restore.mT @ weights.query_bias[index].double().unsqueeze(-1)).squeeze(-1))
-    made = {name: torch.cat(parts).float() if parts else None for name, parts in new.items()}
-    assert made["query"] is not None
-    assert made["query"].shape[0] == H
-    return HeadWeights(**made)  # pyright: ignore[reportArgumentType]
+    made: dict[str, Any] = {name: torch.cat(parts).float() if parts else None for name, parts in new.items()}
+    assert len(made["query"]) == H
+    return HeadWeights(**made)
 
 
 def _gather(slot: HeadSlot, read: Read) -> torch.Tensor:

@@ -229,8 +229,6 @@ def unsupported_reason(config: Mapping[str, Any]) -> str | None:
         return "its weights are quantised"
     if model_type in ("gpt2", "gpt_bigcode") and config.get("add_cross_attention"):
         return "a decoder of this family with added cross-attention is not described here"
-    if model_type == "opt" and config.get("_remove_final_layer_norm"):
-        return None
     return None
 
 
