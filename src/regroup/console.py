@@ -109,8 +109,7 @@ def show_plan(plan: Plan, layout: Layout) -> None:
             want.num_attention_heads,
             want.parent_num_key_value_heads,
             want.num_key_value_heads,
-            want.key_method,
-            want.value_method,
+            *want.methods,
         )
         rows.setdefault(key, []).append(layer.index)
     for key, indices in rows.items():

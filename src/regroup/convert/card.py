@@ -14,7 +14,9 @@ from ..plan import Plan
 _KEPT = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 
 
-def model_card(parent: str, layout: Layout, plan: Plan, *, stock: bool, parent_card: Path | None) -> str:
+def model_card(
+    parent: str, layout: Layout, plan: Plan, *, stock: bool, parent_card: Path | None, calibrated: bool = False
+) -> str:
     """Markdown with metadata: the parent, what was merged and how, the plan's hash, versions, how to load it.
 
     Args:
@@ -22,6 +24,7 @@ def model_card(parent: str, layout: Layout, plan: Plan, *, stock: bool, parent_c
         layout: of the parent.
         plan: that was carried out.
         stock: whether stock transformers classes load the result.
+        calibrated: whether text was used, of which a record lies beside the card.
         parent_card: the parent's README.md, whose licence and language are kept; None if it has none.
     """
     from huggingface_hub import ModelCardData
@@ -34,13 +37,13 @@ def model_card(parent: str, layout: Layout, plan: Plan, *, stock: bool, parent_c
         **_kept(parent_card),
     )
     counts = Counter(
-        (layer.parent_num_key_value_heads, layer.num_key_value_heads, layer.key_method, layer.value_method)
-        for layer in plan.layers
+        (layer.parent_num_key_value_heads, layer.num_key_value_heads, *layer.methods) for layer in plan.layers
     )
     rows = "\n".join(
         f"| {number} | {before} | {after} | {key} | {value} |" for (before, after, key, value), number in counts.items()
     )
     name = hub_id or Path(parent).resolve().name
+    text = "On calibration text: `regroup_calibration.json`." if calibrated else "From the weights alone."
     load = "" if stock else ", trust_remote_code=True"
     versions = ", ".join(
         f"{package} {importlib.metadata.version(package)}" for package in ("regroup-gqa", "torch", "transformers")
@@ -59,7 +62,7 @@ EMNLP 2023). **Merging alone costs quality; continue training before use.**
 | --- | --- | --- | --- | --- |
 {rows}
 
-- Family: {layout.family}. Plan: `regroup_plan.json`, hash `{plan.digest()}`.
+- Family: {layout.family}. Plan: `regroup_plan.json`, hash `{plan.digest()}`. {text}
 - Written by {versions}.
 - Load with `AutoModel….from_pretrained(path{load})` or `regroup.load(path)`.
 """

@@ -45,6 +45,11 @@ class LayerPlan:
         return tuple(range(self.num_attention_heads)) if self.query_order is None else self.query_order
 
     @property
+    def methods(self) -> tuple[str, str]:
+        """Rules for keys and values, for people to read: none where the layer is copied."""
+        return (self.key_method, self.value_method) if self.changes else ("–", "–")
+
+    @property
     def changes(self) -> bool:
         """False if the layer is copied bit for bit."""
         return self.num_key_value_heads != self.parent_num_key_value_heads or self.order != tuple(
