@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +14,9 @@ import torch
 
 import regroup
 import tiny
-from helpers import layout_of, refused, tensors
+from helpers import layout_of, refused, run, tensors
 from regroup.checkpoint import open_checkpoint
+from regroup.convert import calibrate as calibrate_module
 from regroup.convert import prepare, write
 from regroup.convert.calibrate import Calibrated, Settings, calibrate
 from regroup.convert.heads import HeadWeights, share
@@ -227,3 +230,39 @@ def test_obstacles_are_refused_with_the_reason(saved: Saved, tmp_path: Path) -> 
         assert words in message
         assert "--method auto" in message
     assert not (tmp_path / "child").exists()
+
+
+PARENT = Path(regroup.__path__[0]) / "demo" / "parent"
+
+
+def test_the_command_converts_on_text_and_records_it(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(Path(calibrate_module.__file__).read_text() * 2)
+    options = ("--calibration-tokens", 2048, "--calibration-window", 64, "--calibration-batch", 4)
+    status, _, err = run("convert", PARENT, tmp_path / "child", "--kv-heads", 2, "--calibration", text, *options)
+    assert status == 0, err
+    record = json.loads((tmp_path / "child" / "regroup_calibration.json").read_text())
+    assert record["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert str(tmp_path) not in json.dumps(record)
+    assert [layer["name"] for layer in record["layers"]] == [layer.name for layer in layout_of(PARENT).layers]
+    assert "regroup_calibration.json" in (tmp_path / "child" / "README.md").read_text()
+    inputs = {"input_ids": torch.arange(40).view(1, 40) + 100}
+    by_mean = tmp_path / "mean"
+    regroup.convert_checkpoint(PARENT, by_mean, kv_heads=2, method="mean")
+    expected = logits(PARENT, inputs)
+    assert (logits(tmp_path / "child", inputs) - expected).norm() < (logits(by_mean, inputs) - expected).norm()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_calibration_that_cannot_be(tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("x = 1\n" * 40)
+    cases = [
+        (("--calibration", tmp_path / "absent.txt"), "cannot be read"),
+        (("--calibration", short), "less text than one window"),
+        (("--calibration", short, "--calibration-window", 64), "too little calibration text"),
+        (("--calibration", short, "--repair", "magic"), "the repair is not known"),
+    ]
+    for options, words in cases:
+        assert words in refused("convert", PARENT, tmp_path / "child", "--kv-heads", 2, *options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["short.txt"]
