@@ -21,7 +21,8 @@ from rich.table import Table
 from regroup.convert.text import CalibrationText
 from regroup.data import read_texts, token_windows
 from regroup.evaluate import causal_batches, score
-from regroup.evaluate.run import load_for_scoring, load_tokenizer
+from regroup.evaluate.run import load_for_scoring
+from regroup.models import load_tokenizer
 from regroup.pipeline import convert_checkpoint, open_layout
 from regroup.plan import make_plan
 from regroup.record import record, write_record

@@ -87,19 +87,13 @@ class Solver:
         self._lock = threading.Lock()
         self._made: dict[str, torch.Tensor] = {}
 
-    def changes(self, child: AttentionLayer, tensors: Mapping[str, TensorInfo]) -> dict[str, Change]:
-        """A change for each projection's tensor."""
-        made: dict[str, Change] = {}
-        for projection in child.projections().values():
-            for slot in (projection.weight, projection.bias):
-                if slot is not None:
-                    shape = list(tensors[slot.tensor].shape)
-                    if child.packing == "separate" or projection is child.output:
-                        shape[slot.axis] = slot.heads * slot.size
-                    else:
-                        shape[slot.axis] = (child.num_attention_heads + 2 * child.num_key_value_heads) * child.head_dim
-                    made[slot.tensor] = Solved(tuple(shape), tensors[slot.tensor].dtype, self)
-        return made
+    def changes(self, moved: Mapping[str, Change], tensors: Mapping[str, TensorInfo]) -> dict[str, Change]:
+        """A change for each projection's tensor, of the shape that moving its heads would give it."""
+        slots = [slot for p in self.layer.projections().values() for slot in (p.weight, p.bias) if slot is not None]
+        return {
+            slot.tensor: Solved(moved.get(slot.tensor, tensors[slot.tensor]).shape, tensors[slot.tensor].dtype, self)
+            for slot in slots
+        }
 
     def take(self, name: str, read: Read) -> torch.Tensor:
         """One solved tensor, in float32; solving happens when the first is asked for."""
@@ -193,7 +187,7 @@ def rewrites(
             dropped |= set(old.tensors()) - set(new.tensors())
     made: dict[str, Change] = {name: _rewrite(name, parts, tensors) for name, parts in moves.items()}
     if solver is not None:
-        made |= solver.changes(child, tensors)
+        made |= solver.changes(made, tensors)
     return made, dropped
 
 

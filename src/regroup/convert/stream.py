@@ -7,6 +7,7 @@ Two workers share one queue of such pieces, so reading, merging and writing over
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -290,14 +291,7 @@ def _index(index: dict[str, object], ahead: Preview) -> dict[str, object]:
     metadata = dict(old) if isinstance(old, dict) else {}
     metadata["total_size"] = ahead.bytes_after
     if "total_parameters" in metadata:
-        counts = (_numel(shape) for names in ahead.shards.values() for _, shape in names.values())
+        counts = (math.prod(shape) for names in ahead.shards.values() for _, shape in names.values())
         metadata["total_parameters"] = sum(counts)
     weight_map = {name: file for file, names in ahead.shards.items() for name in names}
     return {**index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total

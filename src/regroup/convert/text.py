@@ -12,6 +12,7 @@ import torch
 
 from ..data import causal_batches, pair_batches, read_pairs, read_texts, token_windows
 from ..errors import RegroupError
+from ..models import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,6 @@ def calibration_batches(text: CalibrationText, folder: Path, config: dict[str, A
     Raises:
         RegroupError: no tokenizer, unreadable text, or too little for one batch to fit and one to hold out.
     """
-    from ..evaluate.run import load_tokenizer
-
     tokenizer = load_tokenizer(folder)
     if config.get("is_encoder_decoder") or "decoder_start_token_id" in config:
         pairs = list(islice(read_pairs(text.path), max(1, text.tokens // 16)))

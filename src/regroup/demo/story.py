@@ -12,8 +12,9 @@ from typing import Any
 from ..console import count_progress, human_bytes, out
 from ..data import token_windows
 from ..evaluate import Score, causal_batches, score
-from ..evaluate.run import load_for_scoring, load_tokenizer
+from ..evaluate.run import load_for_scoring
 from ..inspection import summarize
+from ..models import load_tokenizer
 from ..pipeline import CalibrationText, convert_checkpoint
 from ..record import record, write_record
 from .corpus import held_out_text, training_text

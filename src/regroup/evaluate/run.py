@@ -13,7 +13,7 @@ from ..checkpoint import fetch
 from ..data import causal_batches, pair_batches, read_pairs, read_texts, token_windows
 from ..devices import device_named
 from ..errors import RegroupError
-from ..models import load
+from ..models import load, load_tokenizer
 from ..record import record
 from .score import score
 
@@ -129,22 +129,3 @@ def load_for_scoring(folder: Path, dtype: str, device: str) -> Any:
     """A checkpoint in evaluation mode on a device."""
     model: Any = load(folder, dtype=_DTYPES[dtype], progress=False)
     return model.to(device).eval()
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder.
-
-    Raises:
-        RegroupError: there is none, or it needs something that is not installed.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
-        raise RegroupError(
-            "the checkpoint has no tokenizer that can be loaded",
-            file=folder,
-            got=str(error).strip().splitlines()[0][:200],
-            remedy="copy the tokenizer's files into the folder",
-        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -73,7 +74,7 @@ def detect(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None =
         native_kv_heads=family.native,
         encoder_layers=_natural(config, (family.encoder_layers,)) if family.encoder_layers else 0,
         tied_embeddings=bool(config.get("tie_word_embeddings", family.cross is not None)),
-        parameters=sum(_count(info.shape) for info in tensors.values()) if tensors else None,
+        parameters=sum(math.prod(info.shape) for info in tensors.values()) if tensors else None,
         initializer_std=initializer_std(config, reader.hidden),
     )
 
@@ -347,10 +348,3 @@ def _natural(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
                 )
             return value
     raise RegroupError("the config lacks a number that is needed", file="config.json", expected=" or ".join(keys))
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total

@@ -139,14 +139,11 @@ class AttentionLayer:
         H, D = self.num_attention_heads, self.head_dim
 
         def narrow(projection: Projection, slot: HeadSlot) -> Projection:
-            def other(old: HeadSlot | None) -> HeadSlot | None:
-                return None if old is None else replace(old, heads=heads)
-
             return Projection(
                 slot,
                 # A fused bias is packed as its weight is, along its only axis.
                 replace(slot, tensor=projection.bias.tensor, axis=0) if projection.bias else None,
-                tuple(s for s in map(other, projection.extras) if s is not None),
+                tuple(replace(extra, heads=heads) for extra in projection.extras),
             )
 
         if self.packing == "separate":

@@ -14,7 +14,7 @@ from ..errors import RegroupError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["MODELING_FILE", "grouped_config", "load"]
+__all__ = ["MODELING_FILE", "grouped_config", "load", "load_tokenizer"]
 
 MODELING_FILE = Path(__file__).with_name("modeling_regroup.py")
 
@@ -97,6 +97,25 @@ def load(path: str | Path, *, progress: bool = True, **kwargs: Any) -> PreTraine
     finally:
         if shown:
             transformers.logging.enable_progress_bar()
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        RegroupError: there is none, or it needs something that is not installed.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        raise RegroupError(
+            "the checkpoint has no tokenizer that can be loaded",
+            file=folder,
+            got=str(error).strip().splitlines()[0][:200],
+            remedy="copy the tokenizer's files into the folder",
+        ) from error
 
 
 def _stock_architecture(config: dict[str, Any], where: str) -> str:
