@@ -89,7 +89,7 @@ def test_commands_exist(page: Path) -> None:
     [
         "```\nregroup shrink parent\n```",
         "```\n$ regroup convert parent child --heads 2\n```",
-        "```\nregroup inspect parent -o x\n```",
+        "```\nregroup inspect parent -z x\n```",
         "```\n.venv/bin/regroup plan parent \\\n  --to 2\n```",
         "Use `regroup evaluate child --parent x`.",
         "Pass `--no-such-option`.",

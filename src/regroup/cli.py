@@ -69,7 +69,27 @@ Method = Annotated[
 TensorParallel = Annotated[
     int | None, typer.Option(help="Devices that will share a layer; checked against the KV heads.")
 ]
-Seed = Annotated[int | None, typer.Option(help="Of the random method.")]
+Grouping = Annotated[
+    str | None,
+    typer.Option(
+        help="contiguous: neighbours share a head; search: heads that belong together (the default with auto)."
+    ),
+]
+Seed = Annotated[int | None, typer.Option(help="Of the random method and of the search.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="Text, JSON lines, a data set (hf:name), or pairs to convert on: slower, and far better."),
+]
+CalibrationTokens = Annotated[int, typer.Option(min=1, help="Tokens of it at most.")]
+CalibrationWindow = Annotated[int, typer.Option(min=2, help="Tokens a window of it.")]
+CalibrationBatch = Annotated[int, typer.Option(min=1, help="Windows or pairs of it at a time.")]
+DocumentStarts = Annotated[
+    bool, typer.Option("--document-starts", help="Begin windows where documents begin, instead of joining documents.")
+]
+Repair = Annotated[
+    str, typer.Option(help="With calibration: none, output (solve output projections again) or distill.")
+]
+Device = Annotated[str | None, typer.Option(help="Where calibration runs; a GPU where there is one.")]
 
 
 @app.command()
@@ -81,23 +101,36 @@ def inspect(
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
     encoder_context: Annotated[int | None, typer.Option(min=1, help="Tokens that cross-attention keeps.")] = None,
+    similarity: Annotated[
+        bool, typer.Option("--similarity", help="Also read the weights, and show how alike KV heads are.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the plots of --similarity.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print plain data; bytes throughout.")] = False,
     revision: Revision = None,
 ) -> None:
     """Say where the heads are and what the KV cache costs, from headers alone."""
     from .inspection import summarize
 
+    if output is not None and not similarity:
+        raise RegroupError("a folder for plots was given, and nothing to plot", remedy="add --similarity")
     summary = summarize(source, revision=revision)
     chosen = _numbers(kv_heads) if kv_heads is not None else _default_groups(summary.layers)
+    plots = Path("regroup-similarity") if output is None and not json else output
+    compared = _compare(source, summary, plots, revision) if similarity else None
     if json:
         import json as library
 
         facts = summary.to_json(chosen, context=context, batch=batch, encoder_context=encoder_context)
+        if compared is not None:
+            facts["similarity"] = [layer.to_json() for layer in compared]
         typer.echo(library.dumps(facts, indent=2))
         return
-    from .console import show_summary
+    from .console import err, show_similarity, show_summary
 
     show_summary(summary, chosen, context=context, batch=batch, encoder_context=encoder_context)
+    if compared is not None:
+        show_similarity(compared, len(summary.layers) - len(compared))
+        err.print(f"wrote {plots}/overview.png and a plot of each layer beside it")
 
 
 @app.command()
@@ -105,7 +138,19 @@ def plan(
     source: Source,
     kv_heads: KVHeads = None,
     layers: Layers = None,
+    kv_budget: Annotated[
+        str | None,
+        typer.Option("--kv-budget", help="What the KV cache may take, such as 25% or 64KiB a token; G by layer then."),
+    ] = None,
     method: Method = None,
+    grouping: Grouping = None,
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = 65_536,
+    calibration_window: CalibrationWindow = 512,
+    calibration_batch: CalibrationBatch = 4,
+    document_starts: DocumentStarts = False,
+    repair: Repair = "output",
+    device: Device = None,
     tensor_parallel: TensorParallel = None,
     seed: Seed = None,
     output: Annotated[
@@ -114,19 +159,29 @@ def plan(
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Write down what a conversion should do, as JSON that you can edit."""
-    from .console import err, show_plan
-    from .pipeline import choose_plan, open_layout
+    """Write down what a conversion should do, as JSON that you can edit; with --kv-budget, find G for each layer."""
+    from .console import Told, err, show_plan
+    from .pipeline import CalibrationText, plan_checkpoint
 
-    layout = open_layout(source, revision=revision, allow_pickle=allow_pickle)
-    made = choose_plan(
-        layout,
-        None,
+    _check_repair(repair)
+    text = None
+    if calibration is not None:
+        text = CalibrationText(calibration, calibration_tokens, calibration_window, calibration_batch, document_starts)
+    made, layout = plan_checkpoint(
+        source,
         kv_heads=kv_heads,
         layers=layers,
+        kv_budget=kv_budget,
         method=method,
+        grouping=grouping,
         tensor_parallel=tensor_parallel,
         seed=seed,
+        calibration=text,
+        repair=repair,
+        device=device,
+        revision=revision,
+        allow_pickle=allow_pickle,
+        listener=Told(),
     )
     show_plan(made, layout)
     if output is None:
@@ -145,17 +200,14 @@ def convert(
     layers: Layers = None,
     plan: Annotated[Path | None, typer.Option("--plan", help="A plan instead of these options.")] = None,
     method: Method = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="Text, JSON lines, or pairs to convert on: slower, and far better."),
-    ] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it at most.")] = 65_536,
-    calibration_window: Annotated[int, typer.Option(min=2, help="Tokens a window of it.")] = 512,
-    calibration_batch: Annotated[int, typer.Option(min=1, help="Windows or pairs of it at a time.")] = 4,
-    repair: Annotated[
-        str, typer.Option(help="With calibration: none, output (solve output projections again) or distill.")
-    ] = "output",
-    device: Annotated[str | None, typer.Option(help="Where calibration runs; a GPU where there is one.")] = None,
+    grouping: Grouping = None,
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = 65_536,
+    calibration_window: CalibrationWindow = 512,
+    calibration_batch: CalibrationBatch = 4,
+    document_starts: DocumentStarts = False,
+    repair: Repair = "output",
+    device: Device = None,
     tensor_parallel: TensorParallel = None,
     seed: Seed = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
@@ -167,17 +219,17 @@ def convert(
     from .console import Told, err, human_bytes
     from .pipeline import CalibrationText, convert_checkpoint
 
-    if repair not in REPAIRS:
-        raise RegroupError("the repair is not known", expected=", ".join(REPAIRS), got=repair)
+    _check_repair(repair)
     text = None
     if calibration is not None:
-        text = CalibrationText(calibration, calibration_tokens, calibration_window, calibration_batch)
+        text = CalibrationText(calibration, calibration_tokens, calibration_window, calibration_batch, document_starts)
     done = convert_checkpoint(
         source,
         destination,
         kv_heads=kv_heads,
         layers=layers,
         method=method,
+        grouping=grouping,
         tensor_parallel=tensor_parallel,
         seed=seed,
         plan=plan,
@@ -245,6 +297,105 @@ def evaluate(
 
 
 @app.command()
+def uptrain(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A converted checkpoint or a hub id.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text, JSON lines, parquet, pairs, a folder of those, or hf:NAME. May be given again."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder of the run: model/ (the result), checkpoint-N/, logs/, record.json, curve.png.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A YAML file with any of the settings; options given here win.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Share of the parent's pre-training tokens; the paper: 0.05.")
+    ] = None,
+    pretraining_tokens: Annotated[
+        str | None, typer.Option(help="Of the parent, such as 2T, where it is not a known one.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="Instead of a share: tokens, such as 300M.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of a share: optimizer steps.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="The parent, to distil from: a folder or a hub id.")] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="logit, local (layer by layer), or local,logit: one after the other.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of both softmaxes in the KL.")] = None,
+    distill_weight: Annotated[
+        float | None, typer.Option(min=0, max=1, help="1: KL alone; 0: cross-entropy alone.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Tell only the teacher's k largest logits apart.")] = None,
+    teacher_cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps those logits, for later runs on the same data.")
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="causal, span-corruption, pairs, or auto: as the family was trained.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(min=2, help="Tokens a sequence. [default: 512]")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences a step, over all processes. [default: 8]")
+    ] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a process at once.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The highest; the family's by default.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, adafactor or auto.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="cosine, constant-decay, constant, inverse-sqrt or auto.")
+    ] = None,
+    warmup: Annotated[float | None, typer.Option(min=0, max=1, help="Share of the steps. [default: 0.05]")] = None,
+    original_steps: Annotated[
+        int | None, typer.Option(min=1, help="Of the parent's pre-training, which inverse-sqrt continues.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of shuffling, noise and dropout. [default: 0]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the computation: float32, bfloat16 or float16.")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    ] = None,
+    compile: Annotated[bool | None, typer.Option("--compile", help="Use torch.compile.")] = None,
+    fsdp: Annotated[bool | None, typer.Option("--fsdp", help="Shard the student over the processes (FSDP2).")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Threads that tokenise ahead.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="Text or pairs to evaluate on, now and then.")] = None,
+    held_out_windows: Annotated[int | None, typer.Option(min=1, help="How many of it. [default: 32]")] = None,
+    eval_every: Annotated[int | None, typer.Option(min=1, help="Steps. [default: a tenth of the run]")] = None,
+    save_every: Annotated[int | None, typer.Option(min=1, help="Steps. [default: a tenth of the run]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; GPUs where there are some.")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume/--no-resume", help="Go on with the run in the output folder. [default: on]")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
+) -> None:
+    """Bring a converted checkpoint back: train it for a share α of the original compute, or distil its parent."""
+    given = {name: value for name, value in locals().items() if name not in ("recipe", "dry_run")}
+    from .uptrain.processes import AgreedError, leave, rank
+
+    try:
+        from .uptrain.recipe import Recipe
+        from .uptrain.run import uptrain as run
+        from .uptrain.watch import Shown
+
+        given["stages"] = tuple(stages.split(",")) if stages else None
+        done = run(Recipe.load(recipe, **given), listener=Shown(), dry_run=dry_run)
+    except AgreedError as error:
+        if error.speaker:
+            raise
+        raise typer.Exit(2) from error
+    finally:
+        leave()
+    if rank() == 0:
+        from .console import err
+
+        if done.model is None:
+            err.print("dry run: nothing was written")
+        else:
+            err.print(f"wrote {done.model}, and {done.recipe.output}/record.json and curve.png")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints, record and plot.")] = Path(
         "demo-output"
@@ -255,6 +406,38 @@ def demo(
     from .demo.story import tell
 
     tell(output, windows=windows)
+
+
+def _compare(source: str, summary: Any, plots: Path | None, revision: str | None) -> Any:
+    """How alike KV heads are (see ``convert.similarity``); plots go into a folder unless that is None."""
+    from .console import count_progress
+    from .convert.similarity import compare_heads
+    from .pipeline import open_source
+    from .plots import check_folder, draw_similarity
+
+    if summary.format != "safetensors":
+        raise RegroupError(
+            "KV heads can be compared only where there are weights",
+            file=source,
+            expected="a checkpoint folder with safetensors files, or a hub id",
+            got="a GGUF file" if summary.format == "gguf" else "a config without weights",
+            remedy="give the folder that holds the weights, or leave --similarity out",
+        )
+    if plots is not None:
+        check_folder(plots)
+    with (
+        open_source(source, revision=revision) as opened,
+        count_progress("comparing heads, layers", len(opened.layout.layers)) as progress,
+    ):
+        found = compare_heads(opened.checkpoint, opened.layout, progress=progress)
+    if plots is not None:
+        draw_similarity(found, plots)
+    return found
+
+
+def _check_repair(repair: str) -> None:
+    if repair not in REPAIRS:
+        raise RegroupError("the repair is not known", expected=", ".join(REPAIRS), got=repair)
 
 
 def _numbers(text: str) -> list[int]:

@@ -27,6 +27,7 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from .convert.calibrate import Calibrated
+    from .convert.similarity import LayerSimilarity
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -99,9 +100,52 @@ def show_summary(
     out.print(cache)
 
 
+def show_similarity(layers: Sequence[LayerSimilarity], left_out: int) -> None:
+    """How alike the KV heads of each layer are, and what is not compared and why.
+
+    Args:
+        layers: compared.
+        left_out: how many layers were not, for want of a second KV head.
+    """
+    groups = sorted({g for layer in layers if layer.overall for g in layer.overall.contiguous}, reverse=True)
+    table = Table(
+        "layer", "keys", "values", "both", "most alike", "lose", title="share of energy lost by sharing a head"
+    )
+    for g in groups:
+        table.add_column(f"to {g}")
+    notes: dict[str, list[str]] = {}
+    for layer in layers:
+        label = f"{layer.index} {layer.kind}"
+        for what, obstacle in (("keys", layer.key_obstacle), ("values", layer.value_obstacle)):
+            if obstacle is not None:
+                notes.setdefault(f"{what} are not compared: {obstacle}", []).append(label)
+        medians = ["–" if part is None else _share(part.median) for part in (layer.key, layer.value, layer.both)]
+        best, shares = ["–", "–"], {}
+        if layer.overall is not None:
+            shares = layer.overall.contiguous
+            best = ["{}, {}".format(*layer.overall.most_alike), _share(layer.overall.least)]
+        table.add_row(label, *medians, *best, *(_share(shares[g]) if g in shares else "–" for g in groups))
+    out.print(table)
+    out.print(
+        "keys, values, both (their mean): what the median pair of KV heads loses; 50% is the most.\n"
+        "to G: what groups of neighbouring heads lose together.\n"
+        "From the weights alone, for maps that queries and outputs absorb. Energy is not loss: regroup evaluate tells."
+    )
+    for note, labels in notes.items():
+        where = "every layer" if len(labels) == len(layers) else ", ".join(labels)
+        out.print(f"[yellow]note:[/yellow] {note} ({where}); what follows in the row is of the other alone")
+    if left_out:
+        out.print(f"[yellow]note:[/yellow] layers left out, for they have one KV head: {left_out}")
+
+
+def _share(share: float) -> str:
+    """Percent, with two digits that count."""
+    return f"{share:.1%}" if share < 0.0995 else f"{share:.0%}"
+
+
 def show_plan(plan: Plan, layout: Layout) -> None:
     """A plan, like layers in one row."""
-    table = Table("layers", "attention", "heads", "KV heads", "to", "keys by", "values by", title="plan")
+    table = Table("layers", "attention", "heads", "KV heads", "to", "keys by", "values by", "heads stand", title="plan")
     rows: dict[tuple[object, ...], list[int]] = {}
     for layer, want in zip(layout.layers, plan.layers, strict=True):
         key = (
@@ -110,11 +154,23 @@ def show_plan(plan: Plan, layout: Layout) -> None:
             want.parent_num_key_value_heads,
             want.num_key_value_heads,
             *want.methods,
+            ("searched" if want.query_order else "as they are") if want.changes else "–",
         )
         rows.setdefault(key, []).append(layer.index)
     for key, indices in rows.items():
         table.add_row(_ranges(indices), *map(str, key))
     err.print(table)
+    if plan.kv_budget is not None:
+        if plan.predicted_kl is None:
+            err.print(
+                f"KV budget {plan.kv_budget}: divided by the energy that the weights lose, which does not say what the "
+                "loss will be; --calibration measures it"
+            )
+        else:
+            err.print(
+                f"KV budget {plan.kv_budget}: expect about {plan.predicted_kl:.3f} nats a token of KL divergence from "
+                "the parent, the sum of the layers' own; compare: regroup evaluate --teacher"
+            )
     if plan.tensor_parallel > 1:
         for count, number in Counter(layer.num_key_value_heads for layer in plan.layers).items():
             if count < plan.tensor_parallel:
@@ -151,6 +207,9 @@ class Told(Listener):
         show_preview(ahead)
         if source.ignores_code:
             err.print("[yellow]note:[/yellow] the source asks for code of its own; it is neither run nor copied")
+
+    def searching(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        return count_progress("comparing heads, layers", layers)
 
     def calibrating(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         return count_progress("calibrating, layers", layers)

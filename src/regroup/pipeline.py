@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +16,15 @@ from .convert import Conversion, Preview, prepare, write
 from .convert.text import CalibrationText, calibration_batches
 from .errors import RegroupError
 from .layout import Layout, detect
-from .plan import Plan, make_plan
+from .plan import Plan, allocate, layer_units, make_plan, parse_budget, token_bytes
 
 if TYPE_CHECKING:
     import torch
 
-    from .convert.calibrate import Calibrated, Settings
+    from .convert.attention import Settings
+    from .convert.calibrate import Calibrated
+
+GROUPINGS = ("contiguous", "search")
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,10 @@ class Listener:
     def planned(self, source: Source, plan: Plan, ahead: Preview) -> None:
         """Everything is checked and nothing is written yet."""
 
+    def searching(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        """Something to call with 1 after each attention layer whose heads were grouped, or guessed about."""
+        return contextlib.nullcontext(lambda count: None)
+
     def calibrating(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         """Something to call with 1 after each decoder layer."""
         return contextlib.nullcontext(lambda count: None)
@@ -101,6 +108,7 @@ def convert_checkpoint(
     kv_heads: int | None = None,
     layers: str | None = None,
     method: str | None = None,
+    grouping: str | None = None,
     tensor_parallel: int | None = None,
     seed: int | None = None,
     plan: Plan | str | Path | None = None,
@@ -120,6 +128,8 @@ def convert_checkpoint(
         destination: a folder that does not exist yet; it appears when it is complete.
         kv_heads, layers, method, tensor_parallel, seed: what is wanted (see ``make_plan``; the method is ``"auto"`` by
             default), unless
+        grouping: ``"contiguous"`` or ``"search"`` for heads that belong together; by default the search with the method
+            ``"auto"``, neighbours with any other.
         plan: says it: a Plan, or the path of one.
         calibration: text to convert on; without it only the weights are looked at.
         repair: with calibration, ``"none"``, ``"output"`` or ``"distill"`` (see ``convert.calibrate.Settings``).
@@ -154,13 +164,15 @@ def convert_checkpoint(
             tensor_parallel=tensor_parallel,
             seed=seed,
         )
+        search = searches(grouping, method, plan)
+        if search:
+            # Text groups heads better than weights do, where layers may be grouped one at a time.
+            chosen = _grouped(opened, chosen, told, shared_only=calibration is not None)
         ready = prepare(checkpoint, layout, chosen, parent=opened.name)
         told.planned(opened, chosen, ready.preview)
         check_destination(target, opened.folder, ready.nbytes)
         if calibration is not None:
-            from .convert.calibrate import Settings
-
-            settings = Settings(choose=plan is None and method in (None, "auto"), repair=repair)
+            settings = _settings(chosen, repair, choose=plan is None and method in (None, "auto"), search=search)
             batches = calibration_batches(calibration, checkpoint.folder, checkpoint.config)
             if not dry_run:
                 count = stack.enter_context(told.calibrating(layout.layers[-1].index + 1))
@@ -176,6 +188,148 @@ def convert_checkpoint(
             return Conversion(None, ready.preview, ready.plan.digest(), 0.0)
         progress = stack.enter_context(told.writing(ready.preview.bytes_after))
         return write(ready, target, workers=workers, progress=progress)
+
+
+def plan_checkpoint(
+    source: str | Path,
+    *,
+    kv_heads: int | None = None,
+    layers: str | None = None,
+    kv_budget: str | None = None,
+    method: str | None = None,
+    grouping: str | None = None,
+    tensor_parallel: int | None = None,
+    seed: int | None = None,
+    calibration: CalibrationText | None = None,
+    repair: str = "output",
+    device: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    listener: Listener | None = None,
+) -> tuple[Plan, Layout]:
+    """Plan a conversion, with a number of KV heads for each layer that keeps the most of the model in a given cache.
+
+    Args:
+        kv_budget: what the KV cache may take, such as ``"25%"`` of the parent's (see ``plan.parse_budget``); in place
+            of ``kv_heads`` and ``layers``.
+        grouping: see ``convert_checkpoint``; without a budget ``"contiguous"`` unless given.
+        calibration: with a budget, text on which each layer is converted to each G, to see what that costs. Without
+            it the weights' residual energies have to do.
+        source, kv_heads, layers, method, tensor_parallel, seed, repair, device, revision, allow_pickle, listener: see
+            ``convert_checkpoint``.
+
+    Returns:
+        The plan and the layout that it is for. With calibration the plan holds the KL divergence to be expected.
+
+    Raises:
+        RegroupError: as ``convert_checkpoint``; a budget that cannot be read or met.
+    """
+    told = listener or Listener()
+    wanted = {"method": method, "tensor_parallel": tensor_parallel, "seed": seed}
+    if kv_budget is None:
+        if calibration is not None:
+            raise RegroupError(
+                "calibration text was given, and no KV budget to divide by it",
+                remedy="pass --kv-budget, or give the text to `regroup convert`",
+            )
+        if grouping != "search":
+            searches(grouping, method, None)
+            layout = open_layout(str(source), revision=revision, allow_pickle=allow_pickle)
+            return choose_plan(layout, None, kv_heads=kv_heads, layers=layers, **wanted), layout
+    elif kv_heads is not None or layers is not None:
+        raise RegroupError("a KV budget and numbers of KV heads were both given", remedy="give one of them")
+    with open_source(str(source), revision=revision, allow_pickle=allow_pickle) as opened:
+        layout = opened.layout
+        if kv_budget is None:
+            plan = choose_plan(layout, None, kv_heads=kv_heads, layers=layers, **wanted)
+            return _grouped(opened, plan, told), layout
+        search = searches(grouping, method, None)
+        # The parent itself, of which layers are then narrowed.
+        start = choose_plan(layout, None, kv_heads=None, layers={}, **wanted)
+        units = [layer_units(layer, tensor_parallel=start.tensor_parallel) for layer in layout.layers]
+        full = sum(token_bytes(layer, layer.num_key_value_heads) for layer in layout.layers)
+        budget = parse_budget(kv_budget, full)
+        # Told before anything is measured: a budget that cannot be met.
+        allocate([dict.fromkeys(unit, 0.0) for unit in units], units, budget, full=full)
+        choices = {layer.name: sorted(unit) for layer, unit in zip(layout.layers, units, strict=True)}
+        if calibration is None:
+            plan = _divided_by_weights(opened, start, units, budget, full, told)
+            plan = _grouped(opened, plan, told) if search else plan
+        else:
+            from .convert.sensitivity import measure
+            from .devices import device_named
+
+            settings = _settings(start, repair, choose=method in (None, "auto"), search=search)
+            batches = calibration_batches(calibration, opened.checkpoint.folder, opened.checkpoint.config)
+            with told.calibrating(layout.layers[-1].index + 1) as count:
+                found = measure(
+                    opened.checkpoint,
+                    layout,
+                    start,
+                    choices,
+                    batches,
+                    settings,
+                    device=device_named(device),
+                    progress=count,
+                )
+            costs = [{heads: one.kl for heads, one in found[layer.name].items()} for layer in layout.layers]
+            heads = allocate(costs, units, budget, full=full)
+            picked = [found[layer.name][number] for layer, number in zip(layout.layers, heads, strict=True)]
+            plan = replace(
+                start,
+                layers=tuple(replace(one.want, predicted_kl=one.kl) for one in picked),
+                predicted_kl=sum(one.kl for one in picked),
+            )
+    plan = replace(plan, kv_budget=kv_budget)
+    plan.check(layout)
+    return plan, layout
+
+
+def searches(grouping: str | None, method: str | None, plan: Plan | str | Path | None) -> bool:
+    """Whether heads that belong together are searched for.
+
+    Raises:
+        RegroupError: not a way to group heads, or one beside a plan.
+    """
+    if grouping not in (None, *GROUPINGS):
+        raise RegroupError("the grouping is not known", expected=" or ".join(GROUPINGS), got=grouping)
+    if plan is not None and grouping is not None:
+        raise RegroupError(
+            "a plan and a grouping were both given", remedy="the plan's query_order says how heads stand"
+        )
+    return plan is None and (method in (None, "auto") if grouping is None else grouping == "search")
+
+
+def _grouped(opened: Source, plan: Plan, told: Listener, *, shared_only: bool = False) -> Plan:
+    """The plan with heads grouped by the weights."""
+    from .convert.grouping import search_plan
+
+    with told.searching(len(plan.layers)) as count:
+        return search_plan(opened.checkpoint, opened.layout, plan, shared_only=shared_only, progress=count)
+
+
+def _divided_by_weights(
+    opened: Source, plan: Plan, units: list[dict[int, int]], budget: int, full: int, told: Listener
+) -> Plan:
+    """A budget divided by the energy that each layer would lose."""
+    from .convert.sensitivity import guess
+
+    with told.searching(len(plan.layers)) as count:
+        guessed = guess(opened.checkpoint, opened.layout, progress=count)
+    costs = []
+    for want, unit in zip(plan.layers, units, strict=True):
+        own = want.parent_num_key_value_heads
+        known = {own: 0.0, **guessed.get(want.name, {})}
+        costs.append({heads: known[heads] for heads in unit if heads in known})
+    heads = allocate(costs, units, budget, full=full)
+    changed = (replace(want, num_key_value_heads=g) for want, g in zip(plan.layers, heads, strict=True))
+    return replace(plan, layers=tuple(changed))
+
+
+def _settings(plan: Plan, repair: str, *, choose: bool, search: bool) -> Settings:
+    from .convert.attention import Settings
+
+    return Settings(choose=choose, repair=repair, search=search, seed=plan.seed)
 
 
 @contextlib.contextmanager
@@ -218,7 +372,7 @@ def choose_plan(
     plan: Plan | str | Path | None,
     *,
     kv_heads: int | None,
-    layers: str | None,
+    layers: str | Mapping[str, int] | None,
     method: str | None,
     tensor_parallel: int | None,
     seed: int | None,

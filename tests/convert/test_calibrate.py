@@ -18,10 +18,12 @@ from helpers import layout_of, refused, run, tensors
 from regroup.checkpoint import open_checkpoint
 from regroup.convert import calibrate as calibrate_module
 from regroup.convert import prepare, write
-from regroup.convert.calibrate import Calibrated, Settings, calibrate
+from regroup.convert.attention import Settings
+from regroup.convert.calibrate import Calibrated, calibrate
 from regroup.convert.heads import HeadWeights, share
 from regroup.convert.layers import LayerStream
-from regroup.convert.solve import solve_keys, solve_values, weight_moments
+from regroup.convert.moments import weight_moments
+from regroup.convert.solve import solve_keys, solve_values
 from regroup.plan import Plan, make_plan
 
 Saved = Callable[[str], Path]
@@ -83,7 +85,9 @@ def test_layers_run_as_the_model_runs_them(name: str, saved: Saved) -> None:
         hidden = stream.hidden[batch]
         for index in range(len(stream)):
             before = hidden
-            hidden = stream.layer(index).forward(batch, hidden)
+            fused = stream.layer(index).forward(batch, hidden)
+            hidden = stream.layer(index).forward(batch, hidden, weights=True)
+            torch.testing.assert_close(fused, hidden, rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(hidden, expected[index], rtol=1e-5, atol=1e-5)
             assert not torch.allclose(before, hidden, atol=1e-3)
 

@@ -310,3 +310,67 @@ def test_further_grouping_of_mixed_layers(saved: Saved, tmp_path: Path) -> None:
     assert counts(make_plan(layout, layers="1:3")) == [3, 3, 2]
     with pytest.raises(RegroupError, match=r"more KV heads[\s\S]*layers\.2"):
         make_plan(layout, 3)
+
+
+def test_plans_without_predictions_are_what_they_were(tmp_path: Path) -> None:
+    """The digest of a plan written before there were predictions, with every field of then."""
+    plan = Plan(
+        *("bart", "0123456789abcdef"),
+        (
+            LayerPlan("a.self", 6, 6, 3, "first", "random", (5, 4, 3, 2, 1, 0)),
+            LayerPlan("a.cross", 6, 6, 1),
+            LayerPlan("b", 6, 3, 3, "lowrank", "procrustes"),
+        ),
+        *(3, 7),
+    )
+    assert plan.digest() == "4501d2d2bedf2729"
+    tree = json.loads(plan.dumps())
+    assert set(tree) == {"format", "family", "fingerprint", "tensor_parallel", "seed", "layers"}
+    assert set(tree["layers"][1]) == {
+        *("name", "num_attention_heads", "parent_num_key_value_heads", "num_key_value_heads"),
+        *("key_method", "value_method", "query_order"),
+    }
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({**tree, "kv_budget": None, "predicted_kl": None}))
+    assert Plan.load(path) == plan  # null and left out are the same
+
+
+def test_predictions_there_and_back(llama: Layout, tmp_path: Path) -> None:
+    plan = make_plan(llama, 2)
+    layers = tuple(replace(x, predicted_kl=kl) for x, kl in zip(plan.layers, (0.1 + 0.2, None, 1e-17), strict=True))
+    full = replace(plan, layers=layers, kv_budget="25%", predicted_kl=0.3)
+    path = tmp_path / "plan.json"
+    path.write_text(full.dumps())
+    assert Plan.load(path) == full
+    Plan.load(path).check(llama)
+    tree = json.loads(full.dumps())
+    assert (tree["kv_budget"], tree["predicted_kl"]) == ("25%", 0.3)
+    assert ["predicted_kl" in layer for layer in tree["layers"]] == [True, False, True]
+    others = [replace(full, kv_budget="50%"), replace(full, predicted_kl=0.2), replace(full, layers=plan.layers)]
+    assert len({plan.digest(), full.digest(), *(other.digest() for other in others)}) == 5
+    tree["predicted_kl"] = 0  # as a person may write it
+    path.write_text(json.dumps(tree))
+    assert Plan.load(path).digest() == replace(full, predicted_kl=0.0).digest()
+
+
+@pytest.mark.parametrize(
+    ("place", "field", "text", "words"),
+    [
+        *(("layer", "predicted_kl", text, "wrong type") for text in ('"0.1"', "true", "[]", "{}")),
+        *(("plan", "predicted_kl", text, "wrong type") for text in ('"0.1"', "false", "[0.1]")),
+        *(("plan", "kv_budget", text, "wrong type") for text in ("25", "0.25", "true", "[]")),
+        *(("layer", "predicted_kl", text, "not a finite") for text in ("NaN", "Infinity", "-Infinity", "1e999")),
+        *(("plan", "predicted_kl", text, "not a finite") for text in ("NaN", "1e999", "1" + "0" * 400)),
+        ("layer", "kv_budget", '"25%"', "does not know"),
+        ("plan", "predicted_kI", "0.1", "does not know"),
+    ],
+)
+def test_predictions_that_cannot_be(
+    place: str, field: str, text: str, words: str, llama: Layout, tmp_path: Path
+) -> None:
+    tree = json.loads(make_plan(llama, 2).dumps())
+    (tree if place == "plan" else tree["layers"][0])[field] = "HERE"
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(tree).replace('"HERE"', text))
+    with pytest.raises(RegroupError, match=rf"{words}[\s\S]*plan\.json"):
+        Plan.load(path)

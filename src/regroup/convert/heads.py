@@ -38,9 +38,9 @@ class HeadWeights:
         """Gather a layer's heads from its tensors, in float32 or better."""
         found: dict[str, Any] = {}
         for part, projection in layer.projections().items():
-            found[part] = _gather(projection.weight, read)
+            found[part] = gather(projection.weight, read)
             if part != "output":
-                found[f"{part}_bias"] = _gather(projection.bias, read) if projection.bias else None
+                found[f"{part}_bias"] = gather(projection.bias, read) if projection.bias else None
         return cls(**found)
 
     def tensors(self, layer: AttentionLayer) -> dict[str, torch.Tensor]:
@@ -50,7 +50,7 @@ class HeadWeights:
             parts.setdefault(projection.weight.tensor, []).append((projection.weight, getattr(self, part)))
             if projection.bias is not None:
                 parts.setdefault(projection.bias.tensor, []).append((projection.bias, getattr(self, f"{part}_bias")))
-        return {name: _scatter(pieces) for name, pieces in parts.items()}
+        return {name: scatter(pieces) for name, pieces in parts.items()}
 
     def reordered(self, order: tuple[int, ...]) -> HeadWeights:
         """Query heads in another order; keys and values stay."""
@@ -97,8 +97,8 @@ def share(
     return HeadWeights(**made)
 
 
-def _gather(slot: HeadSlot, read: Read) -> torch.Tensor:
-    """Heads of a slot, (heads, size, …)."""
+def gather(slot: HeadSlot, read: Read) -> torch.Tensor:
+    """Heads of a slot, (heads, size, …), in float32 or better."""
     tensor = read(slot.tensor)
     index = torch.cat([torch.arange(slot.start(head), slot.start(head) + slot.size) for head in range(slot.heads)])
     rows = tensor.index_select(slot.axis, index).movedim(slot.axis, 0)
@@ -106,7 +106,8 @@ def _gather(slot: HeadSlot, read: Read) -> torch.Tensor:
     return rows.unflatten(0, (slot.heads, slot.size)).to(wide)
 
 
-def _scatter(pieces: list[tuple[HeadSlot, torch.Tensor]]) -> torch.Tensor:
+def scatter(pieces: list[tuple[HeadSlot, torch.Tensor]]) -> torch.Tensor:
+    """The tensor that holds these heads, (heads, size, …) each; the slots together fill it."""
     slot, heads = pieces[0]
     shape = list(heads.shape[2:])
     shape.insert(slot.axis, sum(s.heads * s.size for s, _ in pieces))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import RegroupError
 from ..layout.types import AttentionLayer, Layout
@@ -57,10 +58,12 @@ class DecoderLayer:
         """The attention module that a layout's layer describes."""
         return self.module.get_submodule(self.stream.inside(layer))
 
-    def forward(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states after the layer, (B, T, hidden)."""
+    def forward(self, batch: int, hidden: torch.Tensor, *, weights: bool = False) -> torch.Tensor:
+        """Hidden states after the layer, (B, T, hidden); ``weights`` has attention weights computed on the way."""
+        self._attend_by("eager" if weights or not self.stream.fused else "sdpa")
         args, kwargs = self.stream.arguments(batch, self.index, hidden)
         result = self.module(*args, **kwargs)
+        self.stream.in_tuples = isinstance(result, tuple)
         return result[0] if isinstance(result, tuple) else result
 
     def observe(
@@ -84,12 +87,18 @@ class DecoderLayer:
                 last = number == len(layers) - 1 and not whole
                 handles += self._watch(layer, seen, stop=last, weights=whole)
             try:
-                return seen, self.forward(batch, hidden)
+                return seen, self.forward(batch, hidden, weights=whole)
             except _StopError:
                 return seen, None
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _attend_by(self, implementation: str) -> None:
+        for module in self.module.modules():
+            config = getattr(module, "config", None)
+            if config is not None and config._attn_implementation != implementation:
+                config._attn_implementation = implementation
 
     def _watch(self, layer: AttentionLayer, seen: dict[str, Seen], *, stop: bool, weights: bool) -> list[Any]:
         attention = self.attention(layer)
@@ -150,7 +159,12 @@ class LayerStream:
         self.blocks: nn.ModuleList = self.model.base_model.get_submodule(path)
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self.hidden: list[torch.Tensor] = []
+        self.in_tuples = False
+        self._shell: Any = None
         self._capture()
+        # Attention without its weights runs several times as fast in one operation, where that means the same.
+        self.fused = False
+        self.fused = self._fused_is_right()
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -176,6 +190,39 @@ class LayerStream:
         if "hidden_states" in rest:
             return tuple(_to(value, self.device) for value in args), {**rest, "hidden_states": place}
         return (place, *(_to(value, self.device) for value in args[1:])), rest
+
+    def logits(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model makes of hidden states after its last layer, (B, T, vocabulary) in float32."""
+        if self._shell is None:
+            # Everything but the layers, in float32; the layers' own weights are not copied.
+            given = _Given(self.blocks[0], self)
+            encoder = getattr(self.model.base_model, "encoder", None)
+            left_out: dict[int, Any] = {id(self.blocks): nn.ModuleList([given])}
+            if encoder is not None:
+                left_out[id(encoder)] = nn.Identity()
+            self._shell = copy.deepcopy(self.model, left_out).to(device=self.device, dtype=torch.float32)
+        self._shell_given().hidden = _to(hidden, self.device)
+        inputs = {name: value.to(self.device) for name, value in self.batches[batch].items()}
+        if self.model.config.is_encoder_decoder:
+            # The decoder's layers are not run, so nothing looks at what the encoder gave.
+            source = inputs.pop("input_ids")
+            empty = torch.zeros(*source.shape, self.layout.hidden_size, device=self.device)
+            inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=empty)  # pyright: ignore[reportArgumentType]
+        return self._shell(**inputs, use_cache=False).logits
+
+    @torch.no_grad()
+    def _fused_is_right(self) -> bool:
+        """Whether PyTorch's fused attention gives what the model's own does: it knows no sinks and no capped scores."""
+        config = self.model.config
+        if getattr(config, "attn_logit_softcapping", None) is not None or not self.model._supports_sdpa:
+            return False
+        first, hidden = self.layer(0), self.hidden[0]
+        own = first.forward(0, hidden, weights=True)
+        self.fused = True
+        return torch.allclose(first.forward(0, hidden), own, rtol=1e-3, atol=1e-4 * float(own.abs().max()))
+
+    def _shell_given(self) -> _Given:
+        return self._shell.base_model.get_submodule(self._path)[0]
 
     def _call_of(self, batch: int) -> int:
         """Masks and positions of a decoder-only model depend on the shape of a batch alone."""
@@ -215,6 +262,29 @@ class LayerStream:
                     handle.remove()
             if needed:
                 self._calls[number] = [(_without_hidden(a), _without_hidden(k)) for a, k in calls]
+
+
+class _Given(nn.Module):
+    """Stands where a model's layers stood, and returns what it was given instead of running them."""
+
+    def __init__(self, block: nn.Module, stream: LayerStream) -> None:
+        super().__init__()
+        # Not submodules: neither is to be copied or moved with this one.
+        self.__dict__["of"] = (block, stream)
+        self.hidden = torch.empty(0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Given:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        # Models ask a layer for its kind of attention.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["of"][0], name)
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return (self.hidden, None, None, None, None) if self.__dict__["of"][1].in_tuples else self.hidden
 
 
 def _without_hidden(value: Any) -> Any:

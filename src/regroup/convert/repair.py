@@ -6,13 +6,14 @@ Both aim at the parent's attention output, plus what the residual stream of the 
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 # Strengths of the ridge that are tried, relative to the mean square of the inputs; held-out text chooses.
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -33,7 +34,7 @@ class Regression:
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Count rows (N, F) and (N, E)."""
-        gram, cross = (inputs.T @ inputs).double(), (inputs.T @ targets).double()
+        gram, cross = (inputs.T @ inputs).double().cpu(), (inputs.T @ targets).double().cpu()
         self.gram = gram if self.gram is None else self.gram + gram
         self.cross = cross if self.cross is None else self.cross + cross
         self.square += float(targets.double().square().sum())
@@ -90,13 +91,39 @@ class DistillSettings:
         learning_rate: of Adam, relative to the root mean square of each matrix.
         warmup: share of the steps.
         checks: how often held-out text is looked at; distillation ends when it stops getting better.
+        patience: checks without progress that are borne.
+        whitening: what is added to the eigenvalues of the inputs' second moment, relative to their mean, before its
+            root is taken.
     """
 
-    learning_rate: float = 0.02
-    warmup: float = 0.05
+    learning_rate: float = 0.04
+    warmup: float = 0.02
     checks: int = 8
     patience: int = 2
-    betas: tuple[float, float] = field(default=(0.9, 0.95))
+    betas: tuple[float, float] = (0.9, 0.99)
+    whitening: float = 0.01
+
+
+class _Whitened(nn.Module):
+    """A weight in the coordinates in which its inputs are white: W = W' C^{-1/2} along the axis of inputs.
+
+    Adam scales every coordinate on its own; where inputs are correlated those are the wrong coordinates. The same idea,
+    with the gradients' side as well, is K-FAC (Martens and Grosse 2015).
+    """
+
+    def __init__(self, moments: torch.Tensor, axis: int, level: float) -> None:
+        super().__init__()
+        values, vectors = torch.linalg.eigh(moments.double())
+        values = values.clamp(min=0) / values.clamp(min=0).mean().clamp(min=1e-300) + level
+        self.axis = axis
+        self.narrow = ((vectors * values.rsqrt()) @ vectors.T).to(torch.float32)
+        self.widen = ((vectors * values.sqrt()) @ vectors.T).to(torch.float32)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight @ self.narrow if self.axis else self.narrow @ weight
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight @ self.widen if self.axis else self.widen @ weight
 
 
 def distill(
@@ -106,6 +133,7 @@ def distill(
     fit: Sequence[int],
     held_out: Sequence[int],
     settings: DistillSettings,
+    inputs: Mapping[str, tuple[torch.Tensor, int]] | None = None,
 ) -> tuple[float, float]:
     """Train a layer's attention parameters on one pass over the batches ``fit``; keep the best state seen.
 
@@ -115,18 +143,30 @@ def distill(
         loss_of: the relative error on a batch, differentiable in those parameters.
         fit, held_out: numbers of the batches to train and to judge on.
         settings: see there.
+        inputs: for the weights among ``names`` the second moment of what they multiply, (F, F), and the axis of the
+            weight that F lies along; those are trained in whitened coordinates.
 
     Returns:
         Held-out error before and after; after is never larger.
     """
-    parameters = [module.get_parameter(name) for name in names]
 
     def judge() -> float:
         with torch.no_grad():
             return sum(float(loss_of(batch)) for batch in held_out) / len(held_out)
 
     before = best = judge()
-    kept = copy.deepcopy(module.state_dict())
+    kept = {name: module.get_parameter(name).detach().clone() for name in names}
+    parameters = []
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if inputs is not None and name in inputs:
+            moments, axis = inputs[name]
+            white = _Whitened(moments, axis, settings.whitening).to(module.get_parameter(name).device)
+            parametrize.register_parametrization(owner, leaf, white)
+            parameters.append(owner.get_parameter(f"parametrizations.{leaf}.original"))
+        else:
+            parameters.append(module.get_parameter(name))
     groups = [
         {"params": [p], "lr": settings.learning_rate * float(p.detach().square().mean().sqrt()) or 1e-8}
         for p in parameters
@@ -135,7 +175,7 @@ def distill(
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(groups, betas=settings.betas)
-    steps, worse = len(fit), 0
+    steps, worse, lowest = len(fit), 0, math.inf
     every = max(1, steps // settings.checks)
     for step, batch in enumerate(fit):
         scale = min(1.0, (step + 1) / max(1.0, settings.warmup * steps))
@@ -148,12 +188,19 @@ def distill(
         if (step + 1) % every == 0 or step + 1 == steps:
             now = judge()
             if now < best:
-                best, worse, kept = now, 0, copy.deepcopy(module.state_dict())
-            else:
-                worse += 1
-                if worse > settings.patience:
-                    break
-    for parameter in parameters:
+                best, kept = now, {name: attrgetter(name)(module).detach().clone() for name in names}
+            # The start is a solved optimum: the first steps may well be worse, and still lead somewhere better.
+            worse = 0 if now < lowest else worse + 1
+            lowest = min(lowest, now)
+            if worse > settings.patience:
+                break
+    for name, parameter in zip(names, parameters, strict=True):
         parameter.requires_grad_(False)
-    module.load_state_dict(kept)
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if parametrize.is_parametrized(owner, leaf):
+            parametrize.remove_parametrizations(owner, leaf)
+    with torch.no_grad():
+        for name, value in kept.items():
+            module.get_parameter(name).requires_grad_(False).copy_(value)
     return before, best

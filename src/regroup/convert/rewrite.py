@@ -17,7 +17,8 @@ from ..layout.types import AttentionLayer, HeadSlot, TensorInfo
 from ..merge import first, mean, random
 from ..plan import LINEAR_METHODS, LayerPlan, key_value_sources
 from .heads import HeadWeights, Read, share
-from .solve import solve_keys, solve_values, weight_moments
+from .moments import weight_moments
+from .solve import solve_keys, solve_values
 
 # (n, size, …) and the number of the child's head to (size, …).
 Rule = Callable[[torch.Tensor, int], torch.Tensor]

@@ -2,48 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from ..layout.types import AttentionLayer
 from ..merge import Sharing, low_rank, pooled, procrustes, rotary_low_rank, rotary_procrustes
 from .heads import HeadWeights, group_owners
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Second moments of what one layer computes.
-
-    Attributes:
-        query: E[q_h q_hᵀ], (H, D, D), before any rotation.
-        key, value: of the KV heads of each group stacked: for each group (m·D, m·D).
-        attended: per query head, of the values of its group's KV heads as the head's own attention mixes them: for each
-            group (n, m·D, m·D); None where no text was seen.
-    """
-
-    query: torch.Tensor
-    key: list[torch.Tensor]
-    value: list[torch.Tensor]
-    attended: list[torch.Tensor] | None = None
-
-
-def weight_moments(weights: HeadWeights, order: tuple[int, ...], groups: int) -> Moments:
-    """What the moments would be if inputs were white: no text is needed (C = I). A bias is one more input of 1."""
-
-    def augmented(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        wide = weight.double()
-        return wide if bias is None else torch.cat([wide, bias.double().unsqueeze(-1)], dim=-1)
-
-    query = augmented(weights.query, weights.query_bias)
-    found: dict[str, list[torch.Tensor]] = {"key": [], "value": []}
-    for _, distinct, _ in group_owners(order, len(weights.key), groups):
-        index = torch.tensor(distinct)
-        for name, parts in found.items():
-            bias = getattr(weights, f"{name}_bias")
-            stack = augmented(getattr(weights, name)[index], None if bias is None else bias[index]).flatten(0, 1)
-            parts.append(stack @ stack.T)
-    return Moments(query @ query.mT, found["key"], found["value"])
+from .moments import Moments
 
 
 def solve_keys(

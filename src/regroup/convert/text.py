@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..data import causal_batches, pair_batches, read_pairs, read_texts, token_windows
+from ..data import causal_batches, document_windows, pair_batches, read_pairs, read_texts, token_windows
 from ..errors import RegroupError
 from ..models import load_tokenizer
 
@@ -20,21 +20,33 @@ class CalibrationText:
     """What to calibrate on.
 
     Attributes:
-        path: text, JSON lines, or for encoder-decoders pairs (see ``regroup.data``).
+        data: a file of text or JSON lines, for encoder-decoders of pairs (see ``regroup.data``).
         tokens: how many at most; for pairs, of the targets about.
         window: tokens a window of a decoder-only model.
         batch: windows or pairs that run together.
+        document_starts: begin windows where documents begin (see ``regroup.data.document_windows``).
     """
 
-    path: Path
+    data: str | Path
     tokens: int = 65_536
     window: int = 512
     batch: int = 4
+    document_starts: bool = False
+
+    @property
+    def path(self) -> Path:
+        return Path(self.data).expanduser()
 
     def describe(self) -> dict[str, Any]:
         """For the record: the file by name and content, never by place."""
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        return {"file": self.path.name, "sha256": digest, "tokens": self.tokens, "window": self.window}
+        return {
+            "file": self.path.name,
+            "sha256": digest,
+            "tokens": self.tokens,
+            "window": self.window,
+            "document_starts": self.document_starts,
+        }
 
 
 def calibration_batches(text: CalibrationText, folder: Path, config: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
@@ -56,9 +68,11 @@ def calibration_batches(text: CalibrationText, folder: Path, config: dict[str, A
         )
         batches = [batch.inputs for batch in found]
     else:
-        windows, _ = token_windows(
-            read_texts(text.path), tokenizer, length=text.window, limit=max(1, text.tokens // text.window)
-        )
+        count = max(1, text.tokens // text.window)
+        if text.document_starts:
+            windows = document_windows(read_texts(text.path), tokenizer, length=text.window, limit=count)
+        else:
+            windows, _ = token_windows(read_texts(text.path), tokenizer, length=text.window, limit=count)
         # A last batch of another shape would need masks of its own.
         whole = len(windows) // text.batch * text.batch or len(windows)
         batches = [batch.inputs for batch in causal_batches(windows[:whole], text.batch)]

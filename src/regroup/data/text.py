@@ -117,6 +117,48 @@ def token_windows(
     return torch.tensor(rows, dtype=torch.int64), nbytes
 
 
+def document_windows(texts: Iterable[str], tokenizer: Any, *, length: int, limit: int) -> torch.Tensor:
+    """Windows that never hold two documents: the first one of each document, then the second ones, and so on.
+
+    Every window begins with the tokenizer's beginning-of-sequence token where it has one. What does not fill a window
+    is left out.
+
+    Args:
+        texts: documents; as many are read as it takes to find ``limit`` first windows.
+        tokenizer: a transformers tokenizer.
+        length: tokens a window.
+        limit: number of windows at most.
+
+    Returns:
+        (windows, length) int64.
+
+    Raises:
+        RegroupError: no document is as long as a window.
+    """
+    first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    body = length - len(first)
+    documents: list[list[int]] = []
+    for text in texts:
+        tokens = list(islice(_tokens([text], tokenizer), body * limit))
+        if len(tokens) >= body:
+            documents.append(tokens)
+        if len(documents) == limit:
+            break
+    if not documents:
+        raise RegroupError(
+            "no document is as long as a window",
+            expected=f"at least {length} tokens",
+            remedy="use a shorter window, or join documents",
+        )
+    rows: list[list[int]] = []
+    start = 0
+    while len(rows) < limit and documents:
+        rows += [first + tokens[start : start + body] for tokens in documents]
+        start += body
+        documents = [tokens for tokens in documents if len(tokens) >= start + body]
+    return torch.tensor(rows[:limit], dtype=torch.int64)
+
+
 def _text_bytes(tokens: list[int], tokenizer: Any) -> int:
     """Bytes of UTF-8 text that the tokens stand for."""
     special = set(tokenizer.all_special_ids)

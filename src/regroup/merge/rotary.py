@@ -50,6 +50,36 @@ def pair_indices(pairs: Pairs, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.arange(0, dim, 2), torch.arange(1, dim, 2)
 
 
+def pair_moments(moments: torch.Tensor, D: int, pairs: Pairs, dim: int) -> torch.Tensor:
+    """E[z_a z̄_b] of every pair for heads a and b, from the real second moments of their dimensions.
+
+    (m·D, m·D) to (F, m, m), complex and Hermitian.
+    """
+    real, imaginary = pair_indices(pairs, dim)
+    m = moments.shape[0] // D
+    K = moments.view(m, D, m, D)
+
+    def of(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        return K[:, rows][..., columns].diagonal(dim1=1, dim2=3)
+
+    return torch.complex(of(real, real) + of(imaginary, imaginary), of(imaginary, real) - of(real, imaginary)).permute(
+        2, 0, 1
+    )
+
+
+def pair_weights(grams: torch.Tensor, pairs: Pairs, dim: int) -> torch.Tensor:
+    """E|q_f|² of every pair, (n, D, D) to (F, n): all that RoPE leaves of a query's second moment."""
+    real, imaginary = pair_indices(pairs, dim)
+    power = grams.diagonal(dim1=1, dim2=2)
+    return (power[:, real] + power[:, imaginary]).T
+
+
+def weights_of_places(weights: torch.Tensor, owner: Sequence[int], m: int) -> torch.Tensor:
+    """Weights of the m keys: query heads with the same key add up theirs. (F, n) to (F, m)."""
+    place = torch.tensor(owner)
+    return torch.zeros(len(weights), m, dtype=weights.dtype).index_add_(1, place, weights).clamp(min=0)
+
+
 def _by_pairs(
     grams: torch.Tensor,
     moments: torch.Tensor,
@@ -64,15 +94,10 @@ def _by_pairs(
     m = moments.shape[0] // D
     if m == 1:
         return pooled(n, m, D, owner)
+    a, c = rule(pair_moments(moments, D, pairs, dim), pair_weights(grams, pairs, dim), owner)
+
     real, imaginary = pair_indices(pairs, dim)
     K = moments.view(m, D, m, D)
-    power = grams.diagonal(dim1=1, dim2=2)
-    # E[z_a z̄_b] for heads a and b, from the real second moments of their dimensions.
-    rr, ii = K[:, real][..., real], K[:, imaginary][..., imaginary]
-    ir, ri = K[:, imaginary][..., real], K[:, real][..., imaginary]
-    hermitian = torch.complex((rr + ii).diagonal(dim1=1, dim2=3), (ir - ri).diagonal(dim1=1, dim2=3)).permute(2, 0, 1)
-    a, c = rule(hermitian, (power[:, real] + power[:, imaginary]).T, owner)
-
     reduce = moments.new_zeros(D, m, D)
     restore = moments.new_zeros(n, D, D)
     _fill(reduce.permute(1, 0, 2), a.T, real, imaginary)
@@ -97,14 +122,10 @@ def _fill(matrices: torch.Tensor, numbers: torch.Tensor, real: torch.Tensor, ima
 def _top_eigenvector(
     moments: torch.Tensor, weights: torch.Tensor, owner: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    place = torch.tensor(owner)
-    m = moments.shape[-1]
-    # Query heads with the same key add up their weights.
-    total = torch.zeros(len(weights), m, dtype=weights.dtype).index_add_(1, place, weights).clamp(min=0)
-    root = total.sqrt().to(moments.dtype)
+    root = weights_of_places(weights, owner, moments.shape[-1]).sqrt().to(moments.dtype)
     _, vectors = torch.linalg.eigh(root.unsqueeze(-1) * moments * root.unsqueeze(-2))
     a = vectors[..., -1].conj() * root
-    return _scaled(a, moments, place)
+    return _scaled(a, moments, torch.tensor(owner))
 
 
 def _rotated_mean(

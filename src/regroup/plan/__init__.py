@@ -1,15 +1,25 @@
 """What is wanted: for each layer how many KV heads, which query heads share one, and the rule that merges them."""
 
+from .budget import allocate, layer_units, parse_budget, token_bytes
+from .check import allowed_kv_heads
 from .grouping import group_members, key_value_sources
 from .plan import LINEAR_METHODS, METHODS, LayerPlan, Plan, make_plan, parse_layers
+from .search import query_order, search_groups
 
 __all__ = [
     "LINEAR_METHODS",
     "METHODS",
     "LayerPlan",
     "Plan",
+    "allocate",
+    "allowed_kv_heads",
     "group_members",
     "key_value_sources",
+    "layer_units",
     "make_plan",
+    "parse_budget",
     "parse_layers",
+    "query_order",
+    "search_groups",
+    "token_bytes",
 ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from ..errors import RegroupError
@@ -29,6 +31,8 @@ class LayerPlan:
         parent_num_key_value_heads, num_key_value_heads: KV heads before and after.
         key_method, value_method: the rule that merges the keys and values of a group.
         query_order: the parent's query heads in the child's order; None leaves them as they are.
+        predicted_kl: KL to the parent on held-out text, in nats a token, that is expected from converting this layer
+            alone; None where nobody measured it.
     """
 
     name: str
@@ -38,6 +42,7 @@ class LayerPlan:
     key_method: str = "mean"
     value_method: str = "mean"
     query_order: tuple[int, ...] | None = None
+    predicted_kl: float | None = None
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -67,6 +72,8 @@ class Plan:
         layers: one entry for each attention layer of the layout, in its order.
         tensor_parallel: the degree that every layer's KV heads were checked against.
         seed: of the ``random`` rule.
+        kv_budget: the KV cache that was asked for, in the words of the one who asked; None where G was given.
+        predicted_kl: the layers' predictions added up, in nats a token; None where nobody measured them.
     """
 
     family: str
@@ -74,6 +81,8 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     tensor_parallel: int = 1
     seed: int = 0
+    kv_budget: str | None = None
+    predicted_kl: float | None = None
 
     @property
     def uniform(self) -> int | None:
@@ -88,8 +97,8 @@ class Plan:
     def dumps(self) -> str:
         """The plan as JSON, a line a layer."""
         head = {"format": FORMAT, **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}}
-        lines = ",\n    ".join(json.dumps(asdict(layer)) for layer in self.layers)
-        return json.dumps(head, indent=2)[:-2] + f',\n  "layers": [\n    {lines}\n  ]\n}}\n'
+        lines = ",\n    ".join(json.dumps(_said(asdict(layer))) for layer in self.layers)
+        return json.dumps(_said(head), indent=2)[:-2] + f',\n  "layers": [\n    {lines}\n  ]\n}}\n'
 
     @classmethod
     def load(cls, path: Path) -> Plan:
@@ -128,18 +137,17 @@ class Plan:
                 got=f"{layout.family}, {len(layout.layers)} attention layers, fingerprint {layout.fingerprint()}",
                 remedy="make a plan for this checkpoint with `regroup plan`",
             )
-        orders: dict[str, tuple[int, ...]] = {}
-        for want, layer in zip(self.layers, layout.layers, strict=True):
-            _check_heads(want, layer, self.tensor_parallel)
-            _check_methods(want, layer)
-            _check_order(want, layer, orders)
+        # The checks read these classes, so their module imports this one.
+        from .check import check_layers
+
+        check_layers(self.layers, layout.layers, self.tensor_parallel)
 
 
 def make_plan(
     layout: Layout,
     kv_heads: int | None = None,
     *,
-    layers: str | None = None,
+    layers: str | Mapping[str, int] | None = None,
     method: str = "mean",
     tensor_parallel: int = 1,
     seed: int = 0,
@@ -149,7 +157,8 @@ def make_plan(
     Args:
         layout: of the parent.
         kv_heads: KV heads of every layer that ``layers`` does not name; None leaves those as they are.
-        layers: for example ``"0-3:8,4-31:4"``; ``"self.0-5:4,cross.0-5:2"`` names one kind of an encoder-decoder.
+        layers: for example ``"0-3:8,4-31:4"``; ``"self.0-5:4,cross.0-5:2"`` names one kind of an encoder-decoder. Or KV
+            heads by the layer's name.
         method: the rule for keys and values: ``"mean"`` (the paper's, section 2.1), ``"first"``, ``"random"``,
             ``"lowrank"``, ``"procrustes"``, or ``"auto"``: what does best for each layer where no text is at hand.
         tensor_parallel: number of devices that will share each layer; KV heads must divide evenly over them.
@@ -163,7 +172,7 @@ def make_plan(
     """
     if kv_heads is None and layers is None:
         raise RegroupError("no number of KV heads was given", remedy="pass --kv-heads G, --layers, or a plan")
-    chosen = parse_layers(layers, layout) if layers is not None else {}
+    chosen = parse_layers(layers, layout) if isinstance(layers, str) else dict(layers or {})
     plan = Plan(
         family=layout.family,
         fingerprint=layout.fingerprint(),
@@ -241,115 +250,21 @@ def parse_layers(text: str, layout: Layout) -> dict[str, int]:
     return found
 
 
-def _check_heads(want: LayerPlan, layer: AttentionLayer, tensor_parallel: int) -> None:
-    H, G, wanted = layer.num_attention_heads, layer.num_key_value_heads, want.num_key_value_heads
-    if (want.num_attention_heads, want.parent_num_key_value_heads) != (H, G):
-        raise RegroupError(
-            "the plan describes a layer otherwise than it is",
-            layer=layer.name,
-            expected=f"{H} query heads, {G} KV heads",
-            got=f"{want.num_attention_heads} query heads, {want.parent_num_key_value_heads} KV heads",
-            remedy="only num_key_value_heads, the methods and query_order are yours to change",
-        )
-    divisors = [g for g in range(1, G + 1) if H % g == 0]
-    if wanted > G:
-        raise RegroupError(
-            "more KV heads are wanted than the parent has",
-            layer=layer.name,
-            expected=f"at most {G}",
-            got=wanted,
-            remedy=f"choose one of {', '.join(map(str, divisors))}",
-        )
-    if wanted < 1 or H % wanted:
-        raise RegroupError(
-            "the query heads cannot be divided into that many groups",
-            layer=layer.name,
-            expected=f"a divisor of {H} query heads",
-            got=wanted,
-            remedy=f"choose one of {', '.join(map(str, divisors))}",
-        )
-    if tensor_parallel < 1 or H % tensor_parallel:
-        raise RegroupError(
-            "the query heads cannot be divided over that many devices",
-            layer=layer.name,
-            expected=f"a divisor of {H}",
-            got=f"--tensor-parallel {tensor_parallel}",
-            remedy=f"choose one of {', '.join(str(d) for d in range(1, H + 1) if H % d == 0)}",
-        )
-    # Below the degree, engines copy a KV head to several devices, which works while it is a divisor of the degree.
-    if wanted % tensor_parallel and tensor_parallel % wanted:
-        usable = [g for g in divisors if g % tensor_parallel == 0 or tensor_parallel % g == 0]
-        raise RegroupError(
-            "the KV heads cannot be divided over the tensor-parallel devices",
-            layer=layer.name,
-            expected=f"a multiple or a divisor of {tensor_parallel}",
-            got=wanted,
-            remedy=f"choose one of {', '.join(map(str, usable))}",
-        )
+# Fields that are left out of the JSON while nothing is known: they came later, and a plan without them keeps its hash.
+_LATER = ("kv_budget", "predicted_kl")
 
 
-def _check_methods(want: LayerPlan, layer: AttentionLayer) -> None:
-    both = (want.key_method, want.value_method)
-    for method in both:
-        if method not in METHODS:
-            raise RegroupError(
-                "the merge method is not known",
-                layer=want.name,
-                expected=" or ".join(METHODS),
-                got=repr(method),
-                remedy="mean is the paper's",
-            )
-    if not want.changes:
-        return
-    if set(both) & set(LINEAR_METHODS) and set(both) & {"first", "random"}:
-        raise RegroupError(
-            "these methods for keys and values cannot be combined",
-            layer=want.name,
-            expected=f"two of mean, {', '.join(LINEAR_METHODS)}",
-            got=" and ".join(both),
-            remedy="use the same method for both",
-        )
-    obstacles = (("keys", want.key_method, layer.key_obstacle), ("values", want.value_method, layer.value_obstacle))
-    for what, method, obstacle in obstacles:
-        if method in LINEAR_METHODS and obstacle is not None:
-            raise RegroupError(
-                f"the {what} of this layer cannot be shared by a linear map: {obstacle}",
-                layer=layer.name,
-                expected="mean, first or random",
-                got=method,
-                remedy="use --method auto, which pools them by mean and solves what can be solved",
-            )
-
-
-def _check_order(want: LayerPlan, layer: AttentionLayer, orders: dict[str, tuple[int, ...]]) -> None:
-    identity = tuple(range(layer.num_attention_heads))
-    if sorted(want.order) != list(identity):
-        raise RegroupError(
-            "the order of query heads is not a permutation",
-            layer=layer.name,
-            expected=f"each of 0 to {layer.num_attention_heads - 1} once",
-            got=list(want.order),
-            remedy="name every head once, or leave query_order out",
-        )
-    if layer.fixed_order is not None and want.order != identity:
-        raise RegroupError(
-            "the query heads of this family may not be reordered",
-            layer=layer.name,
-            got=list(want.order),
-            remedy=f"leave query_order out: {layer.fixed_order}",
-        )
-    if layer.order_group is not None and orders.setdefault(layer.order_group, want.order) != want.order:
-        raise RegroupError(
-            "layers that share one position bias must share one order of query heads",
-            layer=layer.name,
-            expected=list(orders[layer.order_group]),
-            got=list(want.order),
-            remedy=f"give all {layer.order_group} layers the same query_order",
-        )
+def _said(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in _LATER or value is not None}
 
 
 # Types that a hand-edited field must have, by annotation.
-_TYPES = {"str": str, "int": int}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "str | None": (str, NoneType),
+    "float | None": (float, int, NoneType),
+}
 
 
 def _build(cls: type, data: object, path: Path) -> Any:
@@ -369,6 +284,8 @@ def _build(cls: type, data: object, path: Path) -> Any:
             raise RegroupError(
                 "a field of the plan has the wrong type", file=path, expected=f"{name}: {spec.type}", got=repr(value)
             )
+        if name == "predicted_kl" and value is not None:
+            values[name] = _finite(name, value, path)
         if name == "query_order" and value is not None:
             if not isinstance(value, list) or not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
                 raise RegroupError("query_order is not a list of head numbers", file=path, got=repr(value)[:120])
@@ -379,3 +296,20 @@ def _build(cls: type, data: object, path: Path) -> Any:
         raise RegroupError(
             "the plan lacks a field", file=path, expected=", ".join(known), got=", ".join(values)
         ) from error
+
+
+def _finite(name: str, value: float, path: Path) -> float:
+    """A number of the JSON, which may also say NaN, Infinity, or an integer that no float holds."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RegroupError(
+            "a field of the plan is not a finite number",
+            file=path,
+            expected=f"{name}: nats a token",
+            got=str(number),
+            remedy="correct it or leave it out",
+        )
+    return number

@@ -1,0 +1,115 @@
+"""Second moments of what one attention layer computes: from its weights alone, or from text that runs through it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..layout.types import AttentionLayer
+from .heads import HeadWeights, group_owners
+from .layers import Seen
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of what one layer computes, for one way to group its heads.
+
+    Attributes:
+        query: E[q_h q_hᵀ], (H, D, D), before any rotation.
+        key, value: of the KV heads of each group stacked: for each group (m·D, m·D).
+        attended: per query head, of the values of its group's KV heads as the head's own attention mixes them: for each
+            group (n, m·D, m·D); None where no text was seen.
+    """
+
+    query: torch.Tensor
+    key: list[torch.Tensor]
+    value: list[torch.Tensor]
+    attended: list[torch.Tensor] | None = None
+
+
+def weight_moments(weights: HeadWeights, order: tuple[int, ...], groups: int) -> Moments:
+    """What the moments would be if inputs were white: no text is needed (C = I). A bias is one more input of 1."""
+
+    def augmented(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        wide = weight.double()
+        return wide if bias is None else torch.cat([wide, bias.double().unsqueeze(-1)], dim=-1)
+
+    query = augmented(weights.query, weights.query_bias)
+    found: dict[str, list[torch.Tensor]] = {"key": [], "value": []}
+    for _, distinct, _ in group_owners(order, len(weights.key), groups):
+        index = torch.tensor(distinct)
+        for name, parts in found.items():
+            bias = getattr(weights, f"{name}_bias")
+            stack = augmented(getattr(weights, name)[index], None if bias is None else bias[index]).flatten(0, 1)
+            parts.append(stack @ stack.T)
+    return Moments(query @ query.mT, found["key"], found["value"])
+
+
+class Gatherer:
+    """Accumulates the moments of one attention layer of the parent over batches, in float64.
+
+    Args:
+        layer, weights: of the parent.
+        order, groups: how heads are grouped.
+        attended: whether to gather what each head's attention mixes, which needs its attention weights.
+    """
+
+    def __init__(
+        self, layer: AttentionLayer, weights: HeadWeights, order: tuple[int, ...], groups: int, *, attended: bool = True
+    ) -> None:
+        self.weights, self.attended = weights, attended
+        self._sums: dict[str, torch.Tensor] = {}
+        self._rows = {"query": 0, "memory": 0}
+        self._groups = group_owners(order, layer.num_key_value_heads, groups)
+
+    def add(self, seen: Seen, query_mask: torch.Tensor | None, memory_mask: torch.Tensor | None) -> None:
+        """Count one batch; the masks (B, T) and (B, S) say which positions hold text, None that all do."""
+        query = _project(seen.query_input, self.weights.query, self.weights.query_bias)
+        key = _project(seen.memory, self.weights.key, self.weights.key_bias)
+        value = _project(seen.memory, self.weights.value, self.weights.value_bias)
+        rows, columns = _selected(query_mask, seen.query_input), _selected(memory_mask, seen.memory)
+        q = query.flatten(0, 1)[rows].double()
+        self._count("query", torch.einsum("thd,the->hde", q, q))
+        for number, (members, distinct, _) in enumerate(self._groups):
+            for name, states in (("key", key), ("value", value)):
+                flat = states[:, :, distinct].flatten(0, 1)[columns].flatten(1).double()
+                self._count(f"{name}.{number}", flat.T @ flat)
+            if not self.attended:
+                continue
+            assert seen.weights is not None
+            stacked = value[:, :, distinct].flatten(2)
+            moments = []
+            for head in members:
+                mixed = (seen.weights[:, head].float() @ stacked).flatten(0, 1)[rows].double()
+                moments.append(mixed.T @ mixed)
+            self._count(f"attended.{number}", torch.stack(moments))
+        self._rows["query"] += int(rows.sum())
+        self._rows["memory"] += int(columns.sum())
+
+    def moments(self) -> Moments:
+        """Means over the rows counted."""
+        sums, rows, numbers = self._sums, self._rows, range(len(self._groups))
+        return Moments(
+            query=sums["query"] / rows["query"],
+            key=[sums[f"key.{number}"] / rows["memory"] for number in numbers],
+            value=[sums[f"value.{number}"] / rows["memory"] for number in numbers],
+            attended=[sums[f"attended.{number}"] / rows["query"] for number in numbers] if self.attended else None,
+        )
+
+    def _count(self, name: str, value: torch.Tensor) -> None:
+        wide = value.double().cpu()
+        self._sums[name] = self._sums[name] + wide if name in self._sums else wide
+
+
+def _project(states: torch.Tensor, heads: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """(B, T, E) and (H, D, E) to (B, T, H, D)."""
+    out = torch.einsum("bte,hde->bthd", states, heads.to(states))
+    return out if bias is None else out + bias.to(states)
+
+
+def _selected(mask: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
+    """Which of the B·T positions count, (B·T,) bool."""
+    if mask is None or mask.shape != states.shape[:2]:
+        return torch.ones(states.shape[0] * states.shape[1], dtype=torch.bool)
+    return mask.flatten().bool()

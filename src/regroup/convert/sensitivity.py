@@ -1,0 +1,150 @@
+"""How much each layer minds having fewer KV heads: measured on text, each alone, or guessed from the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..checkpoint import Checkpoint
+from ..layout.types import Layout
+from ..plan import LayerPlan, Plan
+from .attention import AttentionWorker, Settings
+from .calibrate import targets
+from .grouping import Groupings
+from .heads import HeadWeights
+from .layers import LayerStream
+from .similarity import compare_heads
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One layer at one number of KV heads: how it was converted, and what that cost.
+
+    Attributes:
+        want: the layer's plan with the methods and the order that were chosen.
+        kl: KL divergence of the parent's predictions from those of the model with this layer alone converted, nats a
+            token of held-out text.
+    """
+
+    want: LayerPlan
+    kl: float
+
+
+@torch.no_grad()
+def measure(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    plan: Plan,
+    choices: Mapping[str, Sequence[int]],
+    batches: Sequence[dict[str, torch.Tensor]],
+    settings: Settings,
+    *,
+    device: str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, dict[int, Measured]]:
+    """Convert every layer to every G, each alone, and see what it does to the model's predictions.
+
+    One sweep over the layers: what was converted before a layer goes through the parent's copy of it along with the
+    parent's own hidden states. Those of the held-out text are kept for every choice, (layers × choices × tokens ×
+    hidden) in float32.
+
+    Args:
+        checkpoint, layout: of the parent.
+        plan: says how layers are merged where ``settings.choose`` is off.
+        choices: for each layer by name the numbers of KV heads to try; the parent's own costs nothing and is not tried.
+        batches: model inputs, of which the last ones are held out.
+        settings: see there.
+        device: where layers run.
+        progress: called with 1 after each decoder layer.
+    """
+    stream = LayerStream(checkpoint.folder, layout, batches, device=device)
+    worker = AttentionWorker(checkpoint, stream, settings)
+    wants = {want.name: want for want in plan.layers}
+    parent = [hidden.clone() for hidden in stream.hidden]
+    alive: dict[tuple[str, int], list[torch.Tensor]] = {}
+    found: dict[tuple[str, int], LayerPlan] = {}
+    for index in range(len(stream)):
+        layers = stream.attention_layers(index)
+        tried = {
+            layer.name: [
+                replace(wants[layer.name], num_key_value_heads=heads)
+                for heads in choices[layer.name]
+                if heads != layer.num_key_value_heads
+            ]
+            for layer in layers
+        }
+        teacher = stream.layer(index)
+        for states in alive.values():
+            for place, batch in enumerate(worker.held_out):
+                states[place] = teacher.forward(batch, states[place]).cpu()
+        groupings = [
+            Groupings(
+                layer,
+                HeadWeights.read(layer, checkpoint.read),
+                tried[layer.name],
+                search=settings.search,
+                seed=settings.seed,
+            )
+            for layer in layers
+        ]
+        outputs, after = worker.observe(teacher, layers, parent, groupings)
+        for number, (layer, grouping) in enumerate(zip(layers, groupings, strict=True)):
+            goal = targets(layer, outputs[layer.name], parent, parent)
+            for want in tried[layer.name]:
+                pupil, options = teacher.copy(), grouping.options(want.num_key_value_heads)
+                chosen, _ = worker.convert(pupil, layers[: number + 1], grouping.weights, options, goal, parent)
+                key = (layer.name, want.num_key_value_heads)
+                found[key] = chosen
+                alive[key] = [pupil.forward(batch, parent[batch]).cpu() for batch in worker.held_out]
+        parent = after
+        if progress is not None:
+            progress(1)
+    costs = _divergences(stream, worker, parent, alive)
+    return {
+        layer.name: {
+            heads: Measured(found[layer.name, heads], costs[layer.name, heads])
+            if heads != layer.num_key_value_heads
+            else Measured(replace(wants[layer.name], num_key_value_heads=heads), 0.0)
+            for heads in choices[layer.name]
+        }
+        for layer in layout.layers
+    }
+
+
+def _divergences(
+    stream: LayerStream,
+    worker: AttentionWorker,
+    parent: list[torch.Tensor],
+    alive: Mapping[tuple[str, int], list[torch.Tensor]],
+) -> dict[tuple[str, int], float]:
+    """Mean KL divergence from the parent of every choice, from hidden states after the last layer."""
+    totals = dict.fromkeys(alive, 0.0)
+    tokens = 0
+    for place, batch in enumerate(worker.held_out):
+        # With attention masks, only positions that hold text count.
+        rows, _ = worker.masks(batch, stream.layout.layers[0])
+        expected = stream.logits(batch, parent[batch]).log_softmax(-1)
+        keep = torch.ones(expected.shape[:2], dtype=torch.bool) if rows is None else rows.bool()
+        keep = keep.to(expected.device)
+        tokens += int(keep.sum())
+        for key, states in alive.items():
+            got = stream.logits(batch, states[place]).log_softmax(-1)
+            apart = (expected.exp() * (expected - got)).sum(-1)
+            totals[key] += float(apart[keep].double().sum())
+    return {key: max(total / tokens, 0.0) for key, total in totals.items()}
+
+
+def guess(
+    checkpoint: Checkpoint, layout: Layout, *, progress: Callable[[int], None] | None = None
+) -> dict[str, dict[int, float]]:
+    """For each layer and G the share of energy that neighbouring groups lose, from the weights alone; not a loss.
+
+    Layers whose heads cannot be compared are absent.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for layer in compare_heads(checkpoint, layout, progress=progress):
+        if layer.overall is not None:
+            found[layer.name] = dict(layer.overall.contiguous)
+    return found

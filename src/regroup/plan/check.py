@@ -1,0 +1,141 @@
+"""What a plan may ask of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import RegroupError
+from ..layout.types import AttentionLayer
+from .plan import LINEAR_METHODS, METHODS, LayerPlan
+
+
+def check_layers(wanted: Sequence[LayerPlan], layers: Sequence[AttentionLayer], tensor_parallel: int) -> None:
+    """Check every layer's heads, methods and order, and the orders against each other.
+
+    Raises:
+        RegroupError: naming the layer and the remedy.
+    """
+    orders: dict[str, tuple[int, ...]] = {}
+    for want, layer in zip(wanted, layers, strict=True):
+        _check_heads(want, layer, tensor_parallel)
+        _check_methods(want, layer)
+        _check_order(want, layer, orders)
+
+
+def allowed_kv_heads(layer: AttentionLayer, tensor_parallel: int = 1) -> list[int]:
+    """Every number of KV heads that a plan may give a layer, ascending.
+
+    A divisor of the query heads, not above the parent's number, and a multiple or a divisor of ``tensor_parallel``:
+    below the degree, engines copy a KV head to several devices, which works while it is a divisor of the degree.
+
+    Raises:
+        RegroupError: the query heads cannot be divided over that many devices, so that no number would do.
+    """
+    H, G = layer.num_attention_heads, layer.num_key_value_heads
+    if tensor_parallel < 1 or H % tensor_parallel:
+        raise RegroupError(
+            "the query heads cannot be divided over that many devices",
+            layer=layer.name,
+            expected=f"a divisor of {H}",
+            got=f"--tensor-parallel {tensor_parallel}",
+            remedy=f"choose one of {', '.join(str(d) for d in range(1, H + 1) if H % d == 0)}",
+        )
+    return [g for g in range(1, G + 1) if H % g == 0 and (g % tensor_parallel == 0 or tensor_parallel % g == 0)]
+
+
+def _check_heads(want: LayerPlan, layer: AttentionLayer, tensor_parallel: int) -> None:
+    H, G, wanted = layer.num_attention_heads, layer.num_key_value_heads, want.num_key_value_heads
+    if (want.num_attention_heads, want.parent_num_key_value_heads) != (H, G):
+        raise RegroupError(
+            "the plan describes a layer otherwise than it is",
+            layer=layer.name,
+            expected=f"{H} query heads, {G} KV heads",
+            got=f"{want.num_attention_heads} query heads, {want.parent_num_key_value_heads} KV heads",
+            remedy="only num_key_value_heads, the methods and query_order are yours to change",
+        )
+    divisors = allowed_kv_heads(layer)
+    if wanted > G:
+        raise RegroupError(
+            "more KV heads are wanted than the parent has",
+            layer=layer.name,
+            expected=f"at most {G}",
+            got=wanted,
+            remedy=f"choose one of {', '.join(map(str, divisors))}",
+        )
+    if wanted not in divisors:
+        raise RegroupError(
+            "the query heads cannot be divided into that many groups",
+            layer=layer.name,
+            expected=f"a divisor of {H} query heads",
+            got=wanted,
+            remedy=f"choose one of {', '.join(map(str, divisors))}",
+        )
+    usable = allowed_kv_heads(layer, tensor_parallel)
+    if wanted not in usable:
+        raise RegroupError(
+            "the KV heads cannot be divided over the tensor-parallel devices",
+            layer=layer.name,
+            expected=f"a multiple or a divisor of {tensor_parallel}",
+            got=wanted,
+            remedy=f"choose one of {', '.join(map(str, usable))}",
+        )
+
+
+def _check_methods(want: LayerPlan, layer: AttentionLayer) -> None:
+    both = (want.key_method, want.value_method)
+    for method in both:
+        if method not in METHODS:
+            raise RegroupError(
+                "the merge method is not known",
+                layer=want.name,
+                expected=" or ".join(METHODS),
+                got=repr(method),
+                remedy="mean is the paper's",
+            )
+    if not want.changes:
+        return
+    if set(both) & set(LINEAR_METHODS) and set(both) & {"first", "random"}:
+        raise RegroupError(
+            "these methods for keys and values cannot be combined",
+            layer=want.name,
+            expected=f"two of mean, {', '.join(LINEAR_METHODS)}",
+            got=" and ".join(both),
+            remedy="use the same method for both",
+        )
+    obstacles = (("keys", want.key_method, layer.key_obstacle), ("values", want.value_method, layer.value_obstacle))
+    for what, method, obstacle in obstacles:
+        if method in LINEAR_METHODS and obstacle is not None:
+            raise RegroupError(
+                f"the {what} of this layer cannot be shared by a linear map: {obstacle}",
+                layer=layer.name,
+                expected="mean, first or random",
+                got=method,
+                remedy="use --method auto, which pools them by mean and solves what can be solved",
+            )
+
+
+def _check_order(want: LayerPlan, layer: AttentionLayer, orders: dict[str, tuple[int, ...]]) -> None:
+    identity = tuple(range(layer.num_attention_heads))
+    if sorted(want.order) != list(identity):
+        raise RegroupError(
+            "the order of query heads is not a permutation",
+            layer=layer.name,
+            expected=f"each of 0 to {layer.num_attention_heads - 1} once",
+            got=list(want.order),
+            remedy="name every head once, or leave query_order out",
+        )
+    if layer.fixed_order is not None and want.order != identity:
+        raise RegroupError(
+            "the query heads of this family may not be reordered",
+            layer=layer.name,
+            got=list(want.order),
+            remedy=f"leave query_order out: {layer.fixed_order}",
+        )
+    if layer.order_group is not None and orders.setdefault(layer.order_group, want.order) != want.order:
+        raise RegroupError(
+            "layers that share one position bias must share one order of query heads",
+            layer=layer.name,
+            expected=list(orders[layer.order_group]),
+            got=list(want.order),
+            remedy=f"give all {layer.order_group} layers the same query_order",
+        )
