@@ -363,6 +363,7 @@ def uptrain(
     held_out_windows: Annotated[int | None, typer.Option(min=1, help="How many of it. [default: 32]")] = None,
     eval_every: Annotated[int | None, typer.Option(min=1, help="Steps. [default: a tenth of the run]")] = None,
     save_every: Annotated[int | None, typer.Option(min=1, help="Steps. [default: a tenth of the run]")] = None,
+    log_every: Annotated[int | None, typer.Option(min=1, help="Steps. [default: 10]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; GPUs where there are some.")] = None,
     resume: Annotated[
         bool | None, typer.Option("--resume/--no-resume", help="Go on with the run in the output folder. [default: on]")

@@ -145,7 +145,7 @@ def _share(share: float) -> str:
 
 def show_plan(plan: Plan, layout: Layout) -> None:
     """A plan, like layers in one row."""
-    table = Table("layers", "attention", "heads", "KV heads", "to", "keys by", "values by", "heads stand", title="plan")
+    table = Table("layers", "attention", "heads", "KV heads", "to", "keys by", "values by", "order", title="plan")
     rows: dict[tuple[object, ...], list[int]] = {}
     for layer, want in zip(layout.layers, plan.layers, strict=True):
         key = (
@@ -154,7 +154,7 @@ def show_plan(plan: Plan, layout: Layout) -> None:
             want.parent_num_key_value_heads,
             want.num_key_value_heads,
             *want.methods,
-            ("searched" if want.query_order else "as they are") if want.changes else "–",
+            ("searched" if want.query_order else "in order") if want.changes else "–",
         )
         rows.setdefault(key, []).append(layer.index)
     for key, indices in rows.items():
@@ -193,10 +193,16 @@ def show_preview(ahead: Preview) -> None:
 
 def show_outcomes(solved: Calibrated) -> None:
     """What calibration chose for each layer, and what it could not save."""
-    table = Table("attention layer", "keys by", "values by", "attention output lost", title="calibration")
+    table = Table(
+        "attention layer", "keys by", "values by", "heads stand", "attention output lost", title="calibration"
+    )
+    orders = {layer.name: layer.query_order for layer in solved.plan.layers}
     for outcome in solved.outcomes:
-        table.add_row(outcome.name, outcome.key_method, outcome.value_method, f"{outcome.error:.1%}")
+        stand = "searched" if orders[outcome.name] else "in order"
+        table.add_row(outcome.name, outcome.key_method, outcome.value_method, stand, f"{outcome.error:.1%}")
     err.print(table)
+    expected = "" if solved.plan.predicted_kl is None else f" (the plan expected {solved.plan.predicted_kl:.3f})"
+    err.print(f"KL divergence from the parent on held-out calibration text: {solved.kl:.3f} nats a token{expected}")
 
 
 class Told(Listener):

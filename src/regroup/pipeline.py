@@ -164,6 +164,8 @@ def convert_checkpoint(
             tensor_parallel=tensor_parallel,
             seed=seed,
         )
+        if calibration is not None:
+            _check_for_text(chosen)
         search = searches(grouping, method, plan)
         if search:
             # Text groups heads better than weights do, where layers may be grouped one at a time.
@@ -180,7 +182,7 @@ def convert_checkpoint(
                     calibrated(opened, chosen, batches, settings, scratch=scratch, device=device, progress=count)
                 )
                 told.calibrated(solved)
-                record = {**calibration.describe(), "repair": repair, "layers": solved.to_json()}
+                record = {**calibration.describe(), "repair": repair, **solved.to_json()}
                 ready = prepare(
                     checkpoint, layout, solved.plan, parent=opened.name, given=solved.given, calibration=record
                 )
@@ -244,13 +246,19 @@ def plan_checkpoint(
             plan = choose_plan(layout, None, kv_heads=kv_heads, layers=layers, **wanted)
             return _grouped(opened, plan, told), layout
         search = searches(grouping, method, None)
-        # The parent itself, of which layers are then narrowed.
-        start = choose_plan(layout, None, kv_heads=None, layers={}, **wanted)
+        # The parent itself, of which layers are then narrowed; its own KV heads need not fit the devices.
+        start = choose_plan(layout, None, kv_heads=None, layers={}, **{**wanted, "tensor_parallel": None})
+        start = replace(start, tensor_parallel=1 if tensor_parallel is None else tensor_parallel)
         units = [layer_units(layer, tensor_parallel=start.tensor_parallel) for layer in layout.layers]
         full = sum(token_bytes(layer, layer.num_key_value_heads) for layer in layout.layers)
         budget = parse_budget(kv_budget, full)
-        # Told before anything is measured: a budget that cannot be met.
+        # Told before anything is measured: a budget that cannot be met, and a method that cannot be used.
         allocate([dict.fromkeys(unit, 0.0) for unit in units], units, budget, full=full)
+        least = (replace(want, num_key_value_heads=min(unit)) for want, unit in zip(start.layers, units, strict=True))
+        narrowest = replace(start, layers=tuple(least))
+        narrowest.check(layout)
+        if calibration is not None:
+            _check_for_text(narrowest)
         choices = {layer.name: sorted(unit) for layer, unit in zip(layout.layers, units, strict=True)}
         if calibration is None:
             plan = _divided_by_weights(opened, start, units, budget, full, told)
@@ -298,6 +306,24 @@ def searches(grouping: str | None, method: str | None, plan: Plan | str | Path |
             "a plan and a grouping were both given", remedy="the plan's query_order says how heads stand"
         )
     return plan is None and (method in (None, "auto") if grouping is None else grouping == "search")
+
+
+def _check_for_text(plan: Plan) -> None:
+    """Refuse methods that text has nothing to say about: what is solved on it is a linear map.
+
+    Raises:
+        RegroupError: naming the first such layer.
+    """
+    for want in plan.layers:
+        unsolved = {want.key_method, want.value_method} & {"first", "random"}
+        if want.changes and unsolved:
+            raise RegroupError(
+                "calibration text was given, and a method that does not look at it",
+                layer=want.name,
+                expected="auto, lowrank, procrustes or mean",
+                got=" and ".join(sorted(unsolved)),
+                remedy="leave out --calibration, or choose another method",
+            )
 
 
 def _grouped(opened: Source, plan: Plan, told: Listener, *, shared_only: bool = False) -> Plan:

@@ -51,16 +51,16 @@ def test_pairs(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("a.txt", b"", "is empty"),
-        ("a.txt", b" \n", "is empty"),
+        ("a.txt", b" \n", "holds no text"),
         ("a.txt", b"ab\xffc", r"not UTF-8[\s\S]*byte 2"),
         ("a.txt.gz", b"not gzip", "cannot be read"),
         ("a.txt.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], "cannot be read"),
         ("a.txt.gz", gzip.compress(b"x" * 9999, mtime=0)[:12] + b"\xff" * 9, "cannot be read"),
-        ("a.jsonl", b"", "no lines"),
+        ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl:2"),
         ("a.jsonl", b'{"text": "x"}\n\n[1]\n', r"a\.jsonl:3"),
-        ("a.jsonl", b'{"text": 7}', r"no text[\s\S]*a\.jsonl:1"),
-        ("a.jsonl", b'{"txt": "x"}', "no text"),
+        ("a.jsonl", b'{"text": 7}', r"not hold what it should[\s\S]*a\.jsonl:1"),
+        ("a.jsonl", b'{"txt": "x"}', "not hold what it should"),
         ("a.jsonl", b"[" * 100_000, "not valid JSON"),
     ],
 )
@@ -77,7 +77,7 @@ def test_texts_that_cannot_be_read(name: str, content: bytes, words: str, tmp_pa
         ("a.tsv", "a\tb\nc\n", r"a\.tsv:2"),
         ("a.tsv", "a\tb\tc\n", r"a\.tsv:1"),
         ("a.jsonl", '{"source": "a"}', r"a\.jsonl:1"),
-        ("a.jsonl", '{"source": "a", "target": 1}', "not a pair"),
+        ("a.jsonl", '{"source": "a", "target": 1}', "not hold what it should"),
     ],
 )
 def test_pairs_that_cannot_be_read(name: str, content: str, words: str, tmp_path: Path) -> None:
@@ -87,8 +87,8 @@ def test_pairs_that_cannot_be_read(name: str, content: str, words: str, tmp_path
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    for path in (tmp_path / "x.txt", tmp_path):
-        with pytest.raises(RegroupError, match="cannot be read"):
+    for path, words in ((tmp_path / "x.txt", "cannot be read"), (tmp_path, "holds no data")):
+        with pytest.raises(RegroupError, match=words):
             list(read_texts(path))
 
 

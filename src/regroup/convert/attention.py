@@ -22,6 +22,8 @@ from .solve import solve_keys, solve_values
 
 KEY_METHODS = ("lowrank", "procrustes")
 VALUE_METHODS = ("lowrank", "procrustes")
+# One layer's held-out error is not the model's loss: Procrustes has to be better by more than chance to be taken.
+_MARGIN = 1.02
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Settings:
         search: look for heads that belong together, where the plan names no order and the family allows one.
         repair: ``"none"``, ``"output"`` (solve the output projection again) or ``"distill"`` (train the layer's
             attention).
-        held_out: share of the batches that is judged on and never fitted.
+        held_out: share of the batches that is judged on and never fitted,
+        held_out_tokens: and how many tokens of them at most, at one batch at least.
         judged_on: tokens to fit candidates on; what is chosen is fitted on all of the text.
         distillation: see there.
         seed: of the search.
@@ -43,6 +46,7 @@ class Settings:
     search: bool = True
     repair: str = "output"
     held_out: float = 0.125
+    held_out_tokens: int = 16_384
     judged_on: int = 16_384
     distillation: DistillSettings = field(default_factory=DistillSettings)
     seed: int = 0
@@ -71,9 +75,9 @@ class AttentionWorker:
     def __init__(self, checkpoint: Checkpoint, stream: LayerStream, settings: Settings) -> None:
         self.checkpoint, self.stream, self.settings = checkpoint, stream, settings
         count = len(stream.batches)
-        kept = max(1, round(count * settings.held_out))
-        self.fit, self.held_out = range(count - kept), range(count - kept, count)
         size = max(1, stream.hidden[0].shape[0] * stream.hidden[0].shape[1])
+        kept = max(1, min(round(count * settings.held_out), settings.held_out_tokens // size))
+        self.fit, self.held_out = range(count - kept), range(count - kept, count)
         self.judging = self.fit[: max(1, settings.judged_on // size)]
 
     def masks(self, batch: int, layer: AttentionLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -166,9 +170,10 @@ class AttentionWorker:
             values = VALUE_METHODS if layer.value_obstacle is None else ("mean",)
             for number in range(len(options)):
                 # Keys first, with the values' likely choice; then values. All pairs would cost as many passes again.
-                key = min(keys, key=lambda name, at=number: attempt(at, name, values[0]))
-                min(values, key=lambda name, at=number, chosen=key: attempt(at, chosen, name))
-            best = min(tried, key=lambda candidate: tried[candidate])
+                key = min(keys, key=lambda name, at=number: attempt(at, name, values[0]) * _handicap(name))
+                for value in values:
+                    attempt(number, key, value)
+            best = min(tried, key=lambda candidate: tried[candidate] * _handicap(*candidate[1:]))
         elif len(options) > 1:
             best = min(((number, *best[1:]) for number in range(len(options))), key=lambda one: attempt(*one))
         number, key, value = best
@@ -305,6 +310,10 @@ class AttentionWorker:
     def _output_bias(self, pupil: DecoderLayer, layer: AttentionLayer) -> torch.Tensor | None:
         name = layer.output.weight.tensor.removeprefix(layer.name + ".").removesuffix(".weight")
         return getattr(pupil.attention(layer).get_submodule(name), "bias", None)
+
+
+def _handicap(*methods: str) -> float:
+    return _MARGIN ** sum(method == "procrustes" for method in methods)
 
 
 def projection_tensors(layer: AttentionLayer) -> list[str]:

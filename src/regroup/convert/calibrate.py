@@ -6,10 +6,10 @@ what is chosen and repaired is judged where the child is, on text that was not f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -24,17 +24,31 @@ from .heads import HeadWeights, load_into
 from .layers import DecoderLayer, LayerStream
 from .rewrite import Given
 
+K = TypeVar("K", bound=Hashable)
+
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The outcome: a plan that says what was chosen, tensors on the disk, and the errors that were left."""
+    """The outcome: a plan that says what was chosen, tensors on the disk, and what was lost.
+
+    Attributes:
+        plan, given, outcomes: see there.
+        kl: KL divergence of the parent's predictions from the child's on the held-out text, nats a token. Methods were
+            chosen on that text, so it may be a little low.
+    """
 
     plan: Plan
     given: dict[str, Given]
     outcomes: list[LayerOutcome]
+    kl: float
 
-    def to_json(self) -> list[dict[str, Any]]:
-        return [asdict(outcome) for outcome in self.outcomes]
+    def to_json(self) -> dict[str, Any]:
+        """For the record."""
+        return {
+            "held_out_kl_nats_per_token": self.kl,
+            "predicted_kl_nats_per_token": self.plan.predicted_kl,
+            "layers": [asdict(outcome) for outcome in self.outcomes],
+        }
 
 
 @torch.no_grad()
@@ -69,7 +83,9 @@ def calibrate(
         if progress is not None:
             progress(1)
     chosen = tuple(loop.chosen.get(layer.name, layer) for layer in plan.layers)
-    return Calibrated(replace(plan, layers=chosen), loop.given, loop.outcomes)
+    held_out = [loop.child[batch] for batch in loop.worker.held_out]
+    kl = divergences(stream, loop.worker, loop.parent, {"child": held_out})["child"]
+    return Calibrated(replace(plan, layers=chosen), loop.given, loop.outcomes, kl)
 
 
 class _Loop:
@@ -145,3 +161,26 @@ def targets(
         return outputs
     # In units of the output projection's result.
     return [y + (p - c) / layer.residual_scale for y, p, c in zip(outputs, parent, child, strict=True)]
+
+
+def divergences(
+    stream: LayerStream,
+    worker: AttentionWorker,
+    parent: list[torch.Tensor],
+    alive: Mapping[K, list[torch.Tensor]],
+) -> dict[K, float]:
+    """Mean KL divergence from the parent of every choice, from hidden states after the last layer."""
+    totals = dict.fromkeys(alive, 0.0)
+    tokens = 0
+    for place, batch in enumerate(worker.held_out):
+        # With attention masks, only positions that hold text count.
+        rows, _ = worker.masks(batch, stream.layout.layers[0])
+        expected = stream.logits(batch, parent[batch]).log_softmax(-1)
+        keep = torch.ones(expected.shape[:2], dtype=torch.bool) if rows is None else rows.bool()
+        keep = keep.to(expected.device)
+        tokens += int(keep.sum())
+        for key, states in alive.items():
+            got = stream.logits(batch, states[place]).log_softmax(-1)
+            apart = (expected.exp() * (expected - got)).sum(-1)
+            totals[key] += float(apart[keep].double().sum())
+    return {key: max(total / tokens, 0.0) for key, total in totals.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Seen:
         mixed: what the output projection was given, (B, T, H·D).
         output: what it gave, (B, T, hidden).
         weights: attention weights (B, H, T, S), or None where the pass ended before they were returned.
+        derived: what has been computed from these, for whoever needs it again.
     """
 
     query_input: torch.Tensor
@@ -43,6 +44,7 @@ class Seen:
     mixed: torch.Tensor
     output: torch.Tensor
     weights: torch.Tensor | None = None
+    derived: dict[str, Any] = field(default_factory=dict)
 
 
 class DecoderLayer:

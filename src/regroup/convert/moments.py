@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -65,9 +66,14 @@ class Gatherer:
 
     def add(self, seen: Seen, query_mask: torch.Tensor | None, memory_mask: torch.Tensor | None) -> None:
         """Count one batch; the masks (B, T) and (B, S) say which positions hold text, None that all do."""
-        query = _project(seen.query_input, self.weights.query, self.weights.query_bias)
-        key = _project(seen.memory, self.weights.key, self.weights.key_bias)
-        value = _project(seen.memory, self.weights.value, self.weights.value_bias)
+        if "heads" not in seen.derived:
+            # The same for every way to group them.
+            seen.derived["heads"] = (
+                _project(seen.query_input, self.weights.query, self.weights.query_bias),
+                _project(seen.memory, self.weights.key, self.weights.key_bias),
+                _project(seen.memory, self.weights.value, self.weights.value_bias),
+            )
+        query, key, value = seen.derived["heads"]
         rows, columns = _selected(query_mask, seen.query_input), _selected(memory_mask, seen.memory)
         q = query.flatten(0, 1)[rows].double()
         self._count("query", torch.einsum("thd,the->hde", q, q))
@@ -81,7 +87,7 @@ class Gatherer:
             stacked = value[:, :, distinct].flatten(2)
             moments = []
             for head in members:
-                mixed = (seen.weights[:, head].float() @ stacked).flatten(0, 1)[rows].double()
+                mixed = _mixed(seen, head, stacked).flatten(0, 1)[rows].double()
                 moments.append(mixed.T @ mixed)
             self._count(f"attended.{number}", torch.stack(moments))
         self._rows["query"] += int(rows.sum())
@@ -106,6 +112,31 @@ def _project(states: torch.Tensor, heads: torch.Tensor, bias: torch.Tensor | Non
     """(B, T, E) and (H, D, E) to (B, T, H, D)."""
     out = torch.einsum("bte,hde->bthd", states, heads.to(states))
     return out if bias is None else out + bias.to(states)
+
+
+def _mixed(seen: Seen, head: int, values: torch.Tensor) -> torch.Tensor:
+    """What a head's attention makes of values (B, S, F): (B, T, F). Leaves out what attention never reaches."""
+    assert seen.weights is not None
+    if "reach" not in seen.derived:
+        seen.derived["reach"] = _reach(seen.weights)
+    parts = [
+        seen.weights[:, head, rows, columns].float() @ values[:, columns] for rows, columns in seen.derived["reach"]
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _reach(weights: torch.Tensor, parts: int = 4) -> list[tuple[slice, slice]]:
+    """Runs of queries, and for each the run of positions outside of which no head gives any weight: causal, windows."""
+    T, S = weights.shape[-2:]
+    size, found = -(-T // parts), []
+    edges = [S * part // parts for part in range(parts + 1)]
+    for start in range(0, T, size):
+        rows = slice(start, min(start + size, T))
+        used = [bool(weights[:, :, rows, a:b].any()) for a, b in pairwise(edges)]
+        first = used.index(True) if True in used else 0
+        last = parts - used[::-1].index(True) if True in used else 0
+        found.append((rows, slice(edges[first], edges[last])))
+    return found
 
 
 def _selected(mask: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from ..checkpoint import Checkpoint
 from ..layout.types import Layout
 from ..plan import LayerPlan, Plan
 from .attention import AttentionWorker, Settings
-from .calibrate import targets
+from .calibrate import divergences, targets
 from .grouping import Groupings
 from .heads import HeadWeights
 from .layers import LayerStream
@@ -101,7 +101,7 @@ def measure(
         parent = after
         if progress is not None:
             progress(1)
-    costs = _divergences(stream, worker, parent, alive)
+    costs = divergences(stream, worker, parent, alive)
     return {
         layer.name: {
             heads: Measured(found[layer.name, heads], costs[layer.name, heads])
@@ -111,29 +111,6 @@ def measure(
         }
         for layer in layout.layers
     }
-
-
-def _divergences(
-    stream: LayerStream,
-    worker: AttentionWorker,
-    parent: list[torch.Tensor],
-    alive: Mapping[tuple[str, int], list[torch.Tensor]],
-) -> dict[tuple[str, int], float]:
-    """Mean KL divergence from the parent of every choice, from hidden states after the last layer."""
-    totals = dict.fromkeys(alive, 0.0)
-    tokens = 0
-    for place, batch in enumerate(worker.held_out):
-        # With attention masks, only positions that hold text count.
-        rows, _ = worker.masks(batch, stream.layout.layers[0])
-        expected = stream.logits(batch, parent[batch]).log_softmax(-1)
-        keep = torch.ones(expected.shape[:2], dtype=torch.bool) if rows is None else rows.bool()
-        keep = keep.to(expected.device)
-        tokens += int(keep.sum())
-        for key, states in alive.items():
-            got = stream.logits(batch, states[place]).log_softmax(-1)
-            apart = (expected.exp() * (expected - got)).sum(-1)
-            totals[key] += float(apart[keep].double().sum())
-    return {key: max(total / tokens, 0.0) for key, total in totals.items()}
 
 
 def guess(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class CalibrationText:
         window: tokens a window of a decoder-only model.
         batch: windows or pairs that run together.
         document_starts: begin windows where documents begin (see ``regroup.data.document_windows``).
+        seed: of the sample of pairs.
     """
 
     data: str | Path
@@ -32,17 +33,16 @@ class CalibrationText:
     window: int = 512
     batch: int = 4
     document_starts: bool = False
-
-    @property
-    def path(self) -> Path:
-        return Path(self.data).expanduser()
+    seed: int = 0
 
     def describe(self) -> dict[str, Any]:
-        """For the record: the file by name and content, never by place."""
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        return {
-            "file": self.path.name,
-            "sha256": digest,
+        """For the record: a file by name and content, never by place; anything else by name."""
+        path = Path(self.data).expanduser()
+        found: dict[str, Any] = {"data": path.name if path.exists() else str(self.data)}
+        if path.is_file():
+            with path.open("rb") as file:
+                found["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        return found | {
             "tokens": self.tokens,
             "window": self.window,
             "document_starts": self.document_starts,
@@ -62,24 +62,33 @@ def calibration_batches(text: CalibrationText, folder: Path, config: dict[str, A
     """
     tokenizer = load_tokenizer(folder)
     if config.get("is_encoder_decoder") or "decoder_start_token_id" in config:
-        pairs = list(islice(read_pairs(text.path), max(1, text.tokens // 16)))
-        found = pair_batches(
-            pairs, tokenizer, batch_size=text.batch, start_token=config.get("decoder_start_token_id") or 0
+        # A dictionary or a corpus in order begins with what is alike: a sample of all of it stands for it.
+        pairs, count = list(read_pairs(text.data)), max(1, text.tokens // 16)
+        draw = random.Random(text.seed)
+        found = list(
+            pair_batches(
+                draw.sample(pairs, min(count, len(pairs))),
+                tokenizer,
+                batch_size=text.batch,
+                start_token=config.get("decoder_start_token_id") or 0,
+            )
         )
+        # Batches come sorted by length: what is held out should be like what is fitted.
+        draw.shuffle(found)
         batches = [batch.inputs for batch in found]
     else:
         count = max(1, text.tokens // text.window)
         if text.document_starts:
-            windows = document_windows(read_texts(text.path), tokenizer, length=text.window, limit=count)
+            windows = document_windows(read_texts(text.data), tokenizer, length=text.window, limit=count)
         else:
-            windows, _ = token_windows(read_texts(text.path), tokenizer, length=text.window, limit=count)
+            windows, _ = token_windows(read_texts(text.data), tokenizer, length=text.window, limit=count)
         # A last batch of another shape would need masks of its own.
         whole = len(windows) // text.batch * text.batch or len(windows)
         batches = [batch.inputs for batch in causal_batches(windows[:whole], text.batch)]
     if len(batches) < 2:
         raise RegroupError(
             "there is too little calibration text",
-            file=text.path,
+            file=text.data,
             expected=f"at least two batches of {text.batch}",
             got=f"{len(batches)}",
             remedy="give more text, or a smaller --calibration-window or --calibration-batch",

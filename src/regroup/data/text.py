@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,60 +10,47 @@ from typing import Any
 import torch
 
 from ..errors import RegroupError
+from .sources import find_sources
 
 # Tokenising book-sized strings at once takes memory out of all proportion; pieces of this many characters do not.
 _PIECE = 1 << 20
 
 
-def read_texts(path: Path) -> Iterator[str]:
-    """The documents of a file: the whole of a text file, or the ``"text"`` field of each JSON line; either gzipped.
+def read_texts(name: str | Path) -> Iterator[str]:
+    """Documents: the whole of a text file, the ``"text"`` of each JSON line or parquet row, or a data set's.
+
+    Args:
+        name: a file or folder (see ``sources.find_sources``), or a data set of the hub such as ``hf:allenai/c4:en``.
 
     Raises:
-        RegroupError: missing, not UTF-8, empty, or a line without text.
+        RegroupError: missing, not UTF-8, empty, or a row without text.
     """
-    if _bare_suffix(path) not in (".jsonl", ".json"):
-        text = _read(path)
-        if not text.strip():
-            raise RegroupError("the text file is empty", file=path)
-        yield text
-        return
-    for number, row in _json_lines(path):
-        if not isinstance(row.get("text"), str):
-            raise RegroupError(
-                "a JSON line has no text", file=f"{path}:{number}", expected='{"text": "…"}', got=str(row)[:120]
-            )
-        yield row["text"]
-
-
-def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
-    """Source and target of each line: tab-separated, or JSON lines with ``"source"`` and ``"target"``.
-
-    Raises:
-        RegroupError: missing, not UTF-8, empty, or a line that is not a pair.
-    """
-    if _bare_suffix(path) in (".jsonl", ".json"):
-        for number, row in _json_lines(path):
-            pair = (row.get("source"), row.get("target"))
-            if not all(isinstance(side, str) for side in pair):
-                raise RegroupError(
-                    "a JSON line is not a pair",
-                    file=f"{path}:{number}",
-                    expected='{"source": "…", "target": "…"}',
-                    got=str(row)[:120],
-                )
-            yield str(pair[0]), str(pair[1])
-        return
     empty = True
-    for number, line in enumerate(_lines(path), 1):
-        sides = line.split("\t")
-        if len(sides) != 2:
-            raise RegroupError(
-                "a line is not a pair", file=f"{path}:{number}", expected="source, tab, target", got=line[:120]
-            )
-        empty = False
-        yield sides[0], sides[1]
+    for source in find_sources([str(name)], pairs=False):
+        pieces: list[str] = []
+        for chunk in source.chunks():
+            for number, document in enumerate(chunk.documents):
+                pieces.append(document)
+                if number + 1 < len(chunk.documents) or chunk.ends:
+                    text, pieces = "".join(pieces), []
+                    empty = empty and not text.strip()
+                    yield text
     if empty:
-        raise RegroupError("the file of pairs is empty", file=path)
+        raise RegroupError("the data holds no text", file=name)
+
+
+def read_pairs(name: str | Path) -> Iterator[tuple[str, str]]:
+    """Source and target of each row: tab-separated lines, or JSON lines, parquet or a data set with these columns.
+
+    Args and errors as ``read_texts``.
+    """
+    empty = True
+    for source in find_sources([str(name)], pairs=True):
+        for chunk in source.chunks():
+            empty = False
+            yield from chunk.documents
+    if empty:
+        raise RegroupError("the data holds no pairs", file=name)
 
 
 def token_windows(
@@ -197,40 +181,3 @@ def _chunks(tokens: Iterator[int], size: int) -> Iterator[list[int]]:
         if len(chunk) == size:
             yield chunk
             chunk = []
-
-
-def _bare_suffix(path: Path) -> str:
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-
-
-def _read(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except (OSError, EOFError, zlib.error) as error:
-        raise RegroupError("the text cannot be read", file=path, got=str(error)[:200]) from error
-    except UnicodeDecodeError as error:
-        raise RegroupError("the text is not UTF-8", file=path, got=f"byte {error.start}: {error.reason}") from error
-
-
-def _lines(path: Path) -> list[str]:
-    """Lines that end with a line feed: ``splitlines`` also cuts at characters that text and JSON may hold."""
-    lines = _read(path).replace("\r\n", "\n").split("\n")
-    return lines if lines[-1] else lines[:-1]
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    empty = True
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        empty = False
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise RegroupError("a line is not valid JSON", file=f"{path}:{number}", got=str(error)[:120]) from error
-        if not isinstance(row, dict):
-            raise RegroupError("a JSON line is not an object", file=f"{path}:{number}", got=line[:120])
-        yield number, row
-    if empty:
-        raise RegroupError("the file holds no lines", file=path)

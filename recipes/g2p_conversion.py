@@ -1,0 +1,181 @@
+"""What grouping costs an encoder-decoder before any training, in phonemes that come out wrong.
+
+    python recipes/g2p_conversion.py g2p-parent ../shared/data/g2p-train.tsv ../shared/data/g2p-test.tsv \\
+        -o benchmarks/records/conversion-g2p.json
+
+The parent, made by `g2p_parent.py`, has 8 heads in the decoder's self-attention and cross-attention; both are converted
+to each G in each way. Its encoder keeps its heads: it has no KV cache. Every child then pronounces the test words by
+greedy decoding. Calibration takes words from the training file alone, and nothing is tuned on the test file.
+`g2p_parent.py` says what the phoneme error rate is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from g2p_parent import Pairs, errors, evaluate, pronounce
+from rich.console import Console
+from rich.table import Table
+
+from regroup.convert.text import CalibrationText
+from regroup.data import read_pairs
+from regroup.models import load, load_tokenizer
+from regroup.pipeline import convert_checkpoint, open_layout
+from regroup.plan import make_plan
+from regroup.record import record, write_record
+
+# name, keys and values by (None: auto), with text, repair
+VARIANTS: tuple[tuple[str, str | None, bool, str], ...] = (
+    ("mean (the paper's)", "mean", False, "none"),
+    ("first", "first", False, "none"),
+    ("weights: procrustes", "procrustes", False, "none"),
+    ("weights: lowrank", "lowrank", False, "none"),
+    ("text: procrustes", "procrustes", True, "none"),
+    ("text: lowrank", "lowrank", True, "none"),
+    ("text: lowrank, output", "lowrank", True, "output"),
+    ("text: auto, output", None, True, "output"),
+    ("text: auto, distill", None, True, "distill"),
+)
+PAIR_TOKENS = 16  # CalibrationText counts a pair as so many tokens
+RESAMPLES = 1000
+
+
+def intervals(wrong: Sequence[int], baseline: Sequence[int], symbols: Sequence[int]) -> dict[str, list[float]]:
+    """95% bootstrap intervals over words: of the error rate, and of what it lies above the baseline's on equal words.
+
+    Args:
+        wrong, baseline: wrong symbols of each word, of a child and of its parent.
+        symbols: of each word's reference.
+    """
+    rows = torch.tensor([wrong, baseline, symbols], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(rows.shape[1], (RESAMPLES, rows.shape[1]), generator=generator)
+    child, parent, total = (row[drawn].sum(1) for row in rows)
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return {
+        "phoneme_error_rate_95": torch.quantile(child / total, ends).tolist(),
+        "excess_95": torch.quantile((child - parent) / total, ends).tolist(),
+    }
+
+
+def write_sample(pairs: Pairs, count: int, seed: int, path: Path) -> None:
+    """A random sample as a file: calibration reads the top of a file, and the dictionary is in alphabetical order."""
+    sample = random.Random(seed).sample(list(pairs), min(count, len(pairs)))
+    path.write_text("".join(f"{word}\t{pronunciation}\n" for word, pronunciation in sample), encoding="utf-8")
+
+
+def main(
+    parent: Path,
+    training: Path,
+    test: Path,
+    kv_heads: Annotated[str, typer.Option("--kv-heads")] = "4,2,1",
+    words: Annotated[int, typer.Option(help="Calibration pairs.")] = 4096,
+    batch: Annotated[int, typer.Option(help="Calibration pairs that run together.")] = 64,
+    distill_words: Annotated[int, typer.Option(help="Calibration pairs where the layer is distilled.")] = 8192,
+    distill_batch: Annotated[int, typer.Option(help="Pairs a step of distillation.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the sample of calibration pairs.")] = 0,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    output: Annotated[Path | None, typer.Option("--output", "-o")] = None,
+) -> None:
+    torch.set_num_threads(threads)
+    pairs, held = list(read_pairs(training)), list(read_pairs(test))
+    test_words, references = [word for word, _ in held], [pronunciation for _, pronunciation in held]
+    layout, tokenizer = open_layout(str(parent)), load_tokenizer(parent)
+    rows: list[dict[str, Any]] = []
+    baseline: list[int] = []
+
+    def measure(name: str, heads: int, folder: Path, count: int, seconds: float) -> None:
+        model: Any = load(folder, dtype=torch.float32, progress=False).eval()
+        started = time.perf_counter()
+        said = pronounce(model, tokenizer, test_words)
+        decoding = time.perf_counter() - started
+        wrong, symbols = errors(said, references)
+        baseline.extend(wrong if not baseline else [])
+        result = evaluate(model, tokenizer, held, said)
+        result |= {"excess": result["phoneme_error_rate"] - sum(baseline) / sum(symbols)}
+        rows.append(
+            {
+                "method": name,
+                "num_key_value_heads": heads,
+                **result,
+                **intervals(wrong, baseline, symbols),
+                "calibration_pairs": count,
+                "conversion_seconds": seconds,
+                "decoding_seconds": decoding,
+            }
+        )
+        Console(stderr=True).print(f"G={heads} {name}: {_cell(rows[-1])} ({seconds:.0f} s)")
+
+    with tempfile.TemporaryDirectory() as scratch:
+        files = {count: Path(scratch) / f"calibration-{count}.tsv" for count in {words, distill_words}}
+        for count, file in files.items():
+            write_sample(pairs, count, seed, file)
+        measure("parent", layout.layers[0].num_key_value_heads, parent, 0, 0.0)
+        for heads in map(int, kv_heads.split(",")):
+            for name, method, with_text, repair in VARIANTS:
+                count, together = (distill_words, distill_batch) if repair == "distill" else (words, batch)
+                text = CalibrationText(files[count], count * PAIR_TOKENS, batch=together) if with_text else None
+                with tempfile.TemporaryDirectory(dir=scratch) as place:
+                    child = Path(place) / "child"
+                    started = time.perf_counter()
+                    if method is None:
+                        convert_checkpoint(parent, child, kv_heads=heads, calibration=text, repair=repair, device="cpu")
+                    else:
+                        plan = make_plan(layout, heads)
+                        layers = tuple(replace(x, key_method=method, value_method=method) for x in plan.layers)
+                        plan = replace(plan, layers=layers)
+                        convert_checkpoint(parent, child, plan=plan, calibration=text, repair=repair, device="cpu")
+                    seconds = time.perf_counter() - started
+                    measure(name, heads, child, count if with_text else 0, seconds)
+
+    configuration = {
+        "parent": parent.name,
+        "parent_sha256": hashlib.sha256((parent / "model.safetensors").read_bytes()).hexdigest(),
+        "parent_training": training_of(parent),
+        "training": training.name,
+        "test": test.name,
+        "calibration_batch": batch,
+        "distillation_batch": distill_batch,
+        "seed": seed,
+        "bootstrap_resamples": RESAMPLES,
+    }
+    value = record("conversion-g2p", configuration, {"rows": rows})
+    write_record(output, value)
+    show(value)
+
+
+def training_of(parent: Path) -> dict[str, Any] | None:
+    """How the parent came about, if it says so, without its loss curve."""
+    file = parent / "training.json"
+    if not file.is_file():
+        return None
+    return {name: value for name, value in json.loads(file.read_text()).items() if name != "loss_curve"}
+
+
+def show(value: dict[str, Any]) -> None:
+    base, *rows = value["results"]["rows"]
+    groups = list(dict.fromkeys(row["num_key_value_heads"] for row in rows))
+    table = Table("phoneme error rate (95% interval), nats a token", *(f"G = {heads}" for heads in groups))
+    table.add_row(f"parent, G = {base['num_key_value_heads']}", *(_cell(base) for _ in groups))
+    for name in dict.fromkeys(row["method"] for row in rows):
+        table.add_row(name, *(_cell(row) for row in rows if row["method"] == name))
+    Console(stderr=True).print(table)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    low, high = row["phoneme_error_rate_95"]
+    return f"{row['phoneme_error_rate']:.1%} ({low:.1%}–{high:.1%}), {row['nats_per_token']:.3f}"
+
+
+if __name__ == "__main__":
+    typer.run(main)

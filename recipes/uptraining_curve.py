@@ -1,0 +1,271 @@
+"""What uptraining buys, by how the child was made and what it learns from: the table of docs/uptraining.md.
+
+    python recipes/uptraining_curve.py PARENT TRAIN HELD_OUT --kv-heads 2,1 --tokens 65k,262k,1M -o record.json
+
+Four ways: the paper's (mean-pooled, cross-entropy), each of its two halves replaced, and ours (low-rank sharing on text
+with repair, distillation). Every budget is a run of its own with its own schedule, over text that is seen once. The
+last documents of TRAIN are for calibration alone, the first ones of HELD_OUT for evaluation, the next ones for choosing
+each way's learning rate. Results are kept as they come (``--work``), so a run that was broken off goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from regroup.convert.text import CalibrationText
+from regroup.data import read_texts, token_windows
+from regroup.evaluate import causal_batches, score
+from regroup.evaluate.run import load_for_scoring
+from regroup.models import load_tokenizer
+from regroup.pipeline import convert_checkpoint
+from regroup.record import record, write_record
+from regroup.uptrain.budget import parse_count
+from regroup.uptrain.recipe import Recipe
+from regroup.uptrain.run import uptrain
+
+CALIBRATION_TOKENS = 32_768
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a child is made and what it learns from."""
+
+    name: str
+    method: str
+    text: bool
+    distilled: bool
+
+
+WAYS = (
+    Way("mean, cross-entropy (the paper's)", "mean", False, False),
+    Way("mean, distillation", "mean", False, True),
+    Way("low-rank, cross-entropy", "lowrank", False, False),
+    Way("low-rank on text with repair, distillation (ours)", "auto", True, True),
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs share."""
+
+    parent: Path
+    folder: Path
+    train: Path
+    calibration: Path
+    windows: torch.Tensor
+    tuning: torch.Tensor
+    window: int
+    batch: int
+
+    def child(self, way: Way, heads: int) -> Path:
+        path = self.folder / f"{way.method}-{'text' if way.text else 'weights'}-{heads}"
+        if not path.exists():
+            text = CalibrationText(self.calibration, CALIBRATION_TOKENS, self.window, 8, document_starts=True)
+            convert_checkpoint(
+                self.parent, path, kv_heads=heads, method=way.method, calibration=text if way.text else None
+            )
+        return path
+
+    def run(self, way: Way, heads: int, tokens: int, rate: float, seed: int) -> dict[str, Any]:
+        """Uptrain once; losses on both held-out texts and what it took."""
+        spent = {"flops": 0, "tokens": 0}
+        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+            model = self.child(way, heads)
+            if tokens:
+                recipe = Recipe(
+                    model=str(model),
+                    output=Path(scratch) / "run",
+                    data=(str(self.train),),
+                    tokens=tokens,
+                    teacher=str(self.parent) if way.distilled else None,
+                    window=self.window,
+                    batch_size=self.batch,
+                    learning_rate=rate,
+                    seed=seed,
+                    save_every=10**9,
+                    report_to=(),
+                    device="cpu",
+                )
+                done = uptrain(recipe)
+                assert done.record is not None
+                assert done.model is not None
+                assert not done.record["results"]["data_ended"], "text would have been seen twice"
+                spent = {name: done.record["results"][name] for name in spent}
+                model = done.model
+            child = load_for_scoring(model, "float32", "cpu")
+            return {
+                "nats_per_token": score(child, causal_batches(self.windows, 16)).nats_per_token,
+                "tuning_nats_per_token": score(child, causal_batches(self.tuning, 16)).nats_per_token,
+                **spent,
+            }
+
+
+def main(
+    parent: Path,
+    train: Path,
+    held_out: Path,
+    kv_heads: Annotated[str, typer.Option("--kv-heads")] = "2,1",
+    tokens: Annotated[str, typer.Option()] = "65k,262k,1M",
+    rates: Annotated[str, typer.Option(help="Learning rates to choose from.")] = "0.001,0.003",
+    seeds: Annotated[int, typer.Option()] = 3,
+    window: Annotated[int, typer.Option()] = 256,
+    windows: Annotated[int, typer.Option()] = 64,
+    batch: Annotated[int, typer.Option(help="Windows a step.")] = 4,
+    work: Annotated[Path, typer.Option(help="Where results are kept as they come.")] = Path("uptraining-work"),
+    output: Annotated[Path | None, typer.Option("--output", "-o")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Where to draw the curves.")] = None,
+) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    bench, base = prepare(parent, train, held_out, window, windows, batch, work)
+    kept = work / "rows.jsonl"
+    rows: list[dict[str, Any]] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+
+    def have(way: Way, heads: int, count: int, rate: float, seed: int) -> dict[str, Any]:
+        key = {"way": way.name, "num_key_value_heads": heads, "asked": count, "rate": rate, "seed": seed}
+        for row in rows:
+            if all(row[name] == value for name, value in key.items()):
+                return row
+        row = key | bench.run(way, heads, count, rate, seed)
+        rows.append(row)
+        with kept.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        Console(stderr=True).print(f"{key} {row['nats_per_token'] - base:+.3f}")
+        return row
+
+    budgets = sorted(parse_count(part) for part in tokens.split(","))
+    middle = budgets[len(budgets) // 2]
+    groups, choices = [int(part) for part in kv_heads.split(",")], [float(part) for part in rates.split(",")]
+    # Once for each way, at the middle budget.
+    chosen = {
+        (way.name, heads): min(choices, key=lambda rate: have(way, heads, middle, rate, 0)["tuning_nats_per_token"])
+        for way in WAYS
+        for heads in groups
+    }
+    used = [
+        have(way, heads, count, chosen[way.name, heads] if count else 0.0, seed)
+        for seed in range(seeds)
+        for count in (0, *budgets)
+        for heads in groups
+        for way in WAYS
+        if count or not seed
+    ]
+    table = summarise(used, base)
+    configuration = {
+        "parent": parent.name,
+        "train": train.name,
+        "held_out": held_out.name,
+        "window": window,
+        "windows": len(bench.windows),
+        "batch": batch,
+        "calibration_tokens": CALIBRATION_TOKENS,
+        "seeds": seeds,
+        "rates": choices,
+        "chosen_rates": [{"way": way, "num_key_value_heads": g, "rate": rate} for (way, g), rate in chosen.items()],
+    }
+    results = {"parent_nats_per_token": base, "table": table, "runs": used}
+    write_record(output, record("uptraining-curve", configuration, results))
+    show(table)
+    if figure is not None:
+        draw(table, figure)
+
+
+def prepare(
+    parent: Path, train: Path, held_out: Path, window: int, windows: int, batch: int, work: Path
+) -> tuple[Bench, float]:
+    """Divide the texts, and measure the parent."""
+    tokenizer = load_tokenizer(parent)
+    documents = list(read_texts(train))
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in documents]
+    last, reserved = len(documents), 0
+    while reserved < 1.2 * CALIBRATION_TOKENS:
+        last -= 1
+        reserved += lengths[last] // window * window
+    _write(work / "train.jsonl", documents[:last])
+    _write(work / "calibration.jsonl", documents[last:])
+    held = [text for text in read_texts(held_out) if len(tokenizer(text)["input_ids"]) >= window]
+    first, _ = token_windows(held[:windows], tokenizer, length=window, document_starts=True)
+    tuning, _ = token_windows(held[windows : 2 * windows], tokenizer, length=window, document_starts=True)
+    base = score(load_for_scoring(parent, "float32", "cpu"), causal_batches(first, 16)).nats_per_token
+    return Bench(parent, work, work / "train.jsonl", work / "calibration.jsonl", first, tuning, window, batch), base
+
+
+def _write(path: Path, documents: Iterable[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+
+
+def summarise(rows: list[dict[str, Any]], base: float) -> list[dict[str, Any]]:
+    """Mean and spread over seeds."""
+    table = []
+    keys = dict.fromkeys((row["way"], row["num_key_value_heads"], row["asked"]) for row in rows)
+    for way, heads, asked in keys:
+        found = [row for row in rows if (row["way"], row["num_key_value_heads"], row["asked"]) == (way, heads, asked)]
+        excess = [row["nats_per_token"] - base for row in found]
+        table.append(
+            {
+                "way": way,
+                "num_key_value_heads": heads,
+                "tokens": found[0]["tokens"],
+                "flops": found[0]["flops"],
+                "excess_nats_per_token": mean(excess),
+                "standard_deviation": stdev(excess) if len(excess) > 1 else None,
+                "seeds": len(excess),
+            }
+        )
+    return table
+
+
+def show(table: list[dict[str, Any]]) -> None:
+    for heads in dict.fromkeys(row["num_key_value_heads"] for row in table):
+        counts = sorted({row["tokens"] for row in table})
+        shown = Table(f"excess nats a token, G = {heads}", *(f"{count:,} tokens" for count in counts))
+        for way in dict.fromkeys(row["way"] for row in table):
+            cells = {r["tokens"]: r for r in table if r["way"] == way and r["num_key_value_heads"] == heads}
+            shown.add_row(way, *(f"{cells[c]['excess_nats_per_token']:+.3f}" if c in cells else "–" for c in counts))
+        Console(stderr=True).print(shown)
+
+
+def draw(table: list[dict[str, Any]], path: Path) -> None:
+    """Excess loss against tokens, a panel for each G."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups = list(dict.fromkeys(row["num_key_value_heads"] for row in table))
+    plot, axes = plt.subplots(1, len(groups), figsize=(5.5 * len(groups), 4.2), sharey=True, squeeze=False)
+    for axis, heads in zip(axes[0], groups, strict=True):
+        for way in dict.fromkeys(row["way"] for row in table):
+            rows = [r for r in table if r["way"] == way and r["num_key_value_heads"] == heads]
+            rows.sort(key=lambda row: row["tokens"])
+            axis.errorbar(
+                [row["tokens"] / 1000 for row in rows],
+                [row["excess_nats_per_token"] for row in rows],
+                yerr=[row["standard_deviation"] or 0 for row in rows],
+                marker="o",
+                capsize=3,
+                label=way,
+            )
+        axis.set_title(f"{heads} KV head{'s' if heads > 1 else ''}")
+        axis.set_xscale("symlog", linthresh=50)
+        axis.set_yscale("log")
+        axis.set_xlabel("uptraining tokens, thousands")
+        axis.grid(alpha=0.3, which="both")
+    axes[0][0].set_ylabel("loss over the parent, nats a token")
+    axes[0][-1].legend(fontsize=8)
+    plot.tight_layout()
+    plot.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    typer.run(main)

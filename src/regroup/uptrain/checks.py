@@ -1,0 +1,144 @@
+"""What can be told to be wrong with a run from its settings, its folders and the disk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import Checkpoint, fetch
+from ..checkpoint.reader import read_json
+from ..checkpoint.writer import existing_parent
+from ..errors import RegroupError
+from ..models import load_tokenizer
+from . import states
+from .processes import world
+from .reading import check_same_tokenizer
+from .recipe import Recipe
+
+# How families name the dropout of their residual stream, and what else there is where they have none.
+_DROPOUTS = ("dropout_rate", "dropout", "hidden_dropout", "resid_pdrop", "resid_dropout")
+_ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop")
+
+
+def is_encoder_decoder(config: dict[str, Any]) -> bool:
+    if "is_encoder_decoder" in config:
+        return bool(config["is_encoder_decoder"])
+    return "decoder_start_token_id" in config or config.get("model_type") in ("t5", "mt5", "umt5")
+
+
+def state_of(recipe: Recipe, digest: str, run: dict[str, Any] | None) -> tuple[Path, dict[str, Any]] | None:
+    """The newest complete state of this very run, if there is one.
+
+    Raises:
+        RegroupError: the folder holds another run, or is not to be continued.
+    """
+    if run is None:
+        return None
+    if run.get("digest") != digest:
+        changes = states.changed_settings(recipe.to_json(), run.get("recipe", {}))
+        raise RegroupError(
+            "the output folder holds a run with other settings",
+            file=recipe.output,
+            expected=f"the recipe {run.get('digest')}",
+            got="; ".join(changes)[:400] or digest,
+            remedy="give the same settings to go on with it, or choose another --output",
+        )
+    if not recipe.resume:
+        raise RegroupError(
+            "the output folder holds a run already",
+            file=recipe.output,
+            remedy="leave --no-resume out to go on with it, or choose another --output",
+        )
+    found = states.complete(recipe.output)
+    if not found:
+        return None
+    folder = found[-1][1]
+    state = states.read_state(folder)
+    if state.get("digest") != digest or state.get("format") != 1:
+        raise RegroupError("a saved state belongs to another run", file=folder, remedy="remove it")
+    if bool(state["sharded"]) != recipe.fsdp:
+        raise RegroupError(
+            "a sharded state and a whole one are not read alike",
+            file=folder,
+            expected="a run with --fsdp" if state["sharded"] else "a run without --fsdp",
+            remedy="go on as the run began; the number of processes may change",
+        )
+    return folder, state
+
+
+def check_sharding(recipe: Recipe) -> None:
+    if not recipe.fsdp:
+        return
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    if world() == 1 or PartialState().distributed_type == DistributedType.MULTI_CPU:
+        raise RegroupError(
+            "there is nothing to shard over",
+            expected="several processes on GPUs: accelerate does not shard on the CPU",
+            got="one process" if world() == 1 else f"{world()} processes on the CPU",
+            remedy="start it with torchrun or accelerate launch, or leave --fsdp out",
+        )
+
+
+def dropouts(recipe: Recipe, config: dict[str, Any]) -> dict[str, float]:
+    if recipe.dropout is None:
+        return {}
+    names = [name for name in _DROPOUTS if name in config] or [name for name in _ATTENTION_DROPOUTS if name in config]
+    if not names and recipe.dropout:
+        raise RegroupError(
+            "the model has no dropout that could be set",
+            expected=f"one of {', '.join(_DROPOUTS + _ATTENTION_DROPOUTS)} in config.json",
+            remedy="leave dropout out of the recipe",
+        )
+    return dict.fromkeys(names, recipe.dropout)
+
+
+def check_window(config: Any, window: int) -> None:
+    limit = next(
+        (getattr(config, n, None) for n in ("max_position_embeddings", "n_positions") if hasattr(config, n)), 0
+    )
+    if isinstance(limit, int) and 0 < limit < window and not getattr(config, "is_encoder_decoder", False):
+        raise RegroupError(
+            "the windows are longer than the model's positions",
+            expected=f"at most {limit} tokens",
+            got=window,
+            remedy=f"pass --window {limit}",
+        )
+
+
+def checked_teacher(recipe: Recipe, folder: Path, tokenizer: Any, vocab_size: int) -> Path | None:
+    if recipe.teacher is None:
+        return None
+    parent = fetch(recipe.teacher)
+    size = read_json(parent / "config.json").get("vocab_size")
+    if size != vocab_size:
+        raise RegroupError(
+            "the teacher has another vocabulary",
+            file=parent,
+            expected=f"{vocab_size} tokens, as {folder} has",
+            got=size,
+            remedy="the teacher is the checkpoint that the model was converted from",
+        )
+    check_same_tokenizer(tokenizer, load_tokenizer(parent))
+    return parent
+
+
+def check_room(recipe: Recipe, checkpoint: Checkpoint, student: Any) -> None:
+    """Refuse a disk that cannot hold the states and the result."""
+    parameters = sum(p.numel() for p in student.parameters())
+    # Weights in float32; AdamW's two moments beside them.
+    state = parameters * (12 if recipe.optimizer == "adamw" else 5)
+    needed = state * (recipe.keep + 1) + checkpoint.nbytes
+    there = sum(states.folder_bytes(folder) for _, folder in states.complete(recipe.output))
+    parent = recipe.output if recipe.output.is_dir() else existing_parent(recipe.output)
+    free = shutil.disk_usage(parent).free
+    if free + there < needed:
+        raise RegroupError(
+            "the disk has too little room for the run",
+            file=parent,
+            expected=f"{needed / 1e9:.2f} GB for {recipe.keep} states, one more while it is written, and the result",
+            got=f"{free / 1e9:.2f} GB free",
+            remedy="free some space, choose another --output, or set keep to 1 in the recipe",
+        )

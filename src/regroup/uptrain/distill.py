@@ -1,0 +1,181 @@
+"""The loss of uptraining: cross-entropy, KL to the parent's logits, or a mix of both, in bounded memory.
+
+Hinton et al. 2015 (arXiv:1503.02531, section 2): both softmaxes are taken at a temperature T, and their KL is
+multiplied by T², which keeps its gradients on the scale of cross-entropy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .objective import IGNORED
+
+# Elements of float32 that one chunk's softmax may take: 64 MB, of which a handful are alive at once.
+CHUNK_ELEMENTS = 1 << 24
+# Below every log-probability that matters, above float16's lowest number.
+_LOWEST = -60_000.0
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A distribution over a vocabulary, of which k tokens are told apart and the rest is one bucket.
+
+    Attributes:
+        ids: (N, k) int64, the k most likely tokens of each of N positions.
+        log_q: (N, k + 1) log-probabilities of those, and last of all others together.
+    """
+
+    ids: Tensor
+    log_q: Tensor
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What is minimised: ``(1 - weight) · cross-entropy + weight · T² · KL(teacher ‖ student)`` at temperature T."""
+
+    weight: float = 0.0
+    temperature: float = 1.0
+
+
+def aligned_targets(labels: Tensor, *, shifted: bool) -> Tensor:
+    """For each position of the logits the token that they should predict, (batch, length).
+
+    ``shifted`` says that labels are the inputs themselves, as causal models have them, so that position i predicts
+    label i + 1. Labels of an encoder-decoder are aligned already.
+    """
+    if not shifted:
+        return labels
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+
+
+def mixed_loss(
+    logits: Tensor, targets: Tensor, *, teacher: Tensor | TopK | None = None, mix: Mix | None = None, chunk: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the positions that carry loss.
+
+    Softmaxes are computed in float32 (float64 if the logits are), ``chunk`` positions at a time; the gradient is
+    computed along with the loss and kept in the dtype of the logits. So no copy of all logits in float32 is made.
+
+    Args:
+        logits: (batch, length, vocabulary) of the student.
+        targets: (batch, length) int64, ``IGNORED`` where nothing is asked (see ``aligned_targets``).
+        teacher: the parent's logits, (batch, length, vocabulary) in any dtype, or their ``TopK`` at the positions that
+            carry loss, in the order of ``targets.flatten()``; None where the weight is 0.
+        mix: cross-entropy alone by default.
+        chunk: positions at a time; 0 for as many as ``CHUNK_ELEMENTS`` allows.
+
+    Returns:
+        Scalars in float32 (float64): the loss, differentiable in ``logits``; the cross-entropy; the KL at the
+        temperature, not multiplied by T² (0 without a teacher). The latter two have no gradient.
+    """
+    flat = logits.flatten(0, -2)
+    asked = targets.flatten()
+    rows = (asked != IGNORED).nonzero().squeeze(1)
+    size = chunk or max(1, CHUNK_ELEMENTS // flat.shape[-1])
+    if isinstance(teacher, Tensor):
+        teacher = teacher.flatten(0, -2)
+    return _Chunked.apply(flat, asked, rows, teacher, mix or Mix(), size)  # type: ignore[no-any-return]
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, flat: Tensor, asked: Tensor, rows: Tensor, teacher: Tensor | TopK | None, mix: Mix, size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = torch.promote_types(flat.dtype, torch.float32)
+        sums = torch.zeros(3, dtype=wide, device=flat.device)
+        gradient = torch.zeros_like(flat) if flat.requires_grad else None
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            with torch.enable_grad():
+                x = flat[part].to(wide).requires_grad_(gradient is not None)
+                loss, cross_entropy, kl = _rows_loss(x, asked[part], _taught(teacher, part, first, wide), mix)
+            if gradient is not None:
+                gradient[part] = torch.autograd.grad(loss, x)[0].to(gradient.dtype)
+            sums += torch.stack([loss.detach(), cross_entropy.detach(), kl.detach()])
+        ctx.gradient = gradient
+        loss, cross_entropy, kl = sums.unbind()
+        ctx.mark_non_differentiable(cross_entropy, kl)
+        return loss, cross_entropy, kl
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("the gradient of mixed_loss was used already")
+        return gradient.mul_(grads[0].to(gradient.dtype)), None, None, None, None, None
+
+
+def _taught(teacher: Tensor | TopK | None, part: Tensor, first: int, wide: torch.dtype) -> Tensor | TopK | None:
+    if isinstance(teacher, TopK):
+        own = slice(first, first + len(part))
+        return TopK(teacher.ids[own], teacher.log_q[own].to(wide))
+    return None if teacher is None else teacher[part].to(wide)
+
+
+def _rows_loss(x: Tensor, wanted: Tensor, teacher: Tensor | TopK | None, mix: Mix) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, cross-entropy and KL of rows (n, vocabulary)."""
+    log_p = x.log_softmax(-1)
+    alone = teacher is None or mix.weight == 0
+    # It is told in any case; a gradient is needed only where it counts.
+    with torch.set_grad_enabled((alone or mix.weight < 1) and x.requires_grad):
+        cross_entropy = -log_p.gather(-1, wanted.unsqueeze(-1)).sum()
+    if alone:
+        return cross_entropy, cross_entropy, torch.zeros_like(cross_entropy)
+    T = mix.temperature
+    assert teacher is not None
+    log_p = log_p if T == 1 else (x / T).log_softmax(-1)
+    if isinstance(teacher, TopK):
+        log_q, log_p = teacher.log_q, _coarse(log_p, teacher.ids)
+    else:
+        log_q = (teacher / T).log_softmax(-1)
+    kl = (log_q.exp() * (log_q - log_p)).sum()
+    loss = mix.weight * T**2 * kl
+    return (loss if mix.weight == 1 else loss + (1 - mix.weight) * cross_entropy), cross_entropy, kl
+
+
+def _coarse(log_p: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities (n, k + 1) of the tokens ``ids`` and of all others together."""
+    others = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([log_p.gather(-1, ids), others], dim=-1).clamp(min=_LOWEST)
+
+
+@torch.no_grad()
+def top_k(logits: Tensor, targets: Tensor, k: int, temperature: float = 1.0, chunk: int = 0) -> TopK:
+    """The teacher's k most likely tokens at the positions that carry loss, and the rest as one bucket.
+
+    The KL over these k + 1 outcomes is that of a coarser distribution, so it is never above the whole KL.
+
+    Args:
+        logits: (batch, length, vocabulary).
+        targets: (batch, length), see ``mixed_loss``.
+        k: below the vocabulary.
+        temperature: of the softmax.
+        chunk: see ``mixed_loss``.
+    """
+    flat = logits.flatten(0, -2)
+    assert 0 < k < flat.shape[-1]
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    rows = (targets.flatten() != IGNORED).nonzero().squeeze(1)
+    ids, values = [], []
+    for part in rows.split(chunk or max(1, CHUNK_ELEMENTS // flat.shape[-1])):
+        log_q = (flat[part].to(wide) / temperature).log_softmax(-1)
+        best = log_q.topk(k).indices
+        ids.append(best)
+        values.append(_coarse(log_q, best))
+    return TopK(torch.cat(ids), torch.cat(values))
+
+
+def inputs_of(batch: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """What of a collated batch a model's forward takes: all but the labels, of which the loss is made here."""
+    return ((name, value) for name, value in batch.items() if name != "labels")
+
+
+def frozen(model: Any) -> Any:
+    """A teacher: in evaluation mode and without gradients. Its dtype stays."""
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,134 @@
+"""What a run trains with: its parts, its share of the data, and what the Trainer is told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainingArguments
+
+from ..data import Batch
+from ..errors import RegroupError
+from .processes import rank, world
+from .recipe import Recipe
+from .stream import ExampleStream
+from .teacher import Teacher
+
+# The newer name of the same thing.
+_CHECKPOINTING = "activation_checkpointing"
+if _CHECKPOINTING not in {field.name for field in fields(TrainingArguments)}:
+    _CHECKPOINTING = "gradient_checkpointing"
+
+
+@dataclass
+class Job:
+    """Everything that one run trains with.
+
+    Attributes:
+        recipe: with nothing left open.
+        source: folder of the checkpoint that is trained; its tokenizer goes into every state.
+        stream: stands where the run begins or goes on.
+        first_example: examples of the stream that were used before the first step.
+        steps: of this stage.
+        count_tokens: of a batch, those that carry loss.
+        shifted: whether labels are the inputs (see ``aligned_targets``).
+        teacher: or None.
+        held_out: batches to evaluate on; none for no evaluation.
+        digest: of the recipe.
+    """
+
+    recipe: Recipe
+    source: Path
+    stream: ExampleStream
+    steps: int
+    count_tokens: Callable[[dict[str, Tensor]], int]
+    shifted: bool
+    teacher: Teacher | None
+    held_out: list[Batch]
+    digest: str
+    first_example: int = 0
+
+
+class MicroBatches:
+    """This process's share of every step, in pieces, each with the numbers of its examples in the global order.
+
+    It is not a DataLoader: accelerate would wrap one, fetch ahead of the optimizer and split batches that are split
+    already. So what was delivered is what was trained on, and the stream's place is the run's.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        recipe, stream = self.job.recipe, self.job.stream
+        micro, pieces = pieces_of(recipe)
+        before = stream.examples
+        for number, batch in enumerate(stream.batches(recipe.batch_size, rank(), world(), micro_batch=micro)):
+            step, piece = divmod(number, pieces)
+            first = before + step * recipe.batch_size + rank() + world() * piece * micro
+            rows = len(batch["labels"])
+            yield {**batch, "numbers": [first + world() * row for row in range(rows)]}
+
+
+def pieces_of(recipe: Recipe) -> tuple[int, int]:
+    """Rows that a process computes at once, and how many times it does so in a step."""
+    share = recipe.batch_size // world()
+    micro = min(recipe.micro_batch or share, share)
+    return micro, math.ceil(share / micro)
+
+
+def training_arguments(recipe: Recipe, steps: int) -> TrainingArguments:
+    """What the Trainer is told."""
+    micro, pieces = pieces_of(recipe)
+    every = max(1, steps // 10)
+    if recipe.device not in (None, "cpu", "cuda"):
+        raise RegroupError(
+            "uptraining runs on the CPU or on the GPUs that there are",
+            expected="cpu or cuda",
+            got=recipe.device,
+            remedy="choose GPUs with CUDA_VISIBLE_DEVICES",
+        )
+    on_cpu = recipe.device == "cpu" or not torch.cuda.is_available()
+    extra: dict[str, Any] = {_CHECKPOINTING: True} if recipe.gradient_checkpointing else {}
+    if recipe.fsdp:
+        extra |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
+    arguments = TrainingArguments(
+        output_dir=str(recipe.output),
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=pieces,
+        learning_rate=recipe.learning_rate or 0.0,
+        weight_decay=recipe.weight_decay or 0.0,
+        adam_beta1=recipe.betas[0],
+        adam_beta2=recipe.betas[1],
+        max_grad_norm=recipe.clip_norm,
+        seed=recipe.seed,
+        bf16=recipe.dtype == "bfloat16",
+        fp16=recipe.dtype == "float16",
+        torch_compile=recipe.compile,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and world() > 1 else None,
+        logging_steps=recipe.log_every,
+        logging_first_step=True,
+        # A loss that is not a number has to be seen, not averaged away.
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if recipe.held_out else "no",
+        eval_steps=recipe.eval_every or every,
+        save_strategy="steps",
+        save_steps=recipe.save_every or every,
+        report_to=list(recipe.report_to) or "none",
+        disable_tqdm=True,
+        log_level="warning",
+        # The stream knows its place itself.
+        ignore_data_skip=True,
+        remove_unused_columns=False,
+        **extra,
+    )
+    # Several GPUs and one process would be DataParallel; it is torchrun that uses them all.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

@@ -1,0 +1,309 @@
+"""Every setting of an uptraining run, read from a YAML file or given one by one, and the defaults of each family."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from math import sqrt
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from ..errors import RegroupError
+from .settings import checked, read_settings, unknown_setting
+
+# Settings that do not change what is learnt.
+_ASIDE = {
+    *("output", "teacher_cache", "workers", "eval_every", "save_every", "keep", "log_every", "report_to", "resume"),
+    *("device", "micro_batch", "gradient_checkpointing", "compile", "fsdp", "held_out", "held_out_windows"),
+    "spike_factor",
+}
+_LENGTHS = {"alpha", "tokens", "steps"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every setting of an uptraining run.
+
+    Attributes:
+        model: the converted checkpoint: a folder or hub id.
+        output: folder for the result, its saved states and its logs.
+        data: sources of text or pairs (see ``regroup.uptrain.stream.open_stream``).
+        alpha, pretraining_tokens, tokens, steps: how long (see ``regroup.uptrain.budget.plan_budget``).
+        objective: ``"causal"``, ``"span-corruption"``, ``"pairs"``, or ``"auto"`` for what the family was trained with.
+        teacher: the parent: a folder or hub id; None trains on cross-entropy alone.
+        stages: ``"local"`` (layer by layer against the teacher) and ``"logit"`` (whole model), in this order; empty
+            stands for ``("logit",)`` with a teacher. Without a teacher it stays empty.
+        local_share: share of the steps that the local stage takes where both are asked for.
+        temperature: of both softmaxes in the KL.
+        distill_weight: 1 trains on KL alone, 0 on cross-entropy alone.
+        top_k: compare the teacher's k largest logits and the rest as one; None compares all.
+        teacher_cache: folder in which the teacher's logits are kept.
+        window: tokens a sequence; of an encoder-decoder, of its input.
+        max_target: tokens of a pair's target; None for ``window``.
+        batch_size: sequences in an optimizer step, over all processes.
+        micro_batch: sequences of a process that are computed at once; None for all of its share.
+        epochs: passes over the data at most; the budget may end the run earlier.
+        learning_rate: the highest; with ``"inverse-sqrt"`` the rate of the first step. None for the family's.
+        optimizer: ``"adamw"``, ``"adafactor"``, or ``"auto"``.
+        schedule: ``"cosine"``, ``"constant-decay"``, ``"constant"``, ``"inverse-sqrt"``, or ``"auto"``.
+        warmup: share of the steps in which the rate rises from zero.
+        decay: share of the steps in which it falls to zero at the end, for ``"constant-decay"``.
+        original_steps: of the parent's pre-training, from which ``"inverse-sqrt"`` is continued.
+        weight_decay: of matrices, for AdamW. None for the optimizer's default here.
+        betas: of AdamW.
+        dropout: None leaves the checkpoint's.
+        clip_norm: largest norm of the gradient; 0 does not clip.
+        seed: of shuffling, noise and dropout.
+        dtype: of the computation: ``"float32"``, ``"bfloat16"``, ``"float16"``. Weights are kept in float32.
+        gradient_checkpointing, compile, fsdp: as transformers' Trainer has them; FSDP is version 2.
+        cross_documents: let loss and attention cross the borders of documents.
+        isolate: keep attention within documents, beside the loss; None does where the model can.
+        shuffle_buffer: windows among which the next one is drawn.
+        workers: threads that tokenise ahead.
+        held_out: a source for evaluation that is not trained on.
+        held_out_windows: windows or pairs of it.
+        eval_every, save_every: steps between; None for a tenth of the run.
+        keep: saved states that are kept.
+        log_every: steps between log entries.
+        report_to: what the Trainer reports to.
+        spike_factor: a loss above this many times its running mean stops the run; 0 does not stop.
+        resume: go on from the newest complete state in ``output``.
+        device: a torch device; a GPU where there is one.
+    """
+
+    model: str
+    output: Path
+    data: tuple[str, ...]
+    alpha: float | None = None
+    pretraining_tokens: int | None = None
+    tokens: int | None = None
+    steps: int | None = None
+    objective: str = "auto"
+    teacher: str | None = None
+    stages: tuple[str, ...] = ()
+    local_share: float = 0.2
+    temperature: float = 1.0
+    distill_weight: float = 1.0
+    top_k: int | None = None
+    teacher_cache: Path | None = None
+    window: int = 512
+    max_target: int | None = None
+    batch_size: int = 8
+    micro_batch: int | None = None
+    epochs: int = 1
+    learning_rate: float | None = None
+    optimizer: str = "auto"
+    schedule: str = "auto"
+    warmup: float = 0.05
+    decay: float = 0.2
+    original_steps: int | None = None
+    weight_decay: float | None = None
+    betas: tuple[float, float] = (0.9, 0.95)
+    dropout: float | None = None
+    clip_norm: float = 1.0
+    seed: int = 0
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    fsdp: bool = False
+    cross_documents: bool = False
+    isolate: bool | None = None
+    shuffle_buffer: int = 1024
+    workers: int = 0
+    held_out: str | None = None
+    held_out_windows: int = 32
+    eval_every: int | None = None
+    save_every: int | None = None
+    keep: int = 2
+    log_every: int = 10
+    report_to: tuple[str, ...] = ("tensorboard",)
+    spike_factor: float = 2.0
+    resume: bool = True
+    device: str | None = None
+
+    @classmethod
+    def load(cls, path: Path | None = None, **overrides: Any) -> Recipe:
+        """A recipe from a YAML file, or from settings alone.
+
+        What is given here, and is neither None nor an empty list, goes before the file's; a length (``alpha``,
+        ``tokens``, ``steps``) before any length of the file's.
+
+        Names are written as here or with hyphens; counts may be written ``262k`` or ``2T``. Relative paths are relative
+        to the current directory, in a file as well.
+
+        Raises:
+            RegroupError: unreadable, an unknown or missing key, or a value of the wrong kind or out of range.
+        """
+        values: dict[str, Any] = {}
+        if path is not None:
+            values = {key.replace("-", "_"): value for key, value in read_settings(path).items()}
+        where = dict.fromkeys(values, path)
+        given = {key: value for key, value in overrides.items() if value is not None and value not in ((), [])}
+        if _LENGTHS & given.keys():
+            # A length on the command line replaces the file's, however that was given.
+            values = {key: value for key, value in values.items() if key not in _LENGTHS}
+        values |= given
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise unknown_setting(key, known, path if key not in given else None)
+        hints = get_type_hints(cls)
+        settled = {
+            key: checked(key, value, hints[key], None if key in given else where.get(key))
+            for key, value in values.items()
+        }
+        missing = [key for key in ("model", "output", "data") if not settled.get(key)]
+        if missing:
+            raise RegroupError(
+                "the recipe lacks a setting",
+                file=path,
+                expected=", ".join(missing),
+                remedy="add it to the recipe file or pass it on the command line",
+            )
+        recipe = cls(**settled)
+        if recipe.held_out is not None and _same(recipe.held_out) in {_same(source) for source in recipe.data}:
+            raise RegroupError(
+                "the held-out data is trained on", file=recipe.held_out, remedy="hold out a file that is not in data"
+            )
+        return recipe
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as plain data, such as ``load`` reads."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+    def digest(self) -> str:
+        """Hash of the settings that decide what is learnt: not of paths of output, logging, saving, or the device."""
+        kept = {key: value for key, value in self.to_json().items() if key not in _ASIDE}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _same(source: str) -> Path:
+    return Path(source).expanduser().resolve()
+
+
+@dataclass(frozen=True)
+class FamilyDefaults:
+    """How a family was pre-trained, as far as uptraining goes on with it.
+
+    Attributes:
+        learning_rate: the peak of its model of about 7 billion parameters; smaller ones bear more.
+        source: of that figure.
+    """
+
+    learning_rate: float
+    source: str
+
+
+_OTHERS = FamilyDefaults(3e-4, "the peak of Llama 7B, for want of the family's own")
+DEFAULTS = {
+    "llama": FamilyDefaults(3e-4, "Touvron et al. 2023, arXiv:2302.13971, table 2: 7B"),
+    "olmo": FamilyDefaults(3e-4, "Groeneveld et al. 2024, arXiv:2402.00838, section 3: 7B"),
+    "gpt_neox": FamilyDefaults(1.2e-4, "Biderman et al. 2023, arXiv:2304.01373, table 1: Pythia 6.9B"),
+    "opt": FamilyDefaults(1.2e-4, "Zhang et al. 2022, arXiv:2205.01068, table 1: 6.7B"),
+    "bloom": FamilyDefaults(1.2e-4, "BigScience 2022, arXiv:2211.05100, table 3: 7.1B"),
+}
+# Pre-trained as T5 was: Adafactor and 1 / sqrt(step) for a million steps.
+T5_LIKE = ("t5", "mt5", "umt5")
+T5_STEPS = 1_000_000
+WEIGHT_DECAY = 0.1
+
+
+def resolved(recipe: Recipe, family: str, encoder_decoder: bool) -> tuple[Recipe, list[str]]:
+    """The recipe with nothing left open, and a line for each choice that was made.
+
+    ``family`` is transformers' ``model_type``. T5 and its kin go on as they were pre-trained: Adafactor, span
+    corruption, and the inverse square root of the step from step 1,000,000 on (Raffel et al. 2020, arXiv:1910.10683,
+    section 3.1.2). Other families use AdamW and a cosine with a new warm-up (Ibrahim et al. 2024, arXiv:2403.08763).
+    Pairs are fine-tuned as in Ainslie et al. 2023, section 3.1: constant rate 0.001 for T5 and its kin, dropout 0.1.
+
+    Raises:
+        RegroupError: settings that exclude each other.
+    """
+    t5 = family in T5_LIKE
+    chosen: list[str] = []
+
+    def choose(name: str, value: object, why: str) -> None:
+        nonlocal recipe
+        recipe = replace(recipe, **{name: value})
+        chosen.append(f"{name.replace('_', '-')}: {_shown(value)} ({why})")
+
+    if recipe.objective == "auto":
+        if not encoder_decoder:
+            choose("objective", "causal", "a decoder")
+        elif t5:
+            choose("objective", "span-corruption", "as T5 was pre-trained")
+        else:
+            choose("objective", "pairs", "an encoder-decoder that was not pre-trained as T5")
+    if encoder_decoder == (recipe.objective == "causal"):
+        raise RegroupError(
+            "the objective is for another kind of model",
+            expected="span-corruption or pairs for an encoder-decoder, causal for a decoder",
+            got=f"{recipe.objective} for {family}",
+            remedy="leave --objective out",
+        )
+    tuning = recipe.objective == "pairs"
+    if recipe.optimizer == "auto":
+        choose("optimizer", "adafactor" if t5 else "adamw", "as T5 was pre-trained" if t5 else "the usual one")
+    if recipe.schedule == "auto":
+        if tuning:
+            choose("schedule", "constant", "fine-tuning in Ainslie et al. 2023")
+        elif t5:
+            choose("schedule", "inverse-sqrt", "as T5 was pre-trained")
+        else:
+            choose("schedule", "cosine", "with a new warm-up, Ibrahim et al. 2024")
+    if recipe.schedule == "inverse-sqrt" and recipe.original_steps is None:
+        if not t5:
+            raise RegroupError(
+                "the schedule inverse-sqrt continues one whose length is not known",
+                expected="the steps of the parent's pre-training",
+                got="none",
+                remedy="pass --original-steps, or another --schedule",
+            )
+        choose("original_steps", T5_STEPS, "steps of T5's pre-training")
+    if recipe.learning_rate is None:
+        if recipe.schedule == "inverse-sqrt":
+            assert recipe.original_steps is not None
+            # T5 holds its rate for the first 10,000 steps.
+            rate = 1 / sqrt(max(recipe.original_steps, 10_000))
+            choose("learning_rate", rate, f"1 / sqrt({recipe.original_steps:,})")
+        elif t5:
+            choose("learning_rate", 1e-3, "fine-tuning in Ainslie et al. 2023")
+        else:
+            known = DEFAULTS.get(family, _OTHERS)
+            choose("learning_rate", known.learning_rate, known.source)
+    if recipe.weight_decay is None:
+        decays = recipe.optimizer == "adamw" and not tuning
+        choose("weight_decay", WEIGHT_DECAY if decays else 0.0, "of matrices" if decays else "none")
+    if tuning and recipe.dropout is None:
+        choose("dropout", 0.1, "fine-tuning in Ainslie et al. 2023")
+    return _staged(recipe, chosen)
+
+
+def _staged(recipe: Recipe, chosen: list[str]) -> tuple[Recipe, list[str]]:
+    if recipe.teacher is None:
+        named = [name for name in ("top_k", "teacher_cache") if getattr(recipe, name) is not None]
+        named += ["stages"] if recipe.stages else []
+        if named:
+            raise RegroupError(
+                "distillation is asked for without a teacher",
+                expected="a teacher",
+                got=", ".join(name.replace("_", "-") for name in named),
+                remedy="pass --teacher PARENT",
+            )
+        return recipe, chosen
+    # The local stage prepares the other one, in whichever order they are named.
+    stages = tuple(stage for stage in ("local", "logit") if stage in recipe.stages) or ("logit",)
+    if stages != recipe.stages:
+        chosen.append(f"stages: {', '.join(stages)} (with a teacher)")
+    return replace(recipe, stages=stages), chosen
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

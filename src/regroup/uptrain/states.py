@@ -1,0 +1,131 @@
+"""Saved states of a run: folders ``checkpoint-N`` that appear when they are complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.reader import read_json
+from ..checkpoint.writer import write_text
+from ..errors import RegroupError
+
+RUN_FILE = "run.json"
+STATE_FILE = "uptrain_state.json"
+MODEL_FOLDER = "model"
+LOCAL_FOLDER = "local"
+# Hidden, so that neither we nor transformers takes them for states.
+_STAGING = ".saving"
+_REMOVED = ".removed-"
+
+
+def complete(output: Path) -> list[tuple[int, Path]]:
+    """Step and folder of every complete state, oldest first."""
+    found = []
+    for path in output.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and (path / STATE_FILE).is_file():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a state says of itself: step, stream, guard, seconds."""
+    return read_json(folder / STATE_FILE)
+
+
+def staging(output: Path) -> Path:
+    """An empty hidden folder for the next state; what a killed run left in it is removed."""
+    folder = output / _STAGING
+    clean(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def clean(output: Path) -> None:
+    """Remove what a killed run left half-written or half-removed."""
+    for path in [output / _STAGING, *output.glob(f"{_REMOVED}*")]:
+        if path.exists():
+            shutil.rmtree(path)
+
+
+def publish(output: Path, step: int, state: Mapping[str, Any]) -> Path:
+    """Give the staged state its name, once all of it is on the disk."""
+    name = f"checkpoint-{step}"
+    staged = output / _STAGING / name
+    write_text(staged / STATE_FILE, json.dumps(dict(state)) + "\n")
+    for path in staged.rglob("*"):
+        _sync(path)
+    _sync(staged)
+    final = output / name
+    # The end of the data may fall on a step that was saved already.
+    if not final.exists():
+        staged.rename(final)
+        _sync(output)
+    shutil.rmtree(output / _STAGING, ignore_errors=True)
+    return final
+
+
+def remove(folder: Path) -> None:
+    """Remove a state; its name is gone before its first file is."""
+    hidden = folder.with_name(f"{_REMOVED}{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def rotate(output: Path, keep: int, spared: Path | None = None) -> None:
+    """Remove all but the newest ``keep`` states, and the one that is spared."""
+    for _, folder in complete(output)[:-keep]:
+        if folder != spared:
+            remove(folder)
+
+
+def last_before(output: Path, step: int | None) -> Path | None:
+    """The newest complete state of an earlier step; of any for None."""
+    return next((path for number, path in reversed(complete(output)) if step is None or number < step), None)
+
+
+def occupied(output: Path) -> dict[str, Any] | None:
+    """The run that an output folder holds, or None if it is empty or not there.
+
+    Raises:
+        RegroupError: there is something else in it.
+    """
+    if not output.exists():
+        return None
+    if not output.is_dir():
+        raise RegroupError("the output is a file", file=output, remedy="choose another --output")
+    if (output / RUN_FILE).is_file():
+        return read_json(output / RUN_FILE)
+    if any(not path.name.startswith(".") for path in output.iterdir()):
+        raise RegroupError(
+            "the output folder holds something else",
+            file=output,
+            expected="an empty folder, or the run that is to be continued",
+            got=", ".join(sorted(path.name for path in output.iterdir())[:4]),
+            remedy="choose another --output",
+        )
+    return None
+
+
+def changed_settings(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """Settings that differ, as ``name: before → now``."""
+    names = [name for name in now if name in before and now[name] != before[name]]
+    return [f"{name}: {before[name]} → {now[name]}" for name in names]
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

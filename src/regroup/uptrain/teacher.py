@@ -1,0 +1,89 @@
+"""The parent's logits for a batch: computed without gradients, or read from the cache."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import TeacherCache
+from .distill import TopK, frozen, top_k
+from .objective import IGNORED
+
+
+class Teacher:
+    """A teacher, loaded when it is first asked something that the cache does not know.
+
+    Args:
+        load: loads the model, in its own dtype, on its device.
+        k: tokens that are told apart, or None for all.
+        temperature: of the softmax that ``k`` is taken of.
+        cache: see there; needs ``k``.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Any],
+        *,
+        k: int | None = None,
+        temperature: float = 1.0,
+        cache: TeacherCache | None = None,
+    ) -> None:
+        self._load, self.k, self.temperature, self.cache = load, k, temperature, cache
+        self.rows_computed = self.rows_read = 0
+
+    @cached_property
+    def model(self) -> Any:
+        return frozen(self._load())
+
+    @property
+    def loaded(self) -> Any:
+        """The model if it was needed, or None."""
+        return self.__dict__.get("model")
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Tensor], targets: Tensor, numbers: Sequence[int]) -> Tensor | TopK:
+        """What the teacher says where ``targets`` ask.
+
+        Args:
+            inputs: of the model's forward, on its device.
+            targets: (batch, length), see ``mixed_loss``.
+            numbers: of the examples in the global order.
+
+        Returns:
+            Logits (batch, length, vocabulary) in the teacher's dtype, or its top k.
+        """
+        counts = (targets != IGNORED).sum(1).tolist() if self.cache is not None else []
+        if self.cache is not None:
+            found = self.cache.read(numbers, counts, targets.device)
+            if found is not None:
+                self.rows_read += len(targets)
+                return found
+        self.rows_computed += len(targets)
+        logits = self.model(**inputs).logits
+        if self.k is None:
+            return logits
+        known = top_k(logits, targets, self.k, self.temperature)
+        if self.cache is None:
+            return known
+        self.cache.write(numbers, counts, known)
+        # What was rounded is used at once, so that a run with a full cache learns the same.
+        return self.cache.read(numbers, counts, targets.device) or known
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells checkpoints apart: config, and size and first and last megabyte of each weight file."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]

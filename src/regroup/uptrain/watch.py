@@ -1,0 +1,151 @@
+"""What people see of a run: a bar while it goes on, a curve when it is over."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from .trainer import UptrainTrainer
+
+
+class Listener:
+    """Told how a run goes on, in the first process alone; this one does not listen."""
+
+    def planned(self, lines: Sequence[str]) -> None:
+        """Everything is checked, and this is what will be done."""
+
+    def notice(self, text: str) -> None:
+        """Something that is good to know."""
+
+    def training(self, steps: int, first: int) -> contextlib.AbstractContextManager[None]:
+        """Around the training, which goes from step ``first`` to ``steps``."""
+        return contextlib.nullcontext()
+
+    def step(self, number: int, loss: float, tokens_per_second: float) -> None:
+        """A step is done."""
+
+    def evaluated(self, step: int, results: Mapping[str, float]) -> None:
+        """Held-out text was looked at."""
+
+    def saved(self, step: int) -> None:
+        """A state is complete."""
+
+
+class Shown(Listener):
+    """Shows a run on standard error: a bar with loss, speed and time left, and a line for each evaluation."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._progress: Any = None
+        self._task: Any = None
+
+    def planned(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.console.print(line, markup=False)
+
+    def notice(self, text: str) -> None:
+        self.console.print(f"note: {text}", markup=False)
+
+    @contextlib.contextmanager
+    def training(self, steps: int, first: int) -> Iterator[None]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("uptraining"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as self._progress:
+            self._task = self._progress.add_task("", total=steps, completed=first)
+            try:
+                yield
+            finally:
+                self._progress.stop()
+        self._progress = None
+
+    def step(self, number: int, loss: float, tokens_per_second: float) -> None:
+        if self._progress is not None:
+            said = f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s"
+            self._progress.update(self._task, completed=number, description=said)
+
+    def evaluated(self, step: int, results: Mapping[str, float]) -> None:
+        names = {"eval_loss": "held-out", "eval_kl": "KL to the teacher", "eval_teacher_loss": "the teacher's"}
+        said = ", ".join(f"{name} {results[key]:.4f}" for key, name in names.items() if key in results)
+        self.console.print(f"step {step}: {said} nats a token", markup=False)
+
+
+class Progress(TrainerCallback):
+    """Passes on to a listener what the Trainer does."""
+
+    def __init__(self, trainer: UptrainTrainer, listener: Listener, tokens_per_step: int) -> None:
+        self._trainer, self._listener, self._tokens = trainer, listener, tokens_per_step
+        self._first = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._first = state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        seconds = self._trainer.seconds - self._trainer.seconds_before
+        rate = (state.global_step - self._first) * self._tokens / max(seconds, 1e-9)
+        self._listener.step(state.global_step, self._trainer.last_loss, rate)
+        # The end of a curve is what people look at.
+        control.should_log = control.should_log or state.global_step >= state.max_steps
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._listener.evaluated(state.global_step, kwargs.get("metrics", {}))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._listener.saved(state.global_step)
+
+
+def curve(
+    path: Path, history: Sequence[Mapping[str, float]], tokens_per_step: int, title: str, *, steps_before: int = 0
+) -> None:
+    """A figure of the losses against tokens.
+
+    Args:
+        path: a PNG.
+        history: entries of the Trainer's log.
+        tokens_per_step: see ``Budget``.
+        title: of the figure.
+        steps_before: of the local stage, which the Trainer does not count.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+
+    def line(key: str) -> list[tuple[float, float]]:
+        return [((entry["step"] + steps_before) * tokens_per_step, entry[key]) for entry in history if key in entry]
+
+    drawn = (
+        ("cross_entropy", "cross-entropy", "C0", ""),
+        ("eval_loss", "held-out cross-entropy", "C1", "o"),
+        ("kl", "KL to the teacher", "C2", ""),
+        ("eval_kl", "held-out KL to the teacher", "C3", "o"),
+    )
+    for key, name, colour, marker in drawn:
+        points = line(key)
+        if points:
+            above.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, markersize=4, linewidth=1.3)
+    taught = [entry["eval_teacher_loss"] for entry in history if "eval_teacher_loss" in entry]
+    if taught:
+        above.axhline(taught[-1], color="grey", linestyle="--", linewidth=1, label="the teacher, held-out")
+    above.set_ylabel("nats a token")
+    above.set_title(title, fontsize=10)
+    above.grid(alpha=0.3)
+    above.legend(fontsize=8)
+    rates = line("learning_rate")
+    if rates:
+        below.plot(*zip(*rates, strict=True), color="C4", linewidth=1.3)
+    below.set_ylabel("learning rate")
+    below.set_xlabel("tokens")
+    below.grid(alpha=0.3)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=130)
+    temporary.replace(path)
