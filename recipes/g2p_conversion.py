@@ -40,6 +40,9 @@ VARIANTS: tuple[tuple[str, str | None, bool, str], ...] = (
     ("first", "first", False, "none"),
     ("weights: procrustes", "procrustes", False, "none"),
     ("weights: lowrank", "lowrank", False, "none"),
+    ("weights: keys lowrank, values procrustes", "lowrank/procrustes", False, "none"),
+    ("weights: keys procrustes, values lowrank", "procrustes/lowrank", False, "none"),
+    ("weights: auto", None, False, "none"),
     ("text: procrustes", "procrustes", True, "none"),
     ("text: lowrank", "lowrank", True, "none"),
     ("text: lowrank, output", "lowrank", True, "output"),
@@ -132,7 +135,8 @@ def main(
                         convert_checkpoint(parent, child, kv_heads=heads, calibration=text, repair=repair, device="cpu")
                     else:
                         plan = make_plan(layout, heads)
-                        layers = tuple(replace(x, key_method=method, value_method=method) for x in plan.layers)
+                        keys, values = method.split("/") if "/" in method else (method, method)
+                        layers = tuple(replace(x, key_method=keys, value_method=values) for x in plan.layers)
                         plan = replace(plan, layers=layers)
                         convert_checkpoint(parent, child, plan=plan, calibration=text, repair=repair, device="cpu")
                     seconds = time.perf_counter() - started

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.reader import TORCH_DTYPES
 from ..layout.types import AttentionLayer
+from ..merge import Sharing
 from ..models.modeling_regroup import regroup_attention
 from ..plan import LayerPlan
 from .grouping import Groupings, Option
@@ -150,11 +152,19 @@ class AttentionWorker:
         stock = pupil.attention(layer)
         tried: dict[tuple[int, str, str], float] = {}
 
-        def install(number: int, key: str, value: str) -> HeadWeights:
+        @cache
+        def keys_by(number: int, method: str) -> list[Sharing]:
             want, moments = options[number].want, options[number].moments
-            keys = solve_keys(key, layer, moments, want.order, want.num_key_value_heads)
-            values = solve_values(value, layer, weights, moments, want.order, want.num_key_value_heads)
-            made = share(weights, want.order, keys, values)
+            return solve_keys(method, layer, moments, want.order, want.num_key_value_heads)
+
+        @cache
+        def values_by(number: int, method: str) -> list[Sharing]:
+            want, moments = options[number].want, options[number].moments
+            return solve_values(method, layer, weights, moments, want.order, want.num_key_value_heads)
+
+        def install(number: int, key: str, value: str) -> HeadWeights:
+            want = options[number].want
+            made = share(weights, want.order, keys_by(number, key), values_by(number, value))
             self._install(pupil, layer, stock, want, made)
             return made
 

@@ -100,8 +100,8 @@ class _Loop:
         self.chosen: dict[str, LayerPlan] = {}
         self.given: dict[str, Given] = {}
         self.outcomes: list[LayerOutcome] = []
-        self.parent = [hidden.clone() for hidden in stream.hidden]
-        self.child = [hidden.clone() for hidden in stream.hidden]
+        self.parent = list(stream.hidden)
+        self.child = list(stream.hidden)
 
     def layer(self, index: int) -> None:
         """Convert one decoder layer and advance both streams through it."""

@@ -37,11 +37,12 @@ def search_plan(
     found: dict[str, LayerPlan] = {}
     together: dict[tuple[str, int], list[tuple[LayerPlan, AttentionLayer]]] = {}
     for want, layer in zip(plan.layers, layout.layers, strict=True):
-        if shared_only and layer.order_group is None:
-            continue
-        if layer.fixed_order is None and want.query_order is None and want.changes:
+        skipped = shared_only and layer.order_group is None
+        if not skipped and layer.fixed_order is None and want.query_order is None and want.changes:
             # Layers of one order group with different G share an order only if none is searched.
             together.setdefault((layer.order_group or layer.name, want.num_key_value_heads), []).append((want, layer))
+        elif progress is not None:
+            progress(1)
     names = [name for name, _ in together]
     for (name, groups), members in together.items():
         # A layer that is left as it is keeps its order, and so must those that share it.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..errors import RegroupError
 from ..layout.types import AttentionLayer, HeadSlot
 from ..merge import Sharing, owners
 from ..plan import group_members
@@ -38,9 +39,19 @@ class HeadWeights:
         """Gather a layer's heads from its tensors, in float32 or better."""
         found: dict[str, Any] = {}
         for part, projection in layer.projections().items():
-            found[part] = gather(projection.weight, read)
-            if part != "output":
-                found[f"{part}_bias"] = gather(projection.bias, read) if projection.bias else None
+            bias = projection.bias if part != "output" else None
+            for name, slot in ((part, projection.weight), (f"{part}_bias", bias)):
+                if slot is None:
+                    continue
+                found[name] = gather(slot, read)
+                if not found[name].isfinite().all():
+                    raise RegroupError(
+                        "a weight is not a finite number",
+                        tensor=slot.tensor,
+                        layer=layer.name,
+                        got=f"NaN or infinity in the {part} projection",
+                        remedy="download the checkpoint again, or look for the training step that broke it",
+                    )
         return cls(**found)
 
     def tensors(self, layer: AttentionLayer) -> dict[str, torch.Tensor]:

@@ -65,7 +65,7 @@ class DecoderLayer:
         self._attend_by("eager" if weights or not self.stream.fused else "sdpa")
         args, kwargs = self.stream.arguments(batch, self.index, hidden)
         result = self.module(*args, **kwargs)
-        self.stream.in_tuples = isinstance(result, tuple)
+        self.stream.items = len(result) if isinstance(result, tuple) else None
         return result[0] if isinstance(result, tuple) else result
 
     def observe(
@@ -161,7 +161,8 @@ class LayerStream:
         self.blocks: nn.ModuleList = self.model.base_model.get_submodule(path)
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self.hidden: list[torch.Tensor] = []
-        self.in_tuples = False
+        # How many things a layer returns, as the model unpacks them; None for hidden states alone.
+        self.items: int | None = None
         self._shell: Any = None
         self._capture()
         # Attention without its weights runs several times as fast in one operation, where that means the same.
@@ -207,8 +208,8 @@ class LayerStream:
         inputs = {name: value.to(self.device) for name, value in self.batches[batch].items()}
         if self.model.config.is_encoder_decoder:
             # The decoder's layers are not run, so nothing looks at what the encoder gave.
-            source = inputs.pop("input_ids")
-            empty = torch.zeros(*source.shape, self.layout.hidden_size, device=self.device)
+            source = inputs.pop(self.model.main_input_name)
+            empty = torch.zeros(*source.shape[:2], self.layout.hidden_size, device=self.device)
             inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=empty)  # pyright: ignore[reportArgumentType]
         return self._shell(**inputs, use_cache=False).logits
 
@@ -286,7 +287,8 @@ class _Given(nn.Module):
             return getattr(self.__dict__["of"][0], name)
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        return (self.hidden, None, None, None, None) if self.__dict__["of"][1].in_tuples else self.hidden
+        items = self.__dict__["of"][1].items
+        return self.hidden if items is None else (self.hidden, *(None,) * (items - 1))
 
 
 def _without_hidden(value: Any) -> Any:

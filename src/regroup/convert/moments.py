@@ -132,7 +132,8 @@ def _reach(weights: torch.Tensor, parts: int = 4) -> list[tuple[slice, slice]]:
     edges = [S * part // parts for part in range(parts + 1)]
     for start in range(0, T, size):
         rows = slice(start, min(start + size, T))
-        used = [bool(weights[:, :, rows, a:b].any()) for a, b in pairwise(edges)]
+        # Weights are not negative, and a sum takes a fraction of the time of any().
+        used = [bool(weights[:, :, rows, a:b].sum()) for a, b in pairwise(edges)]
         first = used.index(True) if True in used else 0
         last = parts - used[::-1].index(True) if True in used else 0
         found.append((rows, slice(edges[first], edges[last])))

@@ -167,11 +167,11 @@ def distill(
             parameters.append(owner.get_parameter(f"parametrizations.{leaf}.original"))
         else:
             parameters.append(module.get_parameter(name))
-    groups = [
-        {"params": [p], "lr": settings.learning_rate * float(p.detach().square().mean().sqrt()) or 1e-8}
-        for p in parameters
-    ]
-    rates = [group["lr"] for group in groups]
+    sizes = [float(p.detach().square().mean().sqrt()) for p in parameters]
+    # A bias that is zero has no size of its own.
+    usual = sum(sizes) / len(sizes)
+    rates = [settings.learning_rate * (size or usual) for size in sizes]
+    groups = [{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)]
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(groups, betas=settings.betas)
@@ -196,6 +196,7 @@ def distill(
                 break
     for name, parameter in zip(names, parameters, strict=True):
         parameter.requires_grad_(False)
+        parameter.grad = None
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         if parametrize.is_parametrized(owner, leaf):

@@ -62,7 +62,7 @@ def measure(
     stream = LayerStream(checkpoint.folder, layout, batches, device=device)
     worker = AttentionWorker(checkpoint, stream, settings)
     wants = {want.name: want for want in plan.layers}
-    parent = [hidden.clone() for hidden in stream.hidden]
+    parent = list(stream.hidden)
     alive: dict[tuple[str, int], list[torch.Tensor]] = {}
     found: dict[tuple[str, int], LayerPlan] = {}
     for index in range(len(stream)):

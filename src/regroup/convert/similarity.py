@@ -145,15 +145,6 @@ def compare_heads(
 
 def _compare(layer: AttentionLayer, checkpoint: Checkpoint) -> LayerSimilarity:
     weights = HeadWeights.read(layer, checkpoint.read)
-    for part in ("query", "key", "value", "output"):
-        if not getattr(weights, part).isfinite().all():
-            raise RegroupError(
-                "a weight is not a finite number",
-                file=checkpoint.folder,
-                layer=layer.name,
-                got=f"NaN or infinity in the {part} projection",
-                remedy="download the checkpoint again, or look for the training step that broke it",
-            )
     H, G, D = layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim
     moments = weight_moments(weights, tuple(range(H)), 1)
     # Query heads that have a KV head in common weigh it together.

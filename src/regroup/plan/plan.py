@@ -205,8 +205,10 @@ def _key_method(method: str, layer: AttentionLayer) -> str:
 def _value_method(method: str, layer: AttentionLayer) -> str:
     if method != "auto":
         return method
-    # Without text the norm that low-rank minimises misleads it for values (docs/methods.md, ablations).
-    return "procrustes" if layer.value_obstacle is None else "mean"
+    if layer.value_obstacle is not None:
+        return "mean"
+    # Measured without text, on models with rotary positions and on one without (docs/methods.md, ablations).
+    return "lowrank" if layer.rotary is None else "procrustes"
 
 
 _RANGE = re.compile(r"(?:(self|cross|encoder)\.)?(\d+)(?:-(\d+))?:(\d+)")
