@@ -29,8 +29,10 @@ from regroup.evaluate import causal_batches, score
 from regroup.evaluate.run import load_for_scoring
 from regroup.layout import Layout
 from regroup.models import load_tokenizer
-from regroup.pipeline import convert_checkpoint, open_layout, plan_checkpoint
+from regroup.opening import open_layout
+from regroup.pipeline import convert_checkpoint
 from regroup.plan import make_plan
+from regroup.planning import plan_checkpoint
 from regroup.record import record, write_record
 
 Altered = Callable[[Gatherer, Moments], Moments]

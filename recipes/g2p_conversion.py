@@ -30,7 +30,8 @@ from rich.table import Table
 from regroup.convert.text import CalibrationText
 from regroup.data import read_pairs
 from regroup.models import load, load_tokenizer
-from regroup.pipeline import convert_checkpoint, open_layout
+from regroup.opening import open_layout
+from regroup.pipeline import convert_checkpoint
 from regroup.plan import make_plan
 from regroup.record import record, write_record
 

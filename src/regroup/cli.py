@@ -161,7 +161,8 @@ def plan(
 ) -> None:
     """Write down what a conversion should do, as JSON that you can edit; with --kv-budget, find G for each layer."""
     from .console import Told, err, show_plan
-    from .pipeline import CalibrationText, plan_checkpoint
+    from .convert.text import CalibrationText
+    from .planning import plan_checkpoint
 
     _check_repair(repair)
     text = None
@@ -210,6 +211,9 @@ def convert(
     device: Device = None,
     tensor_parallel: TensorParallel = None,
     seed: Seed = None,
+    uptrain: Annotated[
+        Path | None, typer.Option("--uptrain", help="A recipe (YAML) to uptrain the child with, before it becomes DST.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
@@ -217,31 +221,41 @@ def convert(
 ) -> None:
     """Convert a checkpoint: fewer KV heads, everything else bit for bit."""
     from .console import Told, err, human_bytes
-    from .pipeline import CalibrationText, convert_checkpoint
+    from .convert.text import CalibrationText
+    from .pipeline import convert_checkpoint
 
     _check_repair(repair)
     text = None
     if calibration is not None:
         text = CalibrationText(calibration, calibration_tokens, calibration_window, calibration_batch, document_starts)
-    done = convert_checkpoint(
-        source,
-        destination,
-        kv_heads=kv_heads,
-        layers=layers,
-        method=method,
-        grouping=grouping,
-        tensor_parallel=tensor_parallel,
-        seed=seed,
-        plan=plan,
-        calibration=text,
-        repair=repair,
-        device=device,
-        revision=revision,
-        allow_pickle=allow_pickle,
-        workers=workers,
-        dry_run=dry_run,
-        listener=Told(),
-    )
+    options: dict[str, Any] = {
+        "kv_heads": kv_heads,
+        "layers": layers,
+        "method": method,
+        "grouping": grouping,
+        "tensor_parallel": tensor_parallel,
+        "seed": seed,
+        "plan": plan,
+        "calibration": text,
+        "repair": repair,
+        "revision": revision,
+        "allow_pickle": allow_pickle,
+    }
+
+    def run(target: Path) -> Any:
+        return convert_checkpoint(
+            source, target, **options, device=device, workers=workers, dry_run=dry_run, listener=Told()
+        )
+
+    if uptrain is not None and not dry_run:
+        from .uptrain.chain import convert_and_uptrain
+        from .uptrain.watch import Shown
+
+        convert_and_uptrain(source, destination, uptrain, run, options, listener=Shown())
+        err.print(f"wrote {destination}; the record of its uptraining is in {destination}.uptraining/run")
+        err.print(f"what it cost in quality: regroup evaluate {destination} --teacher {source} --data FILE")
+        return
+    done = run(destination)
     if done.destination is None:
         err.print("dry run: nothing was written")
         return
@@ -413,7 +427,7 @@ def _compare(source: str, summary: Any, plots: Path | None, revision: str | None
     """How alike KV heads are (see ``convert.similarity``); plots go into a folder unless that is None."""
     from .console import count_progress
     from .convert.similarity import compare_heads
-    from .pipeline import open_source
+    from .opening import open_source
     from .plots import check_folder, draw_similarity
 
     if summary.format != "safetensors":

@@ -22,8 +22,9 @@ from rich.table import Table
 from .convert import Preview
 from .inspection import LayerSummary, Summary
 from .layout import Layout
-from .pipeline import Listener, Source
+from .opening import Source
 from .plan import Plan
+from .planning import Listener
 
 if TYPE_CHECKING:
     from .convert.calibrate import Calibrated

@@ -4,101 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import Checkpoint, fetch, headers_of, is_hub_id, open_checkpoint
-from .checkpoint.pickles import pickled_files, unpickle
 from .checkpoint.writer import check_destination, existing_parent
-from .convert import Conversion, Preview, prepare, write
+from .convert import Conversion, prepare, write
 from .convert.text import CalibrationText, calibration_batches
-from .errors import RegroupError
-from .layout import Layout, detect
-from .plan import Plan, allocate, layer_units, make_plan, parse_budget, token_bytes
+from .opening import Source, open_source
+from .plan import Plan
+from .planning import Listener, check_for_text, choose_plan, grouped, searches, settings_for
 
 if TYPE_CHECKING:
     import torch
 
     from .convert.attention import Settings
     from .convert.calibrate import Calibrated
-
-GROUPINGS = ("contiguous", "search")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A parent, opened and understood."""
-
-    name: str
-    folder: Path  # where it was found; the checkpoint itself may be a copy of unpickled weights
-    checkpoint: Checkpoint
-    layout: Layout
-
-    @property
-    def ignores_code(self) -> bool:
-        """True if the folder asks for code of its own, which is neither run nor carried along."""
-        return "auto_map" in self.checkpoint.config and "regroup" not in self.checkpoint.config
-
-
-@contextlib.contextmanager
-def open_source(
-    name: str, *, revision: str | None = None, allow_pickle: bool = False, scratch: Path | None = None
-) -> Iterator[Source]:
-    """Open a checkpoint folder or hub id and detect its layout.
-
-    Args:
-        name: a folder, or a hub id (downloaded).
-        revision: of the hub repository.
-        allow_pickle: read pickled weights, with torch's restricted unpickler, where there is nothing else.
-        scratch: a folder on a disk with room for the weights, used only for pickles.
-
-    Raises:
-        RegroupError: not to be found, damaged, unknown, or only there as a pickle.
-    """
-    folder = found = fetch(name, revision=revision, pickles=allow_pickle)
-    with contextlib.ExitStack() as stack:
-        if allow_pickle and pickled_files(folder):
-            copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".regroup-pickle-", dir=scratch)))
-            unpickle(folder, copy)
-            folder = copy
-        checkpoint = open_checkpoint(folder)
-        yield Source(name, found, checkpoint, detect(checkpoint.config, checkpoint.tensors))
-
-
-def open_layout(name: str, *, revision: str | None = None, allow_pickle: bool = False) -> Layout:
-    """The layout alone; of a hub repository from its headers, without downloading a weight.
-
-    Raises:
-        RegroupError: as ``open_source``.
-    """
-    if not Path(name).expanduser().exists() and is_hub_id(name) and not allow_pickle:
-        return detect(*headers_of(name, revision=revision))
-    with open_source(name, revision=revision, allow_pickle=allow_pickle) as source:
-        return source.layout
-
-
-class Listener:
-    """Told how a conversion goes on; this one does not listen. The command line shows tables and progress bars."""
-
-    def planned(self, source: Source, plan: Plan, ahead: Preview) -> None:
-        """Everything is checked and nothing is written yet."""
-
-    def searching(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """Something to call with 1 after each attention layer whose heads were grouped, or guessed about."""
-        return contextlib.nullcontext(lambda count: None)
-
-    def calibrating(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """Something to call with 1 after each decoder layer."""
-        return contextlib.nullcontext(lambda count: None)
-
-    def calibrated(self, solved: Calibrated) -> None:
-        """What calibration chose."""
-
-    def writing(self, nbytes: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """Something to call, from any thread, with the number of bytes just written."""
-        return contextlib.nullcontext(lambda count: None)
 
 
 def convert_checkpoint(
@@ -132,7 +53,7 @@ def convert_checkpoint(
             ``"auto"``, neighbours with any other.
         plan: says it: a Plan, or the path of one.
         calibration: text to convert on; without it only the weights are looked at.
-        repair: with calibration, ``"none"``, ``"output"`` or ``"distill"`` (see ``convert.calibrate.Settings``).
+        repair: with calibration, ``"none"``, ``"output"`` or ``"distill"`` (see ``convert.attention.Settings``).
         device: where calibration runs; a GPU where there is one.
         revision, allow_pickle: see ``open_source``.
         workers: threads that write.
@@ -165,17 +86,21 @@ def convert_checkpoint(
             seed=seed,
         )
         if calibration is not None:
-            _check_for_text(chosen)
+            check_for_text(chosen)
         search = searches(grouping, method, plan)
+        # What can be wrong with the destination or the text is said before weights are looked at.
+        ready = prepare(checkpoint, layout, chosen, parent=opened.name)
+        check_destination(target, opened.folder, ready.nbytes)
+        batches = []
+        if calibration is not None:
+            batches = calibration_batches(calibration, checkpoint.folder, checkpoint.config)
         if search:
             # Text groups heads better than weights do, where layers may be grouped one at a time.
-            chosen = _grouped(opened, chosen, told, shared_only=calibration is not None)
-        ready = prepare(checkpoint, layout, chosen, parent=opened.name)
+            chosen = grouped(opened, chosen, told, shared_only=calibration is not None)
+            ready = prepare(checkpoint, layout, chosen, parent=opened.name)
         told.planned(opened, chosen, ready.preview)
-        check_destination(target, opened.folder, ready.nbytes)
         if calibration is not None:
-            settings = _settings(chosen, repair, choose=plan is None and method in (None, "auto"), search=search)
-            batches = calibration_batches(calibration, checkpoint.folder, checkpoint.config)
+            settings = settings_for(chosen, repair, choose=plan is None and method in (None, "auto"), search=search)
             if not dry_run:
                 count = stack.enter_context(told.calibrating(layout.layers[-1].index + 1))
                 solved = stack.enter_context(
@@ -190,172 +115,6 @@ def convert_checkpoint(
             return Conversion(None, ready.preview, ready.plan.digest(), 0.0)
         progress = stack.enter_context(told.writing(ready.preview.bytes_after))
         return write(ready, target, workers=workers, progress=progress)
-
-
-def plan_checkpoint(
-    source: str | Path,
-    *,
-    kv_heads: int | None = None,
-    layers: str | None = None,
-    kv_budget: str | None = None,
-    method: str | None = None,
-    grouping: str | None = None,
-    tensor_parallel: int | None = None,
-    seed: int | None = None,
-    calibration: CalibrationText | None = None,
-    repair: str = "output",
-    device: str | None = None,
-    revision: str | None = None,
-    allow_pickle: bool = False,
-    listener: Listener | None = None,
-) -> tuple[Plan, Layout]:
-    """Plan a conversion, with a number of KV heads for each layer that keeps the most of the model in a given cache.
-
-    Args:
-        kv_budget: what the KV cache may take, such as ``"25%"`` of the parent's (see ``plan.parse_budget``); in place
-            of ``kv_heads`` and ``layers``.
-        grouping: see ``convert_checkpoint``; without a budget ``"contiguous"`` unless given.
-        calibration: with a budget, text on which each layer is converted to each G, to see what that costs. Without
-            it the weights' residual energies have to do.
-        source, kv_heads, layers, method, tensor_parallel, seed, repair, device, revision, allow_pickle, listener: see
-            ``convert_checkpoint``.
-
-    Returns:
-        The plan and the layout that it is for. With calibration the plan holds the KL divergence to be expected.
-
-    Raises:
-        RegroupError: as ``convert_checkpoint``; a budget that cannot be read or met.
-    """
-    told = listener or Listener()
-    wanted = {"method": method, "tensor_parallel": tensor_parallel, "seed": seed}
-    if kv_budget is None:
-        if calibration is not None:
-            raise RegroupError(
-                "calibration text was given, and no KV budget to divide by it",
-                remedy="pass --kv-budget, or give the text to `regroup convert`",
-            )
-        if grouping != "search":
-            searches(grouping, method, None)
-            layout = open_layout(str(source), revision=revision, allow_pickle=allow_pickle)
-            return choose_plan(layout, None, kv_heads=kv_heads, layers=layers, **wanted), layout
-    elif kv_heads is not None or layers is not None:
-        raise RegroupError("a KV budget and numbers of KV heads were both given", remedy="give one of them")
-    with open_source(str(source), revision=revision, allow_pickle=allow_pickle) as opened:
-        layout = opened.layout
-        if kv_budget is None:
-            plan = choose_plan(layout, None, kv_heads=kv_heads, layers=layers, **wanted)
-            return _grouped(opened, plan, told), layout
-        search = searches(grouping, method, None)
-        # The parent itself, of which layers are then narrowed; its own KV heads need not fit the devices.
-        start = choose_plan(layout, None, kv_heads=None, layers={}, **{**wanted, "tensor_parallel": None})
-        start = replace(start, tensor_parallel=1 if tensor_parallel is None else tensor_parallel)
-        units = [layer_units(layer, tensor_parallel=start.tensor_parallel) for layer in layout.layers]
-        full = sum(token_bytes(layer, layer.num_key_value_heads) for layer in layout.layers)
-        budget = parse_budget(kv_budget, full)
-        # Told before anything is measured: a budget that cannot be met, and a method that cannot be used.
-        allocate([dict.fromkeys(unit, 0.0) for unit in units], units, budget, full=full)
-        least = (replace(want, num_key_value_heads=min(unit)) for want, unit in zip(start.layers, units, strict=True))
-        narrowest = replace(start, layers=tuple(least))
-        narrowest.check(layout)
-        if calibration is not None:
-            _check_for_text(narrowest)
-        choices = {layer.name: sorted(unit) for layer, unit in zip(layout.layers, units, strict=True)}
-        if calibration is None:
-            plan = _divided_by_weights(opened, start, units, budget, full, told)
-            plan = _grouped(opened, plan, told) if search else plan
-        else:
-            from .convert.sensitivity import measure
-            from .devices import device_named
-
-            settings = _settings(start, repair, choose=method in (None, "auto"), search=search)
-            batches = calibration_batches(calibration, opened.checkpoint.folder, opened.checkpoint.config)
-            with told.calibrating(layout.layers[-1].index + 1) as count:
-                found = measure(
-                    opened.checkpoint,
-                    layout,
-                    start,
-                    choices,
-                    batches,
-                    settings,
-                    device=device_named(device),
-                    progress=count,
-                )
-            costs = [{heads: one.kl for heads, one in found[layer.name].items()} for layer in layout.layers]
-            heads = allocate(costs, units, budget, full=full)
-            picked = [found[layer.name][number] for layer, number in zip(layout.layers, heads, strict=True)]
-            plan = replace(
-                start,
-                layers=tuple(replace(one.want, predicted_kl=one.kl) for one in picked),
-                predicted_kl=sum(one.kl for one in picked),
-            )
-    plan = replace(plan, kv_budget=kv_budget)
-    plan.check(layout)
-    return plan, layout
-
-
-def searches(grouping: str | None, method: str | None, plan: Plan | str | Path | None) -> bool:
-    """Whether heads that belong together are searched for.
-
-    Raises:
-        RegroupError: not a way to group heads, or one beside a plan.
-    """
-    if grouping not in (None, *GROUPINGS):
-        raise RegroupError("the grouping is not known", expected=" or ".join(GROUPINGS), got=grouping)
-    if plan is not None and grouping is not None:
-        raise RegroupError(
-            "a plan and a grouping were both given", remedy="the plan's query_order says how heads stand"
-        )
-    return plan is None and (method in (None, "auto") if grouping is None else grouping == "search")
-
-
-def _check_for_text(plan: Plan) -> None:
-    """Refuse methods that text has nothing to say about: what is solved on it is a linear map.
-
-    Raises:
-        RegroupError: naming the first such layer.
-    """
-    for want in plan.layers:
-        unsolved = {want.key_method, want.value_method} & {"first", "random"}
-        if want.changes and unsolved:
-            raise RegroupError(
-                "calibration text was given, and a method that does not look at it",
-                layer=want.name,
-                expected="auto, lowrank, procrustes or mean",
-                got=" and ".join(sorted(unsolved)),
-                remedy="leave out --calibration, or choose another method",
-            )
-
-
-def _grouped(opened: Source, plan: Plan, told: Listener, *, shared_only: bool = False) -> Plan:
-    """The plan with heads grouped by the weights."""
-    from .convert.grouping import search_plan
-
-    with told.searching(len(plan.layers)) as count:
-        return search_plan(opened.checkpoint, opened.layout, plan, shared_only=shared_only, progress=count)
-
-
-def _divided_by_weights(
-    opened: Source, plan: Plan, units: list[dict[int, int]], budget: int, full: int, told: Listener
-) -> Plan:
-    """A budget divided by the energy that each layer would lose."""
-    from .convert.sensitivity import guess
-
-    with told.searching(len(plan.layers)) as count:
-        guessed = guess(opened.checkpoint, opened.layout, progress=count)
-    costs = []
-    for want, unit in zip(plan.layers, units, strict=True):
-        own = want.parent_num_key_value_heads
-        known = {own: 0.0, **guessed.get(want.name, {})}
-        costs.append({heads: known[heads] for heads in unit if heads in known})
-    heads = allocate(costs, units, budget, full=full)
-    changed = (replace(want, num_key_value_heads=g) for want, g in zip(plan.layers, heads, strict=True))
-    return replace(plan, layers=tuple(changed))
-
-
-def _settings(plan: Plan, repair: str, *, choose: bool, search: bool) -> Settings:
-    from .convert.attention import Settings
-
-    return Settings(choose=choose, repair=repair, search=search, seed=plan.seed)
 
 
 @contextlib.contextmanager
@@ -391,32 +150,3 @@ def calibrated(
         yield calibrate(
             opened.checkpoint, opened.layout, plan, batches, Path(folder), settings, device=place, progress=progress
         )
-
-
-def choose_plan(
-    layout: Layout,
-    plan: Plan | str | Path | None,
-    *,
-    kv_heads: int | None,
-    layers: str | Mapping[str, int] | None,
-    method: str | None,
-    tensor_parallel: int | None,
-    seed: int | None,
-) -> Plan:
-    """The plan that was given, or one made from the rest; checked against the layout either way."""
-    if plan is None:
-        return make_plan(
-            layout,
-            kv_heads,
-            layers=layers,
-            method=method or "auto",
-            tensor_parallel=1 if tensor_parallel is None else tensor_parallel,
-            seed=seed or 0,
-        )
-    if any(part is not None for part in (kv_heads, layers, method, tensor_parallel, seed)):
-        raise RegroupError(
-            "a plan and its parts were both given", remedy="give a plan, or KV heads, layers, method and the like"
-        )
-    chosen = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
-    chosen.check(layout)
-    return chosen

@@ -23,7 +23,7 @@ from helpers import assert_same_tensors, convert_heads, digests, everything, hea
 from regroup import RegroupError
 from regroup.checkpoint import staged_folder, writer
 from regroup.checkpoint.writer import ShardFile
-from regroup.pipeline import Listener
+from regroup.planning import Listener
 
 Saved = Callable[[str], Path]
 Usage = namedtuple("Usage", "total used free")

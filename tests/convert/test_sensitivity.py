@@ -25,8 +25,8 @@ from regroup.convert.calibrate import calibrate
 from regroup.convert.layers import LayerStream
 from regroup.convert.sensitivity import Measured, measure
 from regroup.convert.text import CalibrationText, calibration_batches
-from regroup.pipeline import plan_checkpoint
 from regroup.plan import Plan, make_plan
+from regroup.planning import plan_checkpoint
 
 Saved = Callable[[str], Path]
 WORDS = "the cat sat on the mat; the hat is flat.\nnaïve café: 42 cats or a flat mat sat\n"

@@ -100,8 +100,9 @@ class _Loop:
         self.chosen: dict[str, LayerPlan] = {}
         self.given: dict[str, Given] = {}
         self.outcomes: list[LayerOutcome] = []
-        self.parent = list(stream.hidden)
-        self.child = list(stream.hidden)
+        self.parent, self.child = list(stream.hidden), list(stream.hidden)
+        # The lists are as large as all the text: what is not needed any more is let go.
+        stream.hidden.clear()
 
     def layer(self, index: int) -> None:
         """Convert one decoder layer and advance both streams through it."""
@@ -123,12 +124,13 @@ class _Loop:
         for number, layer in enumerate(layers):
             if layer not in changing:
                 continue
+            add_lack(layer, outputs[layer.name], self.parent, self.child)
             want, outcome = self.worker.convert(
                 pupil,
                 layers[: number + 1],
                 groupings[layer.name].weights,
                 groupings[layer.name].options(self.wants[layer.name].num_key_value_heads),
-                targets(layer, outputs[layer.name], self.parent, self.child),
+                outputs.pop(layer.name),
                 self.child,
             )
             self._keep(pupil, layer)
@@ -153,14 +155,14 @@ class _Loop:
         load_into(attention, layer, {name: value.float() for name, value in tensors.items()})
 
 
-def targets(
+def add_lack(
     layer: AttentionLayer, outputs: list[torch.Tensor], parent: list[torch.Tensor], child: list[torch.Tensor]
-) -> list[torch.Tensor]:
-    """What the child's output projection should give: the parent's, and what the child's stream lacks before it."""
-    if layer.residual_scale is None:
-        return outputs
-    # In units of the output projection's result.
-    return [y + (p - c) / layer.residual_scale for y, p, c in zip(outputs, parent, child, strict=True)]
+) -> None:
+    """Add to what the parent's output projection gave what the child's stream lacks before it, in place."""
+    if layer.residual_scale is not None:
+        for output, p, c in zip(outputs, parent, child, strict=True):
+            # In units of the output projection's result.
+            output += (p - c) / layer.residual_scale
 
 
 def divergences(

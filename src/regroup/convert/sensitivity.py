@@ -11,7 +11,7 @@ from ..checkpoint import Checkpoint
 from ..layout.types import Layout
 from ..plan import LayerPlan, Plan
 from .attention import AttentionWorker, Settings
-from .calibrate import divergences, targets
+from .calibrate import divergences
 from .grouping import Groupings
 from .heads import HeadWeights
 from .layers import LayerStream
@@ -91,10 +91,11 @@ def measure(
         ]
         outputs, after = worker.observe(teacher, layers, parent, groupings)
         for number, (layer, grouping) in enumerate(zip(layers, groupings, strict=True)):
-            goal = targets(layer, outputs[layer.name], parent, parent)
             for want in tried[layer.name]:
                 pupil, options = teacher.copy(), grouping.options(want.num_key_value_heads)
-                chosen, _ = worker.convert(pupil, layers[: number + 1], grouping.weights, options, goal, parent)
+                chosen, _ = worker.convert(
+                    pupil, layers[: number + 1], grouping.weights, options, outputs[layer.name], parent
+                )
                 key = (layer.name, want.num_key_value_heads)
                 found[key] = chosen
                 alive[key] = [pupil.forward(batch, parent[batch]).cpu() for batch in worker.held_out]

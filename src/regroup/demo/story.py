@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..console import count_progress, human_bytes, out
+from ..convert.text import CalibrationText
 from ..data import token_windows
 from ..evaluate import Score, causal_batches, score
 from ..evaluate.run import load_for_scoring
 from ..inspection import summarize
 from ..models import load_tokenizer
-from ..pipeline import CalibrationText, convert_checkpoint
+from ..pipeline import convert_checkpoint
 from ..record import record, write_record
 from .corpus import held_out_text, training_text
 

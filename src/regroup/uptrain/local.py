@@ -21,7 +21,7 @@ from ..convert.layers import DecoderLayer, LayerStream
 from ..convert.repair import DistillSettings, distill
 from ..errors import RegroupError
 from ..models import load
-from ..pipeline import open_source
+from ..opening import open_source
 from . import states
 from .distill import inputs_of
 from .prepare import Prepared

@@ -15,7 +15,7 @@ from ..checkpoint import Checkpoint, fetch
 from ..data import Batch
 from ..errors import RegroupError
 from ..models import load, load_tokenizer
-from ..pipeline import Source, open_source
+from ..opening import Source, open_source
 from . import states
 from .budget import Budget, known_pretraining_tokens, plan_budget
 from .cache import TeacherCache

@@ -1,0 +1,86 @@
+"""``regroup convert --uptrain``: conversion and uptraining as one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers import everything, refused, run, tensors
+
+RECIPE = "steps: 4\nwindow: 32\nbatch-size: 8\nlearning-rate: 1e-3\nreport-to: []\ndevice: cpu\nsave-every: 2\n"
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    runs.pair(tmp_path)
+    runs.text(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE + f"data: ['{tmp_path / 'train.txt'}']\n")
+    return tmp_path
+
+
+def options(shop: Path, *more: object) -> list[object]:
+    return [shop / "parent", shop / "dst", "--kv-heads", 1, "--uptrain", shop / "recipe.yaml", *more]
+
+
+def test_the_result_is_what_two_commands_give(shop: Path) -> None:
+    status, _, message = run("convert", *options(shop))
+    assert status == 0, message
+    assert (shop / "dst.uptraining/run/record.json").is_file()
+    assert not (shop / "dst.uptraining/converted").exists()
+    AutoModelForCausalLM.from_pretrained(shop / "dst")
+
+    assert run("convert", shop / "parent", shop / "alone", "--kv-heads", 1)[0] == 0
+    given = ("--recipe", shop / "recipe.yaml", "--teacher", shop / "parent", "-o", shop / "by-hand")
+    status, _, message = run("uptrain", shop / "alone", *given)
+    assert status == 0, message
+    found, expected, before = tensors(shop / "dst"), tensors(shop / "by-hand/model"), tensors(shop / "alone")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert not all(torch.equal(found[name], value) for name, value in before.items())
+
+
+def test_without_a_teacher_it_learns_something_else(shop: Path) -> None:
+    assert run("convert", *options(shop))[0] == 0
+    distilled = tensors(shop / "dst")
+    (shop / "dst").rename(shop / "first")
+    (shop / "dst.uptraining").rename(shop / "first.uptraining")
+    with (shop / "recipe.yaml").open("a") as file:
+        file.write("teacher: null\n")
+    assert run("convert", *options(shop))[0] == 0
+    assert any(not torch.equal(tensors(shop / "dst")[name], value) for name, value in distilled.items())
+
+
+def test_it_goes_on_where_it_was_broken_off(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("regroup.uptrain.chain.uptrain", broken)
+        assert run("convert", *options(shop))[0] == 2
+    assert not (shop / "dst").exists()
+    kept = everything(shop / "dst.uptraining/converted")
+    assert kept
+    message = refused("convert", *options(shop, "--method", "mean"))
+    assert "begun and not finished" in message
+    with monkeypatch.context() as patch:
+        # What is converted is not converted again.
+        patch.setattr("regroup.pipeline.convert_checkpoint", broken)
+        status, _, message = run("convert", *options(shop))
+    assert status == 0, message
+    assert (shop / "dst/config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("model: x", "model and output out"), ("stepz: 3", "steps"), ("held-out: [", "YAML")],
+)
+def test_a_wrong_recipe_is_refused_before_anything_is_converted(shop: Path, line: str, words: str) -> None:
+    with (shop / "recipe.yaml").open("a") as file:
+        file.write(line + "\n")
+    before = everything(shop)
+    assert words in refused("convert", *options(shop))
+    assert everything(shop) == before
