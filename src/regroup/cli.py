@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -10,8 +11,6 @@ import typer
 from typer.core import TyperGroup
 
 from .errors import RegroupError
-
-REPAIRS = ("none", "output", "distill")
 
 
 class _Verbs(TyperGroup):
@@ -80,14 +79,15 @@ Calibration = Annotated[
     str | None,
     typer.Option(help="Text, JSON lines, a data set (hf:name), or pairs to convert on: slower, and far better."),
 ]
-CalibrationTokens = Annotated[int, typer.Option(min=1, help="Tokens of it at most.")]
-CalibrationWindow = Annotated[int, typer.Option(min=2, help="Tokens a window of it.")]
-CalibrationBatch = Annotated[int, typer.Option(min=1, help="Windows or pairs of it at a time.")]
+CalibrationTokens = Annotated[int | None, typer.Option(min=1, help="Tokens of it at most. [default: 65,536]")]
+CalibrationWindow = Annotated[int | None, typer.Option(min=2, help="Tokens a window of it. [default: 512]")]
+CalibrationBatch = Annotated[int | None, typer.Option(min=1, help="Windows or pairs of it at a time. [default: 4]")]
 DocumentStarts = Annotated[
     bool, typer.Option("--document-starts", help="Begin windows where documents begin, instead of joining documents.")
 ]
 Repair = Annotated[
-    str, typer.Option(help="With calibration: none, output (solve output projections again) or distill.")
+    str | None,
+    typer.Option(help="With calibration: none, output (solve output projections again, the default) or distill."),
 ]
 Device = Annotated[str | None, typer.Option(help="Where calibration runs; a GPU where there is one.")]
 
@@ -145,11 +145,11 @@ def plan(
     method: Method = None,
     grouping: Grouping = None,
     calibration: Calibration = None,
-    calibration_tokens: CalibrationTokens = 65_536,
-    calibration_window: CalibrationWindow = 512,
-    calibration_batch: CalibrationBatch = 4,
+    calibration_tokens: CalibrationTokens = None,
+    calibration_window: CalibrationWindow = None,
+    calibration_batch: CalibrationBatch = None,
     document_starts: DocumentStarts = False,
-    repair: Repair = "output",
+    repair: Repair = None,
     device: Device = None,
     tensor_parallel: TensorParallel = None,
     seed: Seed = None,
@@ -161,13 +161,13 @@ def plan(
 ) -> None:
     """Write down what a conversion should do, as JSON that you can edit; with --kv-budget, find G for each layer."""
     from .console import Told, err, show_plan
-    from .convert.text import CalibrationText
     from .planning import plan_checkpoint
 
-    _check_repair(repair)
-    text = None
-    if calibration is not None:
-        text = CalibrationText(calibration, calibration_tokens, calibration_window, calibration_batch, document_starts)
+    if output is not None:
+        _check_file(output)
+    text = _calibration_text(
+        calibration, calibration_tokens, calibration_window, calibration_batch, document_starts, repair
+    )
     made, layout = plan_checkpoint(
         source,
         kv_heads=kv_heads,
@@ -178,7 +178,7 @@ def plan(
         tensor_parallel=tensor_parallel,
         seed=seed,
         calibration=text,
-        repair=repair,
+        repair=repair or "output",
         device=device,
         revision=revision,
         allow_pickle=allow_pickle,
@@ -188,9 +188,9 @@ def plan(
     if output is None:
         typer.echo(made.dumps(), nl=False)
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(made.dumps(), encoding="utf-8")
-    err.print(f"wrote {output}; carry it out with: regroup convert {source} DST --plan {output}")
+    again = "" if made.predicted_kl is None else f" --calibration {calibration}"
+    err.print(f"wrote {output}; carry it out with: regroup convert {source} DST --plan {output}{again}")
 
 
 @app.command()
@@ -203,11 +203,11 @@ def convert(
     method: Method = None,
     grouping: Grouping = None,
     calibration: Calibration = None,
-    calibration_tokens: CalibrationTokens = 65_536,
-    calibration_window: CalibrationWindow = 512,
-    calibration_batch: CalibrationBatch = 4,
+    calibration_tokens: CalibrationTokens = None,
+    calibration_window: CalibrationWindow = None,
+    calibration_batch: CalibrationBatch = None,
     document_starts: DocumentStarts = False,
-    repair: Repair = "output",
+    repair: Repair = None,
     device: Device = None,
     tensor_parallel: TensorParallel = None,
     seed: Seed = None,
@@ -221,13 +221,11 @@ def convert(
 ) -> None:
     """Convert a checkpoint: fewer KV heads, everything else bit for bit."""
     from .console import Told, err, human_bytes
-    from .convert.text import CalibrationText
     from .pipeline import convert_checkpoint
 
-    _check_repair(repair)
-    text = None
-    if calibration is not None:
-        text = CalibrationText(calibration, calibration_tokens, calibration_window, calibration_batch, document_starts)
+    text = _calibration_text(
+        calibration, calibration_tokens, calibration_window, calibration_batch, document_starts, repair
+    )
     options: dict[str, Any] = {
         "kv_heads": kv_heads,
         "layers": layers,
@@ -237,7 +235,7 @@ def convert(
         "seed": seed,
         "plan": plan,
         "calibration": text,
-        "repair": repair,
+        "repair": repair or "output",
         "revision": revision,
         "allow_pickle": allow_pickle,
     }
@@ -247,7 +245,11 @@ def convert(
             source, target, **options, device=device, workers=workers, dry_run=dry_run, listener=Told()
         )
 
-    if uptrain is not None and not dry_run:
+    if uptrain is not None and dry_run:
+        from .uptrain.chain import check_recipe
+
+        check_recipe(uptrain, source, destination)
+    elif uptrain is not None:
         from .uptrain.chain import convert_and_uptrain
         from .uptrain.watch import Shown
 
@@ -255,12 +257,14 @@ def convert(
         err.print(f"wrote {destination}; the record of its uptraining is in {destination}.uptraining/run")
         err.print(f"what it cost in quality: regroup evaluate {destination} --teacher {source} --data FILE")
         return
+    started = time.perf_counter()
     done = run(destination)
     if done.destination is None:
         err.print("dry run: nothing was written")
         return
     rate = (done.preview.bytes_before + done.preview.bytes_after) / done.seconds
-    err.print(f"wrote {destination} in {done.seconds:.1f} s ({human_bytes(rate)}/s read and written)")
+    whole = time.perf_counter() - started
+    err.print(f"wrote {destination} in {whole:.1f} s; {human_bytes(rate)}/s read and written")
     err.print(f"what it cost in quality: regroup evaluate {destination} --teacher {source} --data FILE")
 
 
@@ -450,9 +454,45 @@ def _compare(source: str, summary: Any, plots: Path | None, revision: str | None
     return found
 
 
-def _check_repair(repair: str) -> None:
-    if repair not in REPAIRS:
-        raise RegroupError("the repair is not known", expected=", ".join(REPAIRS), got=repair)
+def _calibration_text(
+    data: str | None, tokens: int | None, window: int | None, batch: int | None, starts: bool, repair: str | None
+) -> Any:
+    """The text that the options name; options about text that is not there are refused."""
+    from .convert.text import CalibrationText
+    from .planning import check_repair
+
+    check_repair(repair or "output")
+    given = {
+        "--calibration-tokens": tokens,
+        "--calibration-window": window,
+        "--calibration-batch": batch,
+        "--document-starts": starts or None,
+        "--repair": repair,
+    }
+    if data is None:
+        useless = [name for name, value in given.items() if value is not None]
+        if useless:
+            raise RegroupError(
+                "an option needs calibration text, and there is none",
+                got=", ".join(useless),
+                remedy="add --calibration FILE, or leave it out",
+            )
+        return None
+    sizes = {"tokens": tokens, "window": window, "batch": batch}
+    return CalibrationText(
+        data, **{name: size for name, size in sizes.items() if size is not None}, document_starts=starts
+    )
+
+
+def _check_file(output: Path) -> None:
+    """Refuse a file that cannot be written, before the work that would go into it."""
+    import os
+
+    if output.is_dir():
+        raise RegroupError("the output is a folder", file=output, remedy="name a file")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise RegroupError("the output cannot be written", file=output, remedy="choose another place")
 
 
 def _numbers(text: str) -> list[int]:

@@ -169,8 +169,8 @@ def show_plan(plan: Plan, layout: Layout) -> None:
             )
         else:
             err.print(
-                f"KV budget {plan.kv_budget}: expect about {plan.predicted_kl:.3f} nats a token of KL divergence from "
-                "the parent, the sum of the layers' own; compare: regroup evaluate --teacher"
+                f"KV budget {plan.kv_budget}: expect {plan.predicted_kl:.3f} nats a token of KL divergence from the "
+                "parent or more, the sum of the layers' own, if it is carried out with --calibration on such text"
             )
     if plan.tensor_parallel > 1:
         for count, number in Counter(layer.num_key_value_heads for layer in plan.layers).items():
@@ -194,9 +194,7 @@ def show_preview(ahead: Preview) -> None:
 
 def show_outcomes(solved: Calibrated) -> None:
     """What calibration chose for each layer, and what it could not save."""
-    table = Table(
-        "attention layer", "keys by", "values by", "heads stand", "attention output lost", title="calibration"
-    )
+    table = Table("attention layer", "keys by", "values by", "order", "target missed", title="calibration")
     orders = {layer.name: layer.query_order for layer in solved.plan.layers}
     for outcome in solved.outcomes:
         stand = "searched" if orders[outcome.name] else "in order"

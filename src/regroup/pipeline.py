@@ -13,7 +13,7 @@ from .convert import Conversion, prepare, write
 from .convert.text import CalibrationText, calibration_batches
 from .opening import Source, open_source
 from .plan import Plan
-from .planning import Listener, check_for_text, choose_plan, grouped, searches, settings_for
+from .planning import Listener, check_for_text, check_text_options, choose_plan, grouped, searches, settings_for
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +70,7 @@ def convert_checkpoint(
         >>> regroup.convert_checkpoint("meta-llama/Llama-2-7b-hf", "llama-2-7b-gqa8", kv_heads=8)  # doctest: +SKIP
     """
     target, told = Path(destination).expanduser(), listener or Listener()
+    check_text_options(repair, device, calibration)
     scratch = existing_parent(target)
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(

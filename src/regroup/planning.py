@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .convert.calibrate import Calibrated
 
 GROUPINGS = ("contiguous", "search")
+REPAIRS = ("none", "output", "distill")
 
 
 class Listener:
@@ -79,6 +80,7 @@ def plan_checkpoint(
         RegroupError: as ``convert_checkpoint``; a budget that cannot be read or met.
     """
     told = listener or Listener()
+    check_text_options(repair, device, calibration)
     wanted = {"method": method, "tensor_parallel": tensor_parallel, "seed": seed}
     if kv_budget is None:
         if calibration is not None:
@@ -160,6 +162,25 @@ def searches(grouping: str | None, method: str | None, plan: Plan | str | Path |
     return plan is None and (method in (None, "auto") if grouping is None else grouping == "search")
 
 
+def check_repair(repair: str) -> None:
+    """Refuse a repair that is not one of ``REPAIRS``."""
+    if repair not in REPAIRS:
+        raise RegroupError("the repair is not known", expected=", ".join(REPAIRS), got=repair)
+
+
+def check_text_options(repair: str, device: str | None, calibration: CalibrationText | None) -> None:
+    """Refuse what calibration could not use, before anything is read.
+
+    Raises:
+        RegroupError: an unknown repair, or a device that is not there.
+    """
+    check_repair(repair)
+    if calibration is not None:
+        from .devices import device_named
+
+        device_named(device)
+
+
 def check_for_text(plan: Plan) -> None:
     """Refuse methods that text has nothing to say about: what is solved on it is a linear map.
 
@@ -193,12 +214,11 @@ def _divided_by_weights(
     from .convert.sensitivity import guess
 
     with told.searching(len(plan.layers)) as count:
-        guessed = guess(opened.checkpoint, opened.layout, progress=count)
-    costs = []
-    for want, unit in zip(plan.layers, units, strict=True):
-        own = want.parent_num_key_value_heads
-        known = {own: 0.0, **guessed.get(want.name, {})}
-        costs.append({heads: known[heads] for heads in unit if heads in known})
+        choices = {want.name: list(unit) for want, unit in zip(plan.layers, units, strict=True)}
+        guessed = guess(opened.checkpoint, opened.layout, choices, progress=count)
+    costs = [
+        {heads: guessed[want.name][heads] for heads in unit} for want, unit in zip(plan.layers, units, strict=True)
+    ]
     heads = allocate(costs, units, budget, full=full)
     changed = (replace(want, num_key_value_heads=g) for want, g in zip(plan.layers, heads, strict=True))
     return replace(plan, layers=tuple(changed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
@@ -11,20 +12,23 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import regroup
 import texts
 import tiny
 from helpers import config_of, copy, everything, layout_of, refused, run
-from regroup import pipeline
+from regroup import planning
 from regroup.checkpoint import open_checkpoint
 from regroup.convert import prepare, sensitivity, write
 from regroup.convert.attention import Settings
 from regroup.convert.calibrate import calibrate
 from regroup.convert.layers import LayerStream
 from regroup.convert.sensitivity import Measured, measure
+from regroup.convert.similarity import compare_heads
 from regroup.convert.text import CalibrationText, calibration_batches
+from regroup.errors import RegroupError
 from regroup.plan import Plan, make_plan
 from regroup.planning import plan_checkpoint
 
@@ -290,8 +294,14 @@ def test_weights_alone_predict_nothing(llama: Path) -> None:
 def test_weights_alone_by_enumeration(llama: Path) -> None:
     """Without text the energy that neighbours lose stands for the cost: of all combinations the one with the least."""
     layout = layout_of(llama)
-    shares = sensitivity.guess(open_checkpoint(llama), layout)
-    costs = [{6: 0.0, **shares[layer.name]} for layer in layout.layers]
+    names = [layer.name for layer in layout.layers]
+    shares = sensitivity.guess(open_checkpoint(llama), layout, dict.fromkeys(names, (1, 2, 3, 6)))
+    costs = [shares[name] for name in names]
+    # The same figures as of `inspect --similarity`, which knows G that divide the parent's alone.
+    for layer in compare_heads(open_checkpoint(llama), layout):
+        assert layer.overall is not None
+        for heads, share in layer.overall.contiguous.items():
+            assert shares[layer.name][heads] == pytest.approx(share)
     assert all(0 < by[3] < by[2] < by[1] < 1 for by in costs)
     for budget in ("20%", "40%", "70%"):
         plan, _ = plan_checkpoint(llama, kv_budget=budget)
@@ -332,7 +342,7 @@ def test_budgets_that_cannot_be(llama: Path, text: CalibrationText, monkeypatch:
 
     monkeypatch.setattr(sensitivity, "measure", never)
     monkeypatch.setattr(sensitivity, "guess", never)
-    monkeypatch.setattr(pipeline, "calibration_batches", never)
+    monkeypatch.setattr(planning, "calibration_batches", never)
     words = ("--calibration", text.data)
     cases: list[tuple[tuple[object, ...], tuple[str, ...]]] = [
         (("--kv-budget", "10%"), ("smaller than the smallest", "at least 120 bytes", "16.67%")),
@@ -367,3 +377,45 @@ def test_methods_that_text_cannot_carry_out(saved: Saved, llama: Path, text: Cal
     message = refused("plan", saved("qwen3"), "--kv-budget", "50%", "--method", "lowrank", *words)
     assert "a norm follows the key projection" in message
     assert everything(tmp_path) == []
+
+
+def test_options_about_text_that_is_not_there(llama: Path, tmp_path: Path) -> None:
+    """Whoever asks for a repair expects one: without text there is none."""
+    for options in (("--repair", "distill"), ("--document-starts",), ("--calibration-tokens", 5)):
+        for verb in (("convert", llama, tmp_path / "x", "--kv-heads", 2), ("plan", llama, "--kv-budget", "50%")):
+            message = refused(*verb, *options)
+            assert "needs calibration text" in message
+            assert options[0] in message
+    with pytest.raises(RegroupError, match="repair is not known"):
+        regroup.convert_checkpoint(llama, tmp_path / "x", kv_heads=2, repair="distil")
+    assert everything(tmp_path) == []
+
+
+def test_a_plan_that_cannot_be_written_is_refused_before_it_is_made(llama: Path, tmp_path: Path) -> None:
+    assert "is a folder" in refused("plan", llama, "--kv-heads", 2, "-o", tmp_path)
+
+
+def test_a_model_of_infinities_is_refused(llama: Path, text: CalibrationText, tmp_path: Path) -> None:
+    """A broken MLP shows in the hidden states, a broken last norm in the predictions alone."""
+    words = ("--calibration", text.data, "--calibration-tokens", 96, "--calibration-window", 12)
+    for number, (name, expected) in enumerate(
+        {
+            "model.layers.1.mlp.down_proj.weight": "hidden states are not finite",
+            "model.norm.weight": "predictions are not finite",
+        }.items()
+    ):
+        broken = tmp_path / f"parent-{number}"
+        shutil.copytree(llama, broken)
+        held = load_file(broken / "model.safetensors")
+        held[name].view(-1)[0] = torch.inf
+        save_file(held, broken / "model.safetensors", {"format": "pt"})
+        before = everything(tmp_path)
+        assert expected in refused("convert", broken, tmp_path / "x", "--kv-heads", 2, *words)
+        assert everything(tmp_path) == before
+
+
+def test_repair_lowers_the_error_that_merging_left(llama: Path, text: CalibrationText, tmp_path: Path) -> None:
+    regroup.convert_checkpoint(llama, tmp_path / "x", kv_heads=1, calibration=text)
+    layers = json.loads((tmp_path / "x/regroup_calibration.json").read_text())["layers"]
+    assert all(layer["error"] <= layer["error_merged"] for layer in layers)
+    assert any(layer["error"] < 0.99 * layer["error_merged"] for layer in layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 
 import texts
 from regroup import RegroupError
-from regroup.data import read_pairs, read_texts, text, token_windows
+from regroup.data import document_windows, read_pairs, read_texts, text, token_windows
+from regroup.data.text import check_window
 
 
 def test_text_files_are_one_document(tmp_path: Path) -> None:
@@ -151,6 +153,35 @@ def test_less_text_than_a_window() -> None:
     for starts in (False, True):
         with pytest.raises(RegroupError, match=r"less text[\s\S]*at least 99 tokens[\s\S]*--window"):
             token_windows(["the cat"], texts.tokenizer(), length=99, document_starts=starts)
+
+
+def test_messages_name_the_file_and_the_option() -> None:
+    for cut in (partial(token_windows, limit=3), partial(document_windows, limit=3)):
+        with pytest.raises(RegroupError) as error:
+            cut(["the cat"], texts.tokenizer(), length=99, file="a.txt", option="--some-window")
+        assert error.value.details["file"] == "a.txt"
+        assert "a shorter --some-window" in str(error.value.details["remedy"])
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "n_positions"])
+def test_windows_longer_than_the_positions(name: str) -> None:
+    check_window({name: 64}, 64)
+    check_window({name: None}, 65)
+    check_window({}, 65)
+    with pytest.raises(
+        RegroupError, match=r"longer than the model's positions[\s\S]*at most 64[\s\S]*pass --window 64"
+    ):
+        check_window({name: 64}, 65)
+    with pytest.raises(RegroupError, match="pass --some-window 64"):
+        check_window({name: 64}, 65, option="--some-window")
+
+
+def test_data_without_text_has_a_remedy(tmp_path: Path) -> None:
+    for name, content, read in (("a.txt", " \n", read_texts), ("a.jsonl", "\n\n", read_pairs)):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(RegroupError, match="the data holds no") as error:
+            list(read(tmp_path / name))
+        assert str(error.value.details["remedy"]).startswith("give a file with")
 
 
 def test_long_texts_are_tokenised_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

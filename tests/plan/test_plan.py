@@ -140,25 +140,43 @@ def test_more_heads_than_the_parent(llama: Layout, saved: Saved) -> None:
         ({"query_order": (0, 1, 2, 3, 4)}, "not a permutation"),
         ({"query_order": (0, 1, 2, 3, 4, 4)}, "not a permutation"),
         ({"query_order": (1, 2, 3, 4, 5, 6)}, "not a permutation"),
-        ({"name": "model.layers.7.self_attn"}, "another checkpoint"),
+        ({"name": "model.layers.7.self_attn"}, "not the checkpoint's, or in another order"),
     ],
 )
 def test_every_constraint_has_a_remedy(changes: dict[str, Any], words: str, llama: Layout) -> None:
     with pytest.raises(RegroupError, match=words) as error:
         edited(make_plan(llama, 2), **changes).check(llama)
     assert error.value.details["remedy"]
-    if words != "another checkpoint":
-        assert error.value.details["layer"] == "model.layers.1.self_attn"
+    assert error.value.details["layer"] == "model.layers.1.self_attn"
 
 
 def test_plans_of_another_checkpoint(llama: Layout, bart: Layout) -> None:
     plan = make_plan(llama, 2)
-    wrong = [make_plan(bart, 2), replace(plan, layers=plan.layers[:2]), replace(plan, layers=plan.layers[::-1])]
-    for other in [*wrong, replace(plan, fingerprint="0" * 16)]:
+    for other in (make_plan(bart, 2), replace(plan, fingerprint="0" * 16)):
         with pytest.raises(RegroupError, match="another checkpoint") as error:
             other.check(llama)
         assert error.value.details["remedy"]
     plan.check(llama)
+
+
+def test_layers_that_were_moved_renamed_or_removed(llama: Layout) -> None:
+    """The fingerprint is the checkpoint's own, so that only the names tell; the first one that differs is said."""
+    plan = make_plan(llama, 2)
+    names = [layer.name for layer in plan.layers]
+    cases = [
+        (plan.layers[::-1], names[0], names[0], names[2]),
+        ((plan.layers[0], plan.layers[2], plan.layers[1]), names[1], names[1], names[2]),
+        (edited(plan, 2, name="x").layers, names[2], names[2], "x"),
+        (edited(plan, 2, name="").layers, names[2], names[2], ""),
+        (plan.layers[:2], names[2], names[2], "no more layers"),
+        ((*plan.layers, plan.layers[0]), names[0], "no more layers", names[0]),
+    ]
+    for layers, layer, expected, got in cases:
+        with pytest.raises(RegroupError, match="in another order") as error:
+            replace(plan, layers=layers).check(llama)
+        details = error.value.details
+        assert (details["layer"], details["expected"], details["got"]) == (layer, expected, got)
+        assert details["remedy"]
 
 
 @pytest.mark.parametrize(
@@ -361,6 +379,8 @@ def test_predictions_there_and_back(llama: Layout, tmp_path: Path) -> None:
         *(("plan", "kv_budget", text, "wrong type") for text in ("25", "0.25", "true", "[]")),
         *(("layer", "predicted_kl", text, "not a finite") for text in ("NaN", "Infinity", "-Infinity", "1e999")),
         *(("plan", "predicted_kl", text, "not a finite") for text in ("NaN", "1e999", "1" + "0" * 400)),
+        *(("layer", "predicted_kl", text, "is negative") for text in ("-0.1", "-1", "-1e-9")),
+        ("plan", "predicted_kl", "-0.1", "is negative"),
         ("layer", "kv_budget", '"25%"', "does not know"),
         ("plan", "predicted_kI", "0.1", "does not know"),
     ],

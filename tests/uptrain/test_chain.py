@@ -9,6 +9,7 @@ import runs
 import torch
 from transformers import AutoModelForCausalLM
 
+import texts
 from helpers import everything, refused, run, tensors
 
 RECIPE = "steps: 4\nwindow: 32\nbatch-size: 8\nlearning-rate: 1e-3\nreport-to: []\ndevice: cpu\nsave-every: 2\n"
@@ -74,13 +75,73 @@ def test_it_goes_on_where_it_was_broken_off(shop: Path, monkeypatch: pytest.Monk
     assert (shop / "dst/config.json").is_file()
 
 
+@pytest.mark.parametrize("edited", ["plan.json", "text.txt"])
+def test_an_edited_plan_or_text_is_another_conversion(shop: Path, monkeypatch: pytest.MonkeyPatch, edited: str) -> None:
+    asked = ["convert", shop / "parent", shop / "dst", "--uptrain", shop / "recipe.yaml"]
+    if edited == "plan.json":
+        assert run("plan", shop / "parent", "--kv-heads", 1, "--method", "mean", "-o", shop / edited)[0] == 0
+        asked += ["--plan", shop / edited]
+    else:
+        (shop / edited).write_text(texts.TEXT)
+        given = ("--calibration-window", 32, "--calibration-tokens", 512, "--device", "cpu")
+        asked += ["--kv-heads", 1, "--calibration", shop / edited, *given]
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("regroup.uptrain.chain.uptrain", broken)
+        assert run(*asked)[0] == 2
+        before = (shop / edited).read_text()
+        (shop / edited).write_text(before.replace('"mean"', '"first"') if edited == "plan.json" else before + "More.\n")
+        assert "begun and not finished" in refused(*asked)
+        (shop / edited).write_text(before)
+        # The same source by another name is no other conversion.
+        patch.chdir(shop)
+        patch.setattr("regroup.pipeline.convert_checkpoint", lambda *_, **__: pytest.fail("converted again"))
+        status, _, message = run("convert", "parent", *asked[2:])
+        assert status == 2
+        assert "begun and not finished" not in message
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("model: x", "model and output out"), ("stepz: 3", "steps"), ("held-out: [", "YAML")],
+    [
+        ("model: x", "model and output out"),
+        ("stepz: 3", "steps"),
+        ("held-out: [", "YAML"),
+        ("data: [absent.txt]", "absent.txt"),
+        ("held-out: absent.txt", "absent.txt"),
+        ("teacher: ./absent", "absent"),
+    ],
 )
-def test_a_wrong_recipe_is_refused_before_anything_is_converted(shop: Path, line: str, words: str) -> None:
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_wrong_recipe_is_refused_before_anything_is_converted(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, line: str, words: str, more: tuple[str, ...]
+) -> None:
     with (shop / "recipe.yaml").open("a") as file:
         file.write(line + "\n")
     before = everything(shop)
-    assert words in refused("convert", *options(shop))
+    monkeypatch.setattr("regroup.pipeline.convert_checkpoint", lambda *_, **__: pytest.fail("converted"))
+    assert words in refused("convert", *options(shop, *more))
+    assert everything(shop) == before
+
+
+def test_a_dry_run_looks_at_the_recipe_and_the_conversion(shop: Path) -> None:
+    before = everything(shop)
+    status, _, message = run("convert", *options(shop, "--dry-run"))
+    assert status == 0, message
+    assert "nothing was written" in message
+    assert "got:      4" in refused("convert", *options(shop, "--dry-run", "--kv-heads", 4))
+    (shop / "recipe.yaml").rename(shop / "moved.yaml")
+    assert "recipe.yaml" in refused("convert", *options(shop, "--dry-run"))
+    (shop / "moved.yaml").rename(shop / "recipe.yaml")
+    assert everything(shop) == before
+
+
+def test_a_refused_conversion_leaves_nothing_behind(shop: Path) -> None:
+    before = everything(shop)
+    refused("convert", *options(shop, "--kv-heads", 4))
+    elsewhere = ("--kv-heads", 4, "--uptrain", shop / "recipe.yaml")
+    refused("convert", shop / "parent", shop / "new/folder/dst", *elsewhere)
     assert everything(shop) == before

@@ -11,6 +11,7 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.reader import TORCH_DTYPES
+from ..errors import RegroupError
 from ..layout.types import AttentionLayer
 from ..merge import Sharing
 from ..models.modeling_regroup import regroup_attention
@@ -18,7 +19,7 @@ from ..plan import LayerPlan
 from .grouping import Groupings, Option
 from .heads import HeadWeights, gather, load_into, scatter, share
 from .layers import DecoderLayer, LayerStream, Seen
-from .repair import DistillSettings, Regression, distill, refit_output
+from .repair import DistillSettings, Refit, Regression, distill, refit_output
 from .rewrite import rewrites
 from .solve import solve_keys, solve_values
 
@@ -56,7 +57,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class LayerOutcome:
-    """What was chosen for a layer, and the share of the parent's attention output that held-out text then misses."""
+    """What was chosen for a layer, and what it misses of its target on held-out text.
+
+    The target is what the parent's attention gives and what the child's residual stream lacks before it, so that the
+    share missed grows with depth.
+
+    Attributes:
+        name, key_method, value_method: of the layer.
+        error_merged, error: shares of the target's energy that are missed after merging, and after repair.
+    """
 
     name: str
     key_method: str
@@ -119,6 +128,14 @@ class AttentionWorker:
         for batch, states in enumerate(hidden):
             seen, result = teacher.observe(batch, states, layers, whole=True)
             assert result is not None
+            if not result.isfinite().all():
+                raise RegroupError(
+                    "the parent's hidden states are not finite numbers",
+                    file=self.checkpoint.folder,
+                    layer=f"decoder layer {teacher.index}",
+                    got="NaN or infinity after it",
+                    remedy="download the checkpoint again, or look for the training step that broke it",
+                )
             after.append(result.cpu())
             for layer in layers:
                 outputs[layer.name].append(seen[layer.name].output.cpu())
@@ -171,7 +188,7 @@ class AttentionWorker:
         def attempt(number: int, key: str, value: str) -> float:
             if (number, key, value) not in tried:
                 output = install(number, key, value).output.flatten(0, 1)
-                tried[number, key, value], _, _ = self._refit(pupil, layers, output, targets, child, self.judging)
+                tried[number, key, value] = self._refit(pupil, layers, output, targets, child, self.judging)[0].error
             return tried[number, key, value]
 
         best = (0, options[0].want.key_method, options[0].want.value_method)
@@ -189,17 +206,18 @@ class AttentionWorker:
         number, key, value = best
         want = replace(options[number].want, key_method=key, value_method=value)
         made = install(*best)
-        error, output, attended = self._refit(pupil, layers, made.output.flatten(0, 1), targets, child, self.fit)
-        merged = error
-        self._install(pupil, layer, stock, want, replace(made, output=output.view_as(made.output)))
+        refit, attended = self._refit(pupil, layers, made.output.flatten(0, 1), targets, child, self.fit)
+        merged = refit.error_before
+        self._install(pupil, layer, stock, want, replace(made, output=refit.weights.view_as(made.output)))
         if self.settings.repair == "distill":
             self._distill(pupil, layers, targets, child, attended)
             slot = layer.output.weight
             weight = pupil.attention(layer).get_parameter(slot.tensor.removeprefix(layer.name + "."))
             trained = gather(slot, lambda _: weight).flatten(0, 1)
-            error, output, _ = self._refit(pupil, layers, trained, targets, child, self.fit)
-            load_into(pupil.attention(layer), layer, {slot.tensor: scatter([(slot, output.view_as(made.output))])})
-        return want, LayerOutcome(layer.name, key, value, merged, error)
+            refit, _ = self._refit(pupil, layers, trained, targets, child, self.fit)
+            heads = refit.weights.view_as(made.output)
+            load_into(pupil.attention(layer), layer, {slot.tensor: scatter([(slot, heads)])})
+        return want, LayerOutcome(layer.name, key, value, merged, refit.error)
 
     def _install(
         self, pupil: DecoderLayer, layer: AttentionLayer, stock: torch.nn.Module, want: LayerPlan, made: HeadWeights
@@ -226,12 +244,12 @@ class AttentionWorker:
         targets: list[torch.Tensor],
         child: list[torch.Tensor],
         fit: Sequence[int],
-    ) -> tuple[float, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Refit, torch.Tensor | None]:
         """Held-out error of the heads in the pupil, with the output projection solved again unless repair is off.
 
         Returns:
-            The error, the projection (F, hidden) that it belongs to, and the second moment of what that is given (F, F)
-            where text was fitted.
+            The projection (F, hidden) with errors, and the second moment of what it is given (F, F) where text was
+            fitted.
         """
         bias = self._output_bias(pupil, layers[-1])
         sums = {True: Regression(), False: Regression()}
@@ -241,9 +259,10 @@ class AttentionWorker:
             mixed = self._rows(seen.mixed, batch, layers[-1])
             sums[batch in self.fit].add(mixed, target if bias is None else target - bias)
         if not repaired:
-            return sums[False].error(output), output, None
+            error = sums[False].error(output)
+            return Refit(output, error, error), None
         best = refit_output(sums[True], sums[False], output)
-        return best.error, best.weights.to(output.dtype), sums[True].gram
+        return replace(best, weights=best.weights.to(output.dtype)), sums[True].gram
 
     def _distill(
         self,

@@ -6,6 +6,7 @@ what is chosen and repaired is judged where the child is, on text that was not f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.reader import TORCH_DTYPES
+from ..errors import RegroupError
 from ..layout.types import AttentionLayer, Layout
 from ..plan import LayerPlan, Plan
 from .attention import AttentionWorker, LayerOutcome, Settings, projection_tensors
@@ -85,6 +87,13 @@ def calibrate(
     chosen = tuple(loop.chosen.get(layer.name, layer) for layer in plan.layers)
     held_out = [loop.child[batch] for batch in loop.worker.held_out]
     kl = divergences(stream, loop.worker, loop.parent, {"child": held_out})["child"]
+    if not math.isfinite(kl):
+        raise RegroupError(
+            "the parent's predictions are not finite numbers",
+            file=checkpoint.folder,
+            got="NaN or infinity in the final norm or the output embedding",
+            remedy="download the checkpoint again, or look for the training step that broke it",
+        )
     return Calibrated(replace(plan, layers=chosen), loop.given, loop.outcomes, kl)
 
 

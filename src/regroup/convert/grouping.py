@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..checkpoint import Checkpoint
+from ..errors import RegroupError
 from ..layout.types import AttentionLayer, Layout
 from ..merge import linear_residual, pair_residuals, rotary_residual
 from ..merge.rotary import Pairs
@@ -37,7 +38,9 @@ def search_plan(
     found: dict[str, LayerPlan] = {}
     together: dict[tuple[str, int], list[tuple[LayerPlan, AttentionLayer]]] = {}
     for want, layer in zip(plan.layers, layout.layers, strict=True):
-        skipped = shared_only and layer.order_group is None
+        # With keys or values alone to go by, the other might be hurt, and without text nobody would see it.
+        pooled = layer.key_obstacle is not None or layer.value_obstacle is not None
+        skipped = pooled or (shared_only and layer.order_group is None)
         if not skipped and layer.fixed_order is None and want.query_order is None and want.changes:
             # Layers of one order group with different G share an order only if none is searched.
             together.setdefault((layer.order_group or layer.name, want.num_key_value_heads), []).append((want, layer))
@@ -137,6 +140,27 @@ def searched(
         seed: of the search.
     """
     return _search([_Residuals(layer, weights, moments, groups)], groups, seed)
+
+
+def contiguous_residual(layer: AttentionLayer, weights: HeadWeights, moments: Moments, groups: int) -> float:
+    """What neighbouring heads lose by sharing, the mean of keys and values, each as a share of the layer's energy.
+
+    Args as ``searched``.
+
+    Raises:
+        RegroupError: neither keys nor values can be shared by linear maps.
+    """
+    residuals = _Residuals(layer, weights, moments, groups)
+    if not residuals.parts:
+        raise RegroupError(
+            "the weights do not tell what sharing heads costs this layer",
+            layer=layer.name,
+            got=f"keys: {layer.key_obstacle}; values: {layer.value_obstacle}",
+            remedy="pass --calibration, or give numbers of KV heads",
+        )
+    size = residuals.units // groups
+    members = (tuple(range(group * size, (group + 1) * size)) for group in range(groups))
+    return sum(map(residuals.cost, members)) / len(residuals.parts)
 
 
 def _search(layers: Sequence[_Residuals], groups: int, seed: int) -> tuple[int, ...] | None:

@@ -12,10 +12,10 @@ from ..layout.types import Layout
 from ..plan import LayerPlan, Plan
 from .attention import AttentionWorker, Settings
 from .calibrate import divergences
-from .grouping import Groupings
+from .grouping import Groupings, contiguous_residual
 from .heads import HeadWeights
 from .layers import LayerStream
-from .similarity import compare_heads
+from .moments import weight_moments
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,26 @@ def measure(
 
 
 def guess(
-    checkpoint: Checkpoint, layout: Layout, *, progress: Callable[[int], None] | None = None
+    checkpoint: Checkpoint,
+    layout: Layout,
+    choices: Mapping[str, Sequence[int]],
+    *,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, dict[int, float]]:
     """For each layer and G the share of energy that neighbouring groups lose, from the weights alone; not a loss.
 
-    Layers whose heads cannot be compared are absent.
+    Raises:
+        RegroupError: a layer that linear maps pass through neither by keys nor by values.
     """
     found: dict[str, dict[int, float]] = {}
-    for layer in compare_heads(checkpoint, layout, progress=progress):
-        if layer.overall is not None:
-            found[layer.name] = dict(layer.overall.contiguous)
+    for layer in layout.layers:
+        weights = HeadWeights.read(layer, checkpoint.read)
+        moments = weight_moments(weights, tuple(range(layer.num_attention_heads)), 1)
+        found[layer.name] = {
+            heads: contiguous_residual(layer, weights, moments, heads)
+            for heads in choices[layer.name]
+            if heads != layer.num_key_value_heads
+        } | {layer.num_key_value_heads: 0.0}
+        if progress is not None:
+            progress(1)
     return found

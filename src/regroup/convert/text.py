@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..data import causal_batches, document_windows, pair_batches, read_pairs, read_texts, token_windows
+from ..data.text import check_window
 from ..errors import RegroupError
 from ..models import load_tokenizer
+
+# What the command line calls ``CalibrationText.window``.
+_WINDOW = "--calibration-window"
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class CalibrationText:
         window: tokens a window of a decoder-only model.
         batch: windows or pairs that run together.
         document_starts: begin windows where documents begin (see ``regroup.data.document_windows``).
-        seed: of the sample of pairs.
+        seed: of the sample of pairs, and of the order of windows that begin where documents do.
     """
 
     data: str | Path
@@ -58,10 +64,17 @@ def calibration_batches(text: CalibrationText, folder: Path, config: dict[str, A
         config: of the parent.
 
     Raises:
-        RegroupError: no tokenizer, unreadable text, or too little for one batch to fit and one to hold out.
+        RegroupError: a model that hears, windows longer than its positions, no tokenizer, unreadable text, or too
+            little for one batch to fit and one to hold out.
     """
+    seq2seq = config.get("is_encoder_decoder") or "decoder_start_token_id" in config
+    # What can be told from the config is told before anything is read.
+    if config.get("model_type") == "whisper" or "num_mel_bins" in config:
+        raise RegroupError("calibration needs pairs of text, and this model hears", remedy="leave --calibration out")
+    if not seq2seq:
+        check_window(config, text.window, option=_WINDOW)
     tokenizer = load_tokenizer(folder)
-    if config.get("is_encoder_decoder") or "decoder_start_token_id" in config:
+    if seq2seq:
         # A dictionary or a corpus in order begins with what is alike: a sample of all of it stands for it.
         pairs, count = list(read_pairs(text.data)), max(1, text.tokens // 16)
         draw = random.Random(text.seed)
@@ -77,11 +90,7 @@ def calibration_batches(text: CalibrationText, folder: Path, config: dict[str, A
         draw.shuffle(found)
         batches = [batch.inputs for batch in found]
     else:
-        count = max(1, text.tokens // text.window)
-        if text.document_starts:
-            windows = document_windows(read_texts(text.data), tokenizer, length=text.window, limit=count)
-        else:
-            windows, _ = token_windows(read_texts(text.data), tokenizer, length=text.window, limit=count)
+        windows = _windows(text, tokenizer)
         # A last batch of another shape would need masks of its own.
         whole = len(windows) // text.batch * text.batch or len(windows)
         batches = [batch.inputs for batch in causal_batches(windows[:whole], text.batch)]
@@ -91,6 +100,35 @@ def calibration_batches(text: CalibrationText, folder: Path, config: dict[str, A
             file=text.data,
             expected=f"at least two batches of {text.batch}",
             got=f"{len(batches)}",
-            remedy="give more text, or a smaller --calibration-window or --calibration-batch",
+            remedy=f"raise --calibration-tokens, give more text, or a smaller {_WINDOW} or --calibration-batch",
         )
     return batches
+
+
+def _windows(text: CalibrationText, tokenizer: Any) -> torch.Tensor:
+    """The windows (n, length) of a decoder-only model."""
+    count, place = max(1, text.tokens // text.window), {"file": text.data, "option": _WINDOW}
+    if not text.document_starts:
+        windows, _ = token_windows(read_texts(text.data), tokenizer, length=text.window, limit=count, **place)
+        return windows
+    windows = document_windows(_documents(text.data), tokenizer, length=text.window, limit=count, **place)
+    # Later pieces of documents come last: what is held out would be continuations of what is fitted, and no beginning.
+    order = list(range(len(windows)))
+    random.Random(text.seed).shuffle(order)
+    return windows[order]
+
+
+def _documents(data: str | Path) -> Iterator[str]:
+    """Documents that hold text, of which there must be several for their starts to mean anything."""
+    documents = (document for document in read_texts(data) if document.strip())
+    # Two tell; a large data set is not read through for it.
+    first = list(islice(documents, 2))
+    if len(first) < 2:
+        raise RegroupError(
+            "there are no document starts to begin windows at",
+            file=data,
+            expected="several documents",
+            got="one",
+            remedy="give JSON lines, one document a line, or leave --document-starts out",
+        )
+    return chain(first, documents)

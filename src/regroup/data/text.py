@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def read_texts(name: str | Path) -> Iterator[str]:
                     empty = empty and not text.strip()
                     yield text
     if empty:
-        raise RegroupError("the data holds no text", file=name)
+        raise RegroupError("the data holds no text", file=name, remedy="give a file with text")
 
 
 def read_pairs(name: str | Path) -> Iterator[tuple[str, str]]:
@@ -50,7 +50,29 @@ def read_pairs(name: str | Path) -> Iterator[tuple[str, str]]:
             empty = False
             yield from chunk.documents
     if empty:
-        raise RegroupError("the data holds no pairs", file=name)
+        raise RegroupError("the data holds no pairs", file=name, remedy="give a file with pairs of text")
+
+
+def check_window(config: Mapping[str, Any], window: int, *, option: str = "--window") -> None:
+    """Refuse windows that are longer than the model's positions.
+
+    Args:
+        config: of the model.
+        window: tokens a window.
+        option: of the command line that says so.
+
+    Raises:
+        RegroupError: naming the option and the longest window that it may ask for.
+    """
+    for name in ("max_position_embeddings", "n_positions"):
+        limit = config.get(name)
+        if isinstance(limit, int) and window > limit:
+            raise RegroupError(
+                "the windows are longer than the model's positions",
+                expected=f"at most {limit} tokens",
+                got=window,
+                remedy=f"pass {option} {limit}",
+            )
 
 
 def token_windows(
@@ -61,6 +83,8 @@ def token_windows(
     limit: int | None = None,
     bos: bool = True,
     document_starts: bool = False,
+    file: object = None,
+    option: str = "--window",
 ) -> tuple[torch.Tensor, int]:
     """Cut text into windows of tokens that do not overlap; what is left over at the end is dropped.
 
@@ -72,6 +96,8 @@ def token_windows(
         bos: begin every window with the tokenizer's beginning-of-sequence token, where it has one: a model that was
             trained to see it first is otherwise surprised by every window's start.
         document_starts: take one window from the start of each document that is long enough, instead of joining them.
+        file: where the texts come from, and
+        option: what the command line calls the length, both for the message.
 
     Returns:
         (windows, length) int64, and the bytes of UTF-8 text that a model predicts in them: a window's first token is
@@ -96,12 +122,23 @@ def token_windows(
             break
     if not rows:
         raise RegroupError(
-            "there is less text than one window", expected=f"at least {length} tokens", remedy="use a shorter --window"
+            "there is less text than one window",
+            file=file,
+            expected=f"at least {length} tokens",
+            remedy=f"use a shorter {option}",
         )
     return torch.tensor(rows, dtype=torch.int64), nbytes
 
 
-def document_windows(texts: Iterable[str], tokenizer: Any, *, length: int, limit: int) -> torch.Tensor:
+def document_windows(
+    texts: Iterable[str],
+    tokenizer: Any,
+    *,
+    length: int,
+    limit: int,
+    file: object = None,
+    option: str = "--window",
+) -> torch.Tensor:
     """Windows that never hold two documents: the first one of each document, then the second ones, and so on.
 
     Every window begins with the tokenizer's beginning-of-sequence token where it has one. What does not fill a window
@@ -112,6 +149,7 @@ def document_windows(texts: Iterable[str], tokenizer: Any, *, length: int, limit
         tokenizer: a transformers tokenizer.
         length: tokens a window.
         limit: number of windows at most.
+        file, option: for the message, as in ``token_windows``.
 
     Returns:
         (windows, length) int64.
@@ -131,8 +169,9 @@ def document_windows(texts: Iterable[str], tokenizer: Any, *, length: int, limit
     if not documents:
         raise RegroupError(
             "no document is as long as a window",
+            file=file,
             expected=f"at least {length} tokens",
-            remedy="use a shorter window, or join documents",
+            remedy=f"use a shorter {option}, or join documents",
         )
     rows: list[list[int]] = []
     start = 0

@@ -11,6 +11,7 @@ import torch
 
 from ..checkpoint import fetch
 from ..data import causal_batches, pair_batches, read_pairs, read_texts, token_windows
+from ..data.text import check_window
 from ..devices import device_named
 from ..errors import RegroupError
 from ..models import load, load_tokenizer
@@ -74,9 +75,9 @@ def evaluate(
         )
         rows = len(pairs)
     else:
-        _check_window(student.config, window)
+        check_window(student.config.to_dict(), window)
         cut, nbytes = token_windows(
-            read_texts(data), tokenizer, length=window, limit=windows, document_starts=document_starts
+            read_texts(data), tokenizer, length=window, limit=windows, document_starts=document_starts, file=data
         )
         batches = causal_batches(cut, batch_size)
         rows = len(cut)
@@ -110,19 +111,6 @@ def evaluate(
         "device": torch.device(place).type,
     }
     return record("evaluate/language-modeling", configuration, results)
-
-
-def _check_window(config: Any, window: int) -> None:
-    """Refuse windows that are longer than the model's positions."""
-    for name in ("max_position_embeddings", "n_positions"):
-        limit = getattr(config, name, None)
-        if isinstance(limit, int) and window > limit:
-            raise RegroupError(
-                "the windows are longer than the model's positions",
-                expected=f"at most {limit} tokens",
-                got=window,
-                remedy=f"pass --window {limit}",
-            )
 
 
 def load_for_scoring(folder: Path, dtype: str, device: str) -> Any:

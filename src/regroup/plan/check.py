@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from ..errors import RegroupError
 from ..layout.types import AttentionLayer
@@ -10,11 +11,12 @@ from .plan import LINEAR_METHODS, METHODS, LayerPlan
 
 
 def check_layers(wanted: Sequence[LayerPlan], layers: Sequence[AttentionLayer], tensor_parallel: int) -> None:
-    """Check every layer's heads, methods and order, and the orders against each other.
+    """Check the layers' names, every layer's heads, methods and order, and the orders against each other.
 
     Raises:
         RegroupError: naming the layer and the remedy.
     """
+    _check_names(wanted, layers)
     orders: dict[str, tuple[int, ...]] = {}
     for want, layer in zip(wanted, layers, strict=True):
         _check_heads(want, layer, tensor_parallel)
@@ -41,6 +43,20 @@ def allowed_kv_heads(layer: AttentionLayer, tensor_parallel: int = 1) -> list[in
             remedy=f"choose one of {', '.join(str(d) for d in range(1, H + 1) if H % d == 0)}",
         )
     return [g for g in range(1, G + 1) if H % g == 0 and (g % tensor_parallel == 0 or tensor_parallel % g == 0)]
+
+
+def _check_names(wanted: Sequence[LayerPlan], layers: Sequence[AttentionLayer]) -> None:
+    # The plan's fingerprint is of the checkpoint, and says nothing of entries moved or renamed by hand.
+    names = zip_longest((want.name for want in wanted), (layer.name for layer in layers))
+    for got, expected in names:
+        if got != expected:
+            raise RegroupError(
+                "the plan's layers are not the checkpoint's, or in another order",
+                layer=expected or got,
+                expected=expected or "no more layers",
+                got="no more layers" if got is None else got,
+                remedy="keep the layers' names and their order",
+            )
 
 
 def _check_heads(want: LayerPlan, layer: AttentionLayer, tensor_parallel: int) -> None:

@@ -130,7 +130,7 @@ class Plan:
         Raises:
             RegroupError: naming the layer and the remedy.
         """
-        if self.fingerprint != layout.fingerprint() or [p.name for p in self.layers] != [x.name for x in layout.layers]:
+        if self.fingerprint != layout.fingerprint():
             raise RegroupError(
                 "the plan was made for another checkpoint",
                 expected=f"{self.family}, {len(self.layers)} attention layers, fingerprint {self.fingerprint}",
@@ -287,7 +287,7 @@ def _build(cls: type, data: object, path: Path) -> Any:
                 "a field of the plan has the wrong type", file=path, expected=f"{name}: {spec.type}", got=repr(value)
             )
         if name == "predicted_kl" and value is not None:
-            values[name] = _finite(name, value, path)
+            values[name] = _nats(name, value, path)
         if name == "query_order" and value is not None:
             if not isinstance(value, list) or not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
                 raise RegroupError("query_order is not a list of head numbers", file=path, got=repr(value)[:120])
@@ -300,17 +300,18 @@ def _build(cls: type, data: object, path: Path) -> Any:
         ) from error
 
 
-def _finite(name: str, value: float, path: Path) -> float:
-    """A number of the JSON, which may also say NaN, Infinity, or an integer that no float holds."""
+def _nats(name: str, value: float, path: Path) -> float:
+    """A divergence of the JSON, which may also say NaN, Infinity, an integer that no float holds, or less than 0."""
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
+    finite = math.isfinite(number)
+    if not finite or number < 0:
         raise RegroupError(
-            "a field of the plan is not a finite number",
+            "a field of the plan is negative" if finite else "a field of the plan is not a finite number",
             file=path,
-            expected=f"{name}: nats a token",
+            expected=f"{name}: nats a token, 0 or more",
             got=str(number),
             remedy="correct it or leave it out",
         )
