@@ -188,6 +188,7 @@ def plan(
     if output is None:
         typer.echo(made.dumps(), nl=False)
         return
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(made.dumps(), encoding="utf-8")
     again = "" if made.predicted_kl is None else f" --calibration {calibration}"
     err.print(f"wrote {output}; carry it out with: regroup convert {source} DST --plan {output}{again}")
@@ -488,10 +489,11 @@ def _check_file(output: Path) -> None:
     """Refuse a file that cannot be written, before the work that would go into it."""
     import os
 
+    from .checkpoint.writer import existing_parent
+
     if output.is_dir():
         raise RegroupError("the output is a folder", file=output, remedy="name a file")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(output if output.exists() else output.parent, os.W_OK):
+    if not os.access(output if output.exists() else existing_parent(output), os.W_OK):
         raise RegroupError("the output cannot be written", file=output, remedy="choose another place")
 
 

@@ -271,8 +271,8 @@ class AttentionWorker:
         targets: list[torch.Tensor],
         child: list[torch.Tensor],
         attended: torch.Tensor | None,
-    ) -> tuple[float, float]:
-        """Train the installed attention against the targets; held-out error before and after."""
+    ) -> None:
+        """Train the installed attention against the targets, in place."""
         layer = layers[-1]
         power = sum(
             float(self._look(pupil, layers, batch, targets, child)[1].square().sum()) for batch in self.held_out
@@ -285,9 +285,7 @@ class AttentionWorker:
         names = [name.removeprefix(layer.name + ".") for name in projection_tensors(layer)]
         inputs = self._input_moments(pupil, layers, targets, child, attended)
         with torch.enable_grad():
-            return distill(
-                pupil.attention(layer), names, loss_of, self.fit, self.held_out, self.settings.distillation, inputs
-            )
+            distill(pupil.attention(layer), names, loss_of, self.fit, self.held_out, self.settings.distillation, inputs)
 
     def _input_moments(
         self,
