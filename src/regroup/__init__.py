@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention import grouped_query_attention
     from .checkpoint import open_checkpoint
     from .errors import RegroupError
     from .inspection import summarize
@@ -25,6 +26,7 @@ __all__ = [
     "RegroupError",
     "convert_checkpoint",
     "detect",
+    "grouped_query_attention",
     "load",
     "make_plan",
     "open_checkpoint",
@@ -37,6 +39,7 @@ _HOMES = {
     "RegroupError": "errors",
     "convert_checkpoint": "pipeline",
     "detect": "layout",
+    "grouped_query_attention": "attention",
     "load": "models",
     "make_plan": "plan",
     "open_checkpoint": "checkpoint",
