@@ -1,0 +1,91 @@
+"""``regroup convert``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import (
+    AllowPickle,
+    Calibration,
+    Grouping,
+    KVHeads,
+    Layers,
+    Method,
+    Revision,
+    Seed,
+    Source,
+    TensorParallel,
+    spread,
+)
+
+
+@spread
+def convert(
+    source: Source,
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="A folder that does not exist yet.")],
+    *,
+    kv_heads: KVHeads = None,
+    layers: Layers = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="A plan instead of these options.")] = None,
+    method: Method = None,
+    grouping: Grouping = None,
+    calibration: Calibration,
+    tensor_parallel: TensorParallel = None,
+    seed: Seed = None,
+    uptrain: Annotated[
+        Path | None, typer.Option("--uptrain", help="A recipe (YAML) to uptrain the child with, before it becomes DST.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read, merge and write.")] = 2,
+) -> None:
+    """Convert a checkpoint: fewer KV heads, everything else bit for bit."""
+    from ..console import Told, err, human_bytes
+    from ..pipeline import convert_checkpoint
+
+    text = calibration.text()
+    options: dict[str, Any] = {
+        "kv_heads": kv_heads,
+        "layers": layers,
+        "method": method,
+        "grouping": grouping,
+        "tensor_parallel": tensor_parallel,
+        "seed": seed,
+        "plan": plan,
+        "calibration": text,
+        "repair": calibration.repair or "output",
+        "revision": revision,
+        "allow_pickle": allow_pickle,
+    }
+
+    def run(target: Path) -> Any:
+        return convert_checkpoint(
+            source, target, **options, device=calibration.device, workers=workers, dry_run=dry_run, listener=Told()
+        )
+
+    if uptrain is not None and dry_run:
+        from ..uptrain.chain import check_recipe
+
+        check_recipe(uptrain, source, destination)
+    elif uptrain is not None:
+        from ..uptrain.chain import convert_and_uptrain
+        from ..uptrain.watch import Shown
+
+        convert_and_uptrain(source, destination, uptrain, run, options, listener=Shown())
+        err.print(f"wrote {destination}; the record of its uptraining is in {destination}.uptraining/run")
+        err.print(f"what it cost in quality: regroup evaluate {destination} --teacher {source} --data FILE")
+        return
+    started = time.perf_counter()
+    done = run(destination)
+    if done.destination is None:
+        err.print("dry run: nothing was written")
+        return
+    rate = (done.preview.bytes_before + done.preview.bytes_after) / done.seconds
+    whole = time.perf_counter() - started
+    err.print(f"wrote {destination} in {whole:.1f} s; {human_bytes(rate)}/s read and written")
+    err.print(f"what it cost in quality: regroup evaluate {destination} --teacher {source} --data FILE")

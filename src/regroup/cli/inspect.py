@@ -1,0 +1,85 @@
+"""``regroup inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import RegroupError
+from .options import Revision, numbers
+
+
+def inspect(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A folder, a config.json, a .gguf file or a hub id.")],
+    kv_heads: Annotated[
+        str | None, typer.Option("--kv-heads", help="Show the cache at these G, such as 8,4,1.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    encoder_context: Annotated[int | None, typer.Option(min=1, help="Tokens that cross-attention keeps.")] = None,
+    similarity: Annotated[
+        bool, typer.Option("--similarity", help="Also read the weights, and show how alike KV heads are.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the plots of --similarity.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print plain data; bytes throughout.")] = False,
+    revision: Revision = None,
+) -> None:
+    """Say where the heads are and what the KV cache costs, from headers alone."""
+    from ..inspection import summarize
+
+    if output is not None and not similarity:
+        raise RegroupError("a folder for plots was given, and nothing to plot", remedy="add --similarity")
+    summary = summarize(source, revision=revision)
+    chosen = numbers(kv_heads) if kv_heads is not None else _default_groups(summary.layers)
+    plots = Path("regroup-similarity") if output is None and not json else output
+    compared = _compare(source, summary, plots, revision) if similarity else None
+    if json:
+        import json as library
+
+        facts = summary.to_json(chosen, context=context, batch=batch, encoder_context=encoder_context)
+        if compared is not None:
+            facts["similarity"] = [layer.to_json() for layer in compared]
+        typer.echo(library.dumps(facts, indent=2))
+        return
+    from ..console import err, show_similarity, show_summary
+
+    show_summary(summary, chosen, context=context, batch=batch, encoder_context=encoder_context)
+    if compared is not None:
+        show_similarity(compared, len(summary.layers) - len(compared))
+        err.print(f"wrote {plots}/overview.png and a plot of each layer beside it")
+
+
+def _compare(source: str, summary: Any, plots: Path | None, revision: str | None) -> Any:
+    """How alike KV heads are (see ``convert.similarity``); plots go into a folder unless that is None."""
+    from ..console import count_progress
+    from ..convert.similarity import compare_heads
+    from ..opening import open_source
+    from ..plots import check_folder, draw_similarity
+
+    if summary.format != "safetensors":
+        raise RegroupError(
+            "KV heads can be compared only where there are weights",
+            file=source,
+            expected="a checkpoint folder with safetensors files, or a hub id",
+            got="a GGUF file" if summary.format == "gguf" else "a config without weights",
+            remedy="give the folder that holds the weights, or leave --similarity out",
+        )
+    if plots is not None:
+        check_folder(plots)
+    with (
+        open_source(source, revision=revision) as opened,
+        count_progress("comparing heads, layers", len(opened.layout.layers)) as progress,
+    ):
+        found = compare_heads(opened.checkpoint, opened.layout, progress=progress)
+    if plots is not None:
+        draw_similarity(found, plots)
+    return found
+
+
+def _default_groups(layers: Any) -> list[int]:
+    """Divisors of the query heads below the present KV heads: half, a quarter, … and one."""
+    most = max(layer.num_key_value_heads for layer in layers)
+    divisors = [g for g in range(most - 1, 0, -1) if most % g == 0]
+    return [g for g in divisors if all(layer.num_attention_heads % g == 0 for layer in layers)]

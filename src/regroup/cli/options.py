@@ -1,0 +1,137 @@
+"""Options that several verbs take, and what is made of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import RegroupError
+
+if TYPE_CHECKING:
+    from ..convert.text import CalibrationText
+
+Source = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder or a hub id.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights where there is nothing else.")]
+KVHeads = Annotated[int | None, typer.Option("--kv-heads", help="KV heads of every layer (1 is MQA).")]
+Layers = Annotated[str | None, typer.Option(help="KV heads by layer, such as 0-3:8,4-31:4 or cross.0-5:2.")]
+Method = Annotated[
+    str | None,
+    typer.Option(help="How heads are merged: auto, lowrank, procrustes, or the paper's mean, first, random."),
+]
+TensorParallel = Annotated[
+    int | None, typer.Option(help="Devices that will share a layer; checked against the KV heads.")
+]
+Grouping = Annotated[
+    str | None,
+    typer.Option(
+        help="contiguous: neighbours share a head; search: heads that belong together (the default with auto)."
+    ),
+]
+Seed = Annotated[int | None, typer.Option(help="Of the random method and of the search.")]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What ``plan`` and ``convert`` are told of the text to convert on; each field is an option of both."""
+
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text, JSON lines, a data set (hf:name), or pairs to convert on: slower, and far better."),
+    ] = None
+    calibration_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of it at most. [default: 65,536]")] = (
+        None
+    )
+    calibration_window: Annotated[int | None, typer.Option(min=2, help="Tokens a window of it. [default: 512]")] = None
+    calibration_batch: Annotated[
+        int | None, typer.Option(min=1, help="Windows or pairs of it at a time. [default: 4]")
+    ] = None
+    document_starts: Annotated[
+        bool,
+        typer.Option("--document-starts", help="Begin windows where documents begin, instead of joining documents."),
+    ] = False
+    repair: Annotated[
+        str | None,
+        typer.Option(help="With calibration: none, output (solve output projections again, the default) or distill."),
+    ] = None
+    device: Annotated[str | None, typer.Option(help="Where calibration runs; a GPU where there is one.")] = None
+
+    def text(self) -> CalibrationText | None:
+        """The text that the options name; options about text that is not there are refused."""
+        from ..convert.text import CalibrationText
+        from ..planning import check_repair
+
+        check_repair(self.repair or "output")
+        given = {
+            "--calibration-tokens": self.calibration_tokens,
+            "--calibration-window": self.calibration_window,
+            "--calibration-batch": self.calibration_batch,
+            "--document-starts": self.document_starts or None,
+            "--repair": self.repair,
+        }
+        if self.calibration is None:
+            useless = [name for name, value in given.items() if value is not None]
+            if useless:
+                raise RegroupError(
+                    "an option needs calibration text, and there is none",
+                    got=", ".join(useless),
+                    remedy="add --calibration FILE, or leave it out",
+                )
+            return None
+        sizes = {
+            "tokens": self.calibration_tokens,
+            "window": self.calibration_window,
+            "batch": self.calibration_batch,
+        }
+        return CalibrationText(
+            self.calibration,
+            **{name: size for name, size in sizes.items() if size is not None},
+            document_starts=self.document_starts,
+        )
+
+
+def spread(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb, in place of each parameter whose type is a dataclass of options, that dataclass's fields.
+
+    typer reads a function's signature and knows no groups of options: it is shown the fields, and the verb gets the
+    dataclass made of them.
+    """
+    signature = inspect.signature(verb, eval_str=True)
+    groups: dict[str, Any] = {n: p.annotation for n, p in signature.parameters.items() if is_dataclass(p.annotation)}
+    shown: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        members = inspect.signature(groups[name], eval_str=True).parameters.values() if name in groups else [parameter]
+        shown += [member.replace(kind=inspect.Parameter.KEYWORD_ONLY) for member in members]
+
+    def called(**given: Any) -> None:
+        made = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
+        verb(**given, **made)
+
+    called.__name__, called.__doc__, called.__module__ = verb.__name__, verb.__doc__, verb.__module__
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    called.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return called
+
+
+def check_file(output: Path) -> None:
+    """Refuse a file that cannot be written, before the work that would go into it."""
+    import os
+
+    from ..checkpoint.writer import existing_parent
+
+    if output.is_dir():
+        raise RegroupError("the output is a folder", file=output, remedy="name a file")
+    if not os.access(output if output.exists() else existing_parent(output), os.W_OK):
+        raise RegroupError("the output cannot be written", file=output, remedy="choose another place")
+
+
+def numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RegroupError("the numbers cannot be read", expected="such as 8,4,1", got=text) from None
