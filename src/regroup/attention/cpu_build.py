@@ -1,0 +1,159 @@
+"""Builds the CPU kernel with the compiler that is present, once for each machine, and loads it.
+
+The one file of this room that reaches the disk. The library lies in the user's cache (``$XDG_CACHE_HOME`` or
+``~/.cache``, below ``regroup/``) under a name made of everything that it depends on; it is built under another name
+and renamed, so that two processes at once do no harm.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_SOURCES = ("cpu_decode.cpp", "cpu_vectors.h")
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared")
+_SECONDS = 120
+_INSTALL = "install a C++ compiler (Debian, Ubuntu: apt-get install g++), or name one in $CXX"
+
+
+@dataclass(frozen=True)
+class Built:
+    """The loaded library, or why there is none."""
+
+    library: ctypes.CDLL | None
+    reason: str | None
+
+
+def find_compiler() -> list[str] | None:
+    """The command of the C++ compiler: ``$CXX``, or the first of c++, g++ and clang++ on the path."""
+    wanted = os.environ.get("CXX")
+    for command in [shlex.split(wanted)] if wanted else [["c++"], ["g++"], ["clang++"]]:
+        if command and shutil.which(command[0]):
+            return command
+    return None
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    wanted = ("flags", "Features", "model name", "CPU part")
+    return "\n".join([platform.machine(), platform.processor(), *sorted({x for x in lines if x.startswith(wanted)})])
+
+
+def _native() -> list[str]:
+    if platform.machine() in ("x86_64", "AMD64"):
+        return ["-march=native", "-mprefer-vector-width=512"]
+    return ["-mcpu=native"]
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False).stdout
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "regroup"
+
+
+def _compile(command: list[str], target: Path) -> str | None:
+    """Build under another name and rename; what the compiler complained about, if it failed."""
+    folder = Path(__file__).parent
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=".part")
+    os.close(handle)
+    try:
+        done = subprocess.run(
+            [*command, str(folder / _SOURCES[0]), "-o", name],
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+            return lines[0].strip() if lines else f"exit code {done.returncode}"
+        Path(name).chmod(0o755)
+        Path(name).replace(target)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return None
+
+
+def _load(command: list[str]) -> Built:
+    full = [*command, *_FLAGS, *_native()]
+    folder = Path(__file__).parent
+    text = "\0".join(
+        [*full, _output([*command, "--version"]), _processor(), torch.__version__]
+        + [(folder / name).read_text(encoding="utf-8") for name in _SOURCES]
+    )
+    name = f"cpu_decode-{hashlib.sha256(text.encode()).hexdigest()[:20]}.so"
+    target = cache_folder() / name
+    try:
+        if not target.exists():
+            problem = _compile(full, target)
+            if problem:
+                return Built(None, f"{command[0]} could not build it: {problem}; {_INSTALL}")
+        return Built(ctypes.CDLL(str(target)), None)
+    except OSError:
+        # No cache to write to, or none that programs may be loaded from: built for this process alone.
+        with tempfile.TemporaryDirectory(prefix="regroup-") as private:
+            problem = _compile(full, Path(private) / name)
+            if problem:
+                return Built(None, f"{command[0]} could not build it: {problem}; {_INSTALL}")
+            return Built(ctypes.CDLL(str(Path(private) / name)), None)
+
+
+@functools.cache
+def build() -> Built:
+    """The kernel of this machine, built when it is first asked for (some seconds), then from the cache. Never raises."""
+    if os.name != "posix":
+        return Built(None, "it is built on POSIX systems alone")
+    command = find_compiler()
+    if command is None:
+        wanted = os.environ.get("CXX")
+        missing = f"there is no {wanted} ($CXX)" if wanted else "there is no C++ compiler"
+        return Built(None, f"{missing}: {_INSTALL}")
+    try:
+        return _load(command)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return Built(None, f"it could not be built: {error}; {_INSTALL}")
+
+
+@functools.cache
+def parallel() -> int:
+    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch runs on, 0 if there is none (then one thread).
+
+    GNU's, Intel's and LLVM's runtimes all have it. Loading another runtime beside torch's would start a second pool of
+    threads on the same cores.
+    """
+    places: list[str | None] = [None]
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+        files = sorted({line.split()[-1] for line in maps.splitlines() if "omp" in line.rpartition("/")[2]})
+        # torch's own first, should there be several.
+        places = [*sorted(files, key=lambda file: "/torch/" not in file), None]
+    except OSError:
+        pass
+    for place in places:
+        try:
+            found = ctypes.cast(ctypes.CDLL(place).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+        if found:
+            return found
+    return 0

@@ -1,0 +1,161 @@
+"""Decoding on a CPU by a compiled kernel: each KV head is read once for all of its query heads, by all threads.
+
+``cpu_decode.cpp`` says how. It is built when it is first needed (``cpu_build.py``); where that is not possible
+:func:`reason` says why and the other backends serve.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .call import Call
+from .cpu_build import build, parallel
+
+# Query positions: beyond them attention is a matrix product for which there are better kernels.
+MAX_QUERIES = 64
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
+_HALVES = 2  # of regroup_features
+
+
+class _Call(ctypes.Structure):
+    """``RegroupCall`` of cpu_decode.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "mask", "bias", "out", "parallel")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "heads", "groups", "queries", "context", "head_dim", "value_dim")
+        ),
+        *((name, ctypes.c_int64) for name in ("type", "mask_type", "bias_type")),
+        *((f"{name}_stride", ctypes.c_int64 * 3) for name in ("query", "key", "value")),
+        *((f"{name}_stride", ctypes.c_int64 * 4) for name in ("mask", "bias")),
+        *((name, ctypes.c_int64) for name in ("causal", "window", "threads")),
+        *((name, ctypes.c_double) for name in ("scale", "softcap")),
+    )
+
+
+@torch.compiler.assume_constant_result
+def _missing() -> str | None:
+    """Why the kernel is not there."""
+    return build().reason
+
+
+@torch.compiler.assume_constant_result
+def _features() -> int:
+    library = build().library
+    return 0 if library is None else library.regroup_features()
+
+
+def _in_rows(tensor: Tensor) -> bool:
+    """Whether the numbers of a head lie side by side."""
+    return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+
+
+def reason(call: Call) -> str | None:
+    """Why this backend cannot serve a call; None if it can. Builds the kernel if the call is one that it would serve."""
+    if call.query.device.type != "cpu":
+        return f"the tensors are on {call.query.device.type}, not on the CPU"
+    if call.query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{call.query.dtype} is not served"
+    if call.needs_grad:
+        return "gradients are needed, and the kernel has none"
+    if call.query_length > MAX_QUERIES:
+        return f"{call.query_length} queries are more than {MAX_QUERIES}: it decodes"
+    if not _in_rows(call.key) or not _in_rows(call.value):
+        return "the last dimension of key or value is not contiguous"
+    for name, extra in (("mask", call.mask), ("bias", call.bias)):
+        if extra is not None and extra.dtype not in _TYPES:
+            return f"a {name} of {extra.dtype} is not served"
+    missing = _missing()
+    if missing is not None:
+        return f"the compiled kernel is missing: {missing}"
+    if call.query.dtype == torch.float16 and not _features() & _HALVES:
+        return "this processor does not convert float16"
+    return None
+
+
+def _extra(tensor: Tensor | None) -> tuple[int | None, int, tuple[int, ...]]:
+    """Address, type and strides of a mask or bias; what broadcasts has stride 0."""
+    if tensor is None:
+        return None, 0, (0, 0, 0, 0)
+    strides = tuple(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), _TYPES[tensor.dtype], strides
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    library = build().library
+    assert library is not None
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    B, H, T, D = query.shape
+    _, G, S, Dv = value.shape
+    out = query.new_empty((B, H, T, Dv))
+    mask_at, mask_type, mask_stride = _extra(mask)
+    bias_at, bias_type, bias_stride = _extra(bias)
+    call = _Call(
+        *(query.data_ptr(), key.data_ptr(), value.data_ptr(), mask_at, bias_at, out.data_ptr(), parallel()),
+        *(B, H, G, T, S, D, Dv),
+        *(_TYPES[query.dtype], mask_type, bias_type),
+        *(query.stride()[:3], key.stride()[:3], value.stride()[:3], mask_stride, bias_stride),
+        *(is_causal, window or 0, torch.get_num_threads()),
+        *(scale, softcap or 0.0),
+    )
+    library.regroup_decode(ctypes.byref(call))
+    return out
+
+
+@torch.library.custom_op("regroup::cpu_decode", mutates_args=(), device_types="cpu")
+def _op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    return _decode(query, key, value, mask, bias, is_causal, scale, window, softcap)
+
+
+@_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+def run(call: Call) -> Tensor:
+    """Attention by the compiled kernel, with sums in float32 (bfloat16 products where the processor has them).
+
+    Only for calls of which :func:`reason` says None.
+
+    Returns:
+        (B, H, T, Dv) in the query's dtype.
+    """
+    arguments = (call.query, call.key, call.value, call.mask, call.bias, call.is_causal, call.scale)
+    # The dispatcher costs as much as a short context does; only a compiler needs the call in its graph.
+    op = _op if torch.compiler.is_compiling() else _decode
+    return op(*arguments, call.window, call.softcap)
