@@ -96,12 +96,16 @@ class Call:
         last = stop + shift if self.is_causal else self.context
         return min(first, self.context - 1), last
 
+    def hides_by_window(self, start: int, stop: int) -> bool:
+        """Whether some key of :meth:`span` is before the window of some of these queries."""
+        if self.window is None:
+            return False
+        first, _ = self.span(start, stop)
+        return stop - 1 + self.context - self.query_length - self.window >= first
+
     def needs_positions(self, start: int, stop: int) -> bool:
         """Whether some key of :meth:`span` is hidden by position from some of these queries."""
-        shift = self.context - self.query_length
-        first, _ = self.span(start, stop)
-        late = self.window is not None and stop - 1 + shift - self.window >= first
-        return late or (self.is_causal and stop - start > 1)
+        return self.hides_by_window(start, stop) or (self.is_causal and stop - start > 1)
 
     def positions(self, start: int, stop: int) -> Tensor | None:
         """(stop − start, keys of the span), bool: which of them each query may see by position; None if all."""
@@ -114,7 +118,7 @@ class Call:
         seen = None
         if self.is_causal and stop - start > 1:
             seen = columns <= rows
-        if self.window is not None and stop - 1 + shift - self.window >= first:
+        if self.window is not None and self.hides_by_window(start, stop):
             near = columns > rows - self.window
             seen = near if seen is None else seen & near
         return seen

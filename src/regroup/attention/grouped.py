@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import RegroupError
+from . import cpu_decode, flex, packed, reference, sdpa, triton_decode
 from .call import Call, make_call
 
-_MODULES = {
-    "reference": "reference",
-    "sdpa": "sdpa",
-    "packed": "packed",
-    "flex": "flex",
-    "triton": "triton_decode",
-    "cpu": "cpu_decode",
+_MODULES: dict[str, ModuleType] = {
+    "reference": reference,
+    "sdpa": sdpa,
+    "packed": packed,
+    "flex": flex,
+    "triton": triton_decode,
+    "cpu": cpu_decode,
 }
 BACKENDS = ("auto", *_MODULES)
+# Queries beyond which attention is a matter of arithmetic, not of reading the KV heads: prefill.
+_PREFILL = 64
+# Bytes of keys and values below which the compiled CPU kernel gains nothing.
+_CPU_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -29,26 +34,76 @@ class Choice:
     Attributes:
         backend: the one that is taken.
         why: in a few words.
-        others: every other backend, and why it is not taken.
+        others: every other backend by name, and why it is not taken.
     """
 
     backend: str
     why: str
     others: dict[str, str]
 
+    def __str__(self) -> str:
+        lines = [f"{self.backend}: {self.why}"]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.others.items()])
 
-def _module(name: str) -> Any:
-    return importlib.import_module(f".{_MODULES[name]}", __package__)
+
+def _preferred(call: Call) -> list[tuple[str, str]]:
+    """Backends for a call, the best first, and why each would be taken; the last serves every call."""
+    device, length = call.query.device.type, call.query_length
+    decodes = length <= _PREFILL
+    found = []
+    if decodes and device == "cpu" and not call.needs_grad and _held(call) >= _CPU_BYTES:
+        found.append(("cpu", "decoding on a CPU: the compiled kernel reads each KV head once, on all threads"))
+    if decodes and device == "cuda" and not call.needs_grad:
+        found.append(("triton", "decoding on a GPU: the kernel splits the context over the processors"))
+    if not decodes or (call.is_causal and length == call.context > 1):
+        found.append(("sdpa", "prefill that one call of PyTorch's fused kernel serves"))
+    if not decodes and device == "cuda":
+        found.append(("flex", "prefill on a GPU with what PyTorch's SDPA does not take"))
+    found.append(("packed", "it serves every call, and repeats nothing"))
+    return found
+
+
+def _held(call: Call) -> int:
+    """Bytes of keys and values."""
+    heads = call.batch * call.num_key_value_heads
+    return heads * call.context * (call.head_dim + call.value_dim) * call.key.element_size()
 
 
 def _choose(call: Call) -> str:
-    return "packed"
+    for name, _ in _preferred(call):
+        if _MODULES[name].reason(call) is None:
+            return name
+    raise AssertionError("the packed backend serves every call")
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Choice:
-    """Which backend :func:`grouped_query_attention` takes for these arguments, and why not the others."""
-    backend = _choose(make_call(query, key, value, **arguments))
-    return Choice(backend, "", {})
+    """Which backend :func:`grouped_query_attention` takes for these arguments, and why not the others.
+
+    Args:
+        query, key, value, arguments: as there, ``backend`` excepted. Nothing is computed.
+
+    Raises:
+        RegroupError: arguments that do not fit each other.
+    """
+    call = make_call(query, key, value, **arguments)
+    backend = _choose(call)
+    preferred = dict(_preferred(call))
+    others = {}
+    for name, module in _MODULES.items():
+        if name != backend:
+            others[name] = module.reason(call) or _UNWANTED[name]
+    return Choice(backend, preferred[backend], others)
+
+
+# Why a backend that could serve a call was not taken.
+_UNWANTED = {
+    "reference": "it could, in float32 with all scores in memory: it is what the others are tested against",
+    "sdpa": "it could; it reads a KV head once for each query head, which costs where queries are few",
+    "packed": "it could, but is not the fastest here",
+    "flex": "it could, but is for long queries on GPUs: it compiles for each form of call, and on CPUs is slower",
+    "triton": "it could, but is for decoding: few queries",
+    "cpu": "it could, but gains nothing on so few keys",
+}
 
 
 def grouped_query_attention(
@@ -92,5 +147,13 @@ def grouped_query_attention(
     )
     if backend not in BACKENDS:
         raise RegroupError("There is no such backend.", expected=", ".join(BACKENDS), got=backend)
-    name = _choose(call) if backend == "auto" else backend
-    return _module(name).run(call)
+    if backend == "auto":
+        return _MODULES[_choose(call)].run(call)
+    module = _MODULES[backend]
+    why_not = module.reason(call)
+    if why_not is not None:
+        raise RegroupError(
+            f"The {backend} backend cannot serve this call: {why_not}.",
+            remedy='Take backend="auto"; regroup.attention.explain(…) says what it chooses.',
+        )
+    return module.run(call)

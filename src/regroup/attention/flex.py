@@ -1,0 +1,97 @@
+"""PyTorch's FlexAttention (Dong et al. 2024): window, soft cap, bias and mask inside a kernel compiled for the call.
+
+For long queries on GPUs, where no fused kernel of PyTorch's SDPA takes these. On a CPU it serves when it is named,
+but is never chosen: it compiles for tens of seconds, has no gradients there, and reads a KV head once for each query
+head of its group, so that it is slower than the packed path.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from .call import Call
+
+# Below this width the kernel's matrix products have no instruction on GPUs.
+_LEAST_WIDTH = 16
+
+
+def reason(call: Call) -> str | None:
+    """Why FlexAttention cannot serve a call, or None if it can."""
+    device = call.query.device.type
+    if device not in ("cuda", "cpu"):
+        return f"FlexAttention is for CUDA and CPU; the tensors are on {device}"
+    if device == "cpu" and call.needs_grad:
+        return "FlexAttention has no gradients on a CPU"
+    if call.query.dtype == torch.float64:
+        return "FlexAttention is compiled for 16 and 32 bits"
+    if call.learns_scores:
+        return "the gradient of a mask or bias has not been verified through FlexAttention"
+    if device == "cuda" and min(call.head_dim, call.value_dim) < _LEAST_WIDTH:
+        return f"FlexAttention wants heads of {_LEAST_WIDTH} numbers and more"
+    return None
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
+
+
+@functools.lru_cache(maxsize=32)
+def _blocks(queries: int, keys: int, is_causal: bool, window: int | None, device: torch.device) -> BlockMask | None:
+    """Which blocks of keys each block of queries may see by position; the same for all heads and sequences."""
+    if not is_causal and window is None:
+        return None
+    shift = keys - queries
+
+    def seen(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        visible = column <= row + shift if is_causal else column >= 0
+        return visible if window is None else visible & (column > row + (shift - window))
+
+    return create_block_mask(seen, None, None, queries, keys, device=device)
+
+
+def _change(call: Call) -> Callable[..., Tensor] | None:
+    """What becomes of a score at (batch, head, query, key)."""
+    extras = [extra for extra in (call.bias, call.mask) if extra is not None]
+    if call.softcap is None and not extras:
+        return None
+    softcap = call.softcap
+
+    def at(extra: Tensor, *place: Tensor) -> Tensor:
+        return extra[tuple(index if size > 1 else 0 for index, size in zip(place, extra.shape, strict=True))]
+
+    def change(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        for extra in extras:
+            value = at(extra, batch, head, row, column)
+            score = torch.where(value, score, float("-inf")) if extra.dtype == torch.bool else score + value
+        return score
+
+    return change
+
+
+def run(call: Call) -> Tensor:
+    """Attention by FlexAttention, compiled when it is first called with such a form.
+
+    Returns:
+        (B, H, T, Dv) in the query's dtype.
+    """
+    attend = flex_attention if torch.compiler.is_compiling() else _compiled()
+    blocks = _blocks(call.query_length, call.context, call.is_causal, call.window, call.query.device)
+    out = attend(
+        call.query,
+        call.key,
+        call.value,
+        score_mod=_change(call),
+        block_mask=blocks,
+        scale=call.scale,
+        enable_gqa=call.group > 1,
+    )
+    return out.to(call.query.dtype)

@@ -1,0 +1,84 @@
+"""PyTorch's ``scaled_dot_product_attention`` where one call of it is right, and reads each KV head in place.
+
+What PyTorch chooses inside is read from its sources (aten/src/ATen/native/transformers, version 2.13): its fused
+kernels want one width of key and value, a mask that takes no gradient, and on GPUs one head count or no mask; otherwise
+it falls without a word to a path that repeats the KV heads in memory. Such calls are not for this backend.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .call import Call
+
+# Head width above which FlashAttention on GPUs gives up.
+_FLASH_WIDTH = 256
+
+
+def addable(extra: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask or bias in a dtype that SDPA takes beside queries of ``dtype``: bool, float32 or that one."""
+    if extra.dtype in (torch.bool, dtype):
+        return extra
+    return extra.to(torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def repeats(call: Call, masked: bool) -> str | None:
+    """Why PyTorch would repeat KV heads for this call, or None."""
+    if call.group == 1:
+        return None
+    if call.value_dim != call.head_dim:
+        return "the value's width is unlike the key's: PyTorch repeats the KV heads in memory"
+    if call.query.device.type == "cpu":
+        if any(tensor.stride(-1) != 1 for tensor in (call.query, call.key, call.value)):
+            return "a last dimension has gaps: PyTorch repeats the KV heads in memory"
+        return None
+    if masked:
+        return "with a mask, and fewer KV heads than query heads, PyTorch repeats the KV heads in memory"
+    if call.query.dtype not in (torch.float16, torch.bfloat16) or call.head_dim > _FLASH_WIDTH:
+        return "grouped heads on GPUs want 16 bits and heads of 256 at most: PyTorch repeats the KV heads in memory"
+    return None
+
+
+def reason(call: Call) -> str | None:
+    """Why one call of SDPA cannot serve a call, or None if it can."""
+    if call.softcap is not None:
+        return "SDPA has no soft cap"
+    if call.mask is not None and call.bias is not None:
+        return "SDPA takes one mask: the sum of mask and bias would be as large as all scores"
+    if call.learns_scores:
+        return "SDPA falls to unfused code when a mask or bias is trained"
+    length = call.query_length
+    if call.hides_by_window(0, length):
+        return "SDPA has no window"
+    masked = call.mask is not None or call.bias is not None
+    if call.is_causal and length > 1:
+        if length != call.context:
+            return f"SDPA aligns the first query with the first key; here are {length} queries and {call.context} keys"
+        if masked:
+            return "SDPA takes a mask or is_causal, not both"
+    return repeats(call, masked)
+
+
+def run(call: Call) -> Tensor:
+    """One call of ``scaled_dot_product_attention``, with ``enable_gqa`` where heads are shared.
+
+    Returns:
+        (B, H, T, Dv) in the query's dtype.
+    """
+    first, last = call.span(0, call.query_length)
+    extra = call.bias if call.mask is None else call.mask
+    if extra is not None:
+        extra = extra[..., first:last] if extra.shape[3] > 1 else extra
+        extra = addable(extra, call.query.dtype)
+        extra = extra.expand(-1, -1, call.query_length, last - first)
+    return scaled_dot_product_attention(
+        call.query,
+        call.key[:, :, first:last],
+        call.value[:, :, first:last],
+        attn_mask=extra,
+        is_causal=call.is_causal and call.query_length > 1,
+        scale=call.scale,
+        enable_gqa=call.group > 1,
+    )
