@@ -21,8 +21,8 @@
 
 namespace {
 
-constexpr int BLOCK = 64;                   // keys
-constexpr int PANEL = 2 * WIDTH;            // query rows that `outer` works on at once
+constexpr int BLOCK = 128;       // keys, at most
+constexpr int PANEL = 2 * WIDTH;  // query rows that `outer` works on at once
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 INLINE long up(long n, long to) { return (n + to - 1) / to * to; }
@@ -53,7 +53,7 @@ struct Ahead {
     }
     INLINE void fetch() {
         if (rows == 0) return;
-        __builtin_prefetch(line, 0, 2);
+        __builtin_prefetch(line);
         line += 64;
         if (--left == 0) {
             left = row_lines;
@@ -70,24 +70,32 @@ template <class Op, int N>
 INLINE void dots(const float* q, long q_row, const float* const* keys, long units, float* s, long s_row, Ahead& ahead,
                  long fetches) {
     vec sum[N][4];
+    UNROLL
     for (int r = 0; r < N; r++)
+        UNROLL
         for (int j = 0; j < 4; j++) sum[r][j] = splat(0);
     long d = 0;
     for (; d + WIDTH <= units; d += WIDTH) {
         for (long i = 0; i < fetches; i++) ahead.fetch();
         vec k[4];
+        UNROLL
         for (int j = 0; j < 4; j++) k[j] = load(keys[j] + d);
+        UNROLL
         for (int r = 0; r < N; r++) {
             vec x = load(q + r * q_row + d);
+            UNROLL
             for (int j = 0; j < 4; j++) sum[r][j] = Op::add_product(sum[r][j], x, k[j]);
         }
     }
     if (d < units) {
+        UNROLL
         for (int j = 0; j < 4; j++) {
             vec k = load_part(keys[j] + d, (int)(units - d));
+            UNROLL
             for (int r = 0; r < N; r++) sum[r][j] = Op::add_product(sum[r][j], load(q + r * q_row + d), k);
         }
     }
+    UNROLL
     for (int r = 0; r < N; r++) sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], s + r * s_row);
 }
 
@@ -96,42 +104,56 @@ template <class Op, int N>
 INLINE void outer(const float* q, long q_row, const float* k, long k_row, long units, float* s, long s_row,
                   Ahead& ahead, long fetches) {
     vec sum[KEYS][N];
+    UNROLL
     for (int j = 0; j < KEYS; j++)
+        UNROLL
         for (int r = 0; r < N; r++) sum[j][r] = splat(0);
     const float* k4 = k + 4 * k_row;
     for (long d = 0; d < units; d++) {
         for (long i = 0; i < fetches; i++) ahead.fetch();
         vec x[N];
+        UNROLL
         for (int r = 0; r < N; r++) x[r] = load(q + d * q_row + r * WIDTH);
+        UNROLL
         for (int j = 0; j < KEYS; j++) {
             vec y = splat((j < 4 ? k : k4)[(j & 3) * k_row + d]);
+            UNROLL
             for (int r = 0; r < N; r++) sum[j][r] = Op::add_product(sum[j][r], x[r], y);
         }
     }
+    UNROLL
     for (int j = 0; j < KEYS; j++)
+        UNROLL
         for (int r = 0; r < N; r++) store(s + j * s_row + r * WIDTH, sum[j][r]);
 }
 
 // out[row] = out[row] * shrink[row] + sum over keys of p[row][key] * value[key], for N rows and M vectors of width;
 // `part` floats in the last of them where it is not full.
-template <class Op, int N, int M>
+template <class Op, int N, int M, bool WHOLE>
 INLINE void weigh(const float* p, long p_row, const float* v, long v_row, long keys, float* out, long out_row,
                   const float* shrink, int part, Ahead& ahead, long fetches) {
     vec sum[N][M];
+    UNROLL
     for (int r = 0; r < N; r++)
+        UNROLL
         for (int c = 0; c < M; c++) sum[r][c] = load(out + r * out_row + c * WIDTH) * splat(shrink[r]);
     for (long j = 0; j < keys; j++) {
         for (long i = 0; i < fetches; i++) ahead.fetch();
         const float* row = v + j * v_row;
         vec x[M];
+        UNROLL
         for (int c = 0; c < M - 1; c++) x[c] = load(row + c * WIDTH);
-        x[M - 1] = part ? load_part(row + (M - 1) * WIDTH, part) : load(row + (M - 1) * WIDTH);
+        x[M - 1] = WHOLE ? load(row + (M - 1) * WIDTH) : load_part(row + (M - 1) * WIDTH, part);
+        UNROLL
         for (int r = 0; r < N; r++) {
             vec y = splat(p[r * p_row + j]);
+            UNROLL
             for (int c = 0; c < M; c++) sum[r][c] = Op::add_product(sum[r][c], y, x[c]);
         }
     }
+    UNROLL
     for (int r = 0; r < N; r++)
+        UNROLL
         for (int c = 0; c < M; c++) store(out + r * out_row + c * WIDTH, sum[r][c]);
 }
 
@@ -139,7 +161,9 @@ template <class Op, int N>
 void weigh_strip(int vectors, const float* p, long p_row, const float* v, long v_row, long keys, float* out,
                  long out_row, const float* shrink, int part, Ahead& ahead, long fetches) {
 #define CASE(M) \
-    case M: return weigh<Op, N, M>(p, p_row, v, v_row, keys, out, out_row, shrink, part, ahead, fetches);
+    case M:                                                                                                   \
+        return part ? weigh<Op, N, M, false>(p, p_row, v, v_row, keys, out, out_row, shrink, part, ahead, fetches) \
+                    : weigh<Op, N, M, true>(p, p_row, v, v_row, keys, out, out_row, shrink, part, ahead, fetches);
     switch (vectors) {
         CASE(1)
         CASE(2)
@@ -213,7 +237,7 @@ struct Work {
     bool pairs;        // two bfloat16 in the room of a float
     bool wide;         // many rows: scores by `outer`
     long size;         // bytes of an element
-    long rows, rows_up, units, units_up, width_up, low, high, parts;
+    long rows, rows_up, units, units_up, width_up, low, high, parts, part_length, block;
     long share_floats;
     float* shares;
     std::unique_ptr<std::atomic<int>[]> finished;
@@ -229,13 +253,14 @@ struct Work {
         units = pairs ? c.head_dim / 2 : c.head_dim;
         units_up = up(units, WIDTH);
         width_up = up(c.value_dim, WIDTH);
+        block = rows_up == 1 ? BLOCK / 2 : BLOCK;
         low = 0, high = c.context;
         if (c.window) low = std::max(0L, (long)(c.context - c.queries - c.window + 1));
         if (c.causal) high = c.context;  // the last query sees the last key
         if (low > high) low = high;
         // Enough parts for the threads to share evenly, none so short that merging shows.
         long heads = c.batch * c.groups, wanted = 16 * std::max<long>(2, c.threads);
-        long shortest = 4 * BLOCK, span = high - low;
+        long shortest = 256, span = high - low;
         parts = std::max(1L, std::min((wanted + heads - 1) / heads, (span + shortest - 1) / shortest));
         long length = up((span + parts - 1) / parts, BLOCK);
         parts = std::max(1L, length ? (span + length - 1) / length : 1);
@@ -246,7 +271,6 @@ struct Work {
         static thread_local Room room;
         shares = parts > 1 ? room.take(heads * parts * share_floats) : nullptr;
     }
-    long part_length;
 
     Part part(long index) const {
         long head = index / parts, number = index % parts, first = low + number * part_length;
@@ -269,10 +293,10 @@ struct Work {
 
     // Padding at either end is not read.
     void trim(Part& p) const {
-        while (p.first < p.last && hidden(p.b, p.first, std::min<long>(BLOCK, p.last - p.first))) p.first += BLOCK;
+        while (p.first < p.last && hidden(p.b, p.first, std::min(block, p.last - p.first))) p.first += block;
         if (p.first > p.last) p.first = p.last;
         while (p.first < p.last) {
-            long start = p.first + (p.last - p.first - 1) / BLOCK * BLOCK;
+            long start = p.first + (p.last - p.first - 1) / block * block;
             if (!hidden(p.b, start, p.last - start)) break;
             p.last = start;
         }
@@ -364,7 +388,7 @@ struct Work {
     }
 
     // Row r's scores of keys j to j + n become weights (in place, or as bfloat16), 0 up to whole vectors.
-    void soften(const Part& p, long r, long j, int n, float* s, float& top, float& total, float& shrink) const {
+    void soften(const Part& p, long r, long j, int n, float* s, float& top, float& sum, float& shrink) const {
         const float scale = (float)c.scale;
         const int n_up = (int)up(n, 16);
         for (int i = 0; i < n_up; i++) s[i] *= scale;
@@ -382,34 +406,22 @@ struct Work {
             for (long i = 0; i < std::min<long>(n, self - c.window + 1 - j); i++) s[i] = NONE;
         for (int i = n; i < n_up; i++) s[i] = NONE;
 
-        float most[16], sum[16];
-        for (int i = 0; i < 16; i++) most[i] = s[i];
-        for (int at = 16; at < n_up; at += 16)
-            for (int i = 0; i < 16; i++) most[i] = s[at + i] > most[i] ? s[at + i] : most[i];
-        for (int half = 8; half; half /= 2)
-            for (int i = 0; i < half; i++) most[i] = most[i + half] > most[i] ? most[i + half] : most[i];
-        float now = most[0] > top ? most[0] : top;
+        float highest_now = highest(s, n_up);
+        float now = highest_now > top ? highest_now : top;
         float from = now == NONE ? 0 : now;  // nothing seen so far: weights of exp(-inf) = 0
         shrink = exponential(top - from);
         top = now;
-        for (int i = 0; i < 16; i++) sum[i] = 0;
-        for (int at = 0; at < n_up; at += 16)
-            for (int i = 0; i < 16; i++) {
-                float e = exponential(s[at + i] - from);
-                s[at + i] = e;
-                sum[i] += e;
-            }
-        for (int half = 8; half; half /= 2)
-            for (int i = 0; i < half; i++) sum[i] += sum[i + half];
-        total = total * shrink + sum[0];
-        if (pairs) {
-            uint16_t* to = (uint16_t*)s;
-            for (int at = 0; at < n_up; at += 16) {
-                uint16_t some[16];
-                for (int i = 0; i < 16; i++) some[i] = to_bf16(s[at + i]);
-                std::memcpy(to + at, some, sizeof some);
-            }
-        }
+        for (int i = 0; i < n_up; i++) s[i] = exponential(s[i] - from);
+        sum = sum * shrink + total(s, n_up);
+        narrow_weights(s, n_up);
+    }
+
+    static INLINE void narrow_weights(float* s, int n) {
+#if defined(__AVX512BF16__)
+        if (!std::is_same<Op, Floats>::value)
+            for (int at = 0; at < n; at += 16) narrow(s + at, (uint16_t*)s + at);
+#endif
+        (void)s, (void)n;
     }
 
     // Values of n keys as the sums read them: two rows interleaved, or converted to floats.
@@ -517,12 +529,12 @@ struct Work {
             packed = head;
             std::memset(out, 0, sizeof(float) * rows_up * width_up);
             for (long r = 0; r < rows_up; r++) top[r] = NONE, total[r] = 0;
-            for (long j = p.first; j < p.last; j += BLOCK) {
-                const long n = std::min<long>(BLOCK, p.last - j);
+            for (long j = p.first; j < p.last; j += block) {
+                const long n = std::min(block, p.last - j);
                 if (hidden(p.b, j, n)) continue;
-                const bool inside = j + BLOCK < p.last;
+                const bool inside = j + block < p.last;
                 const Part& from = inside ? p : then;
-                const long at = inside ? j + BLOCK : then.first, many = std::min<long>(BLOCK, from.last - at);
+                const long at = inside ? j + block : then.first, many = std::min(block, from.last - at);
                 Ahead keys(many > 0 ? key_at(from, at) : nullptr, size * c.head_dim, k_stride, many);
                 Ahead values(many > 0 ? value_at(from, at) : nullptr, size * c.value_dim, v_stride, many);
 

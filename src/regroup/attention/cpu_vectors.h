@@ -8,6 +8,8 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+// Register blocks are arrays that must end up in registers: loops over them are unrolled before that is decided.
+#define UNROLL _Pragma("GCC unroll 16")
 
 #if defined(__AVX512F__)
 
@@ -29,6 +31,18 @@ INLINE void sum4(vec a, vec b, vec c, vec d, float* out) {
     vec all = _mm512_add_ps(low, high);
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+
+// The greatest and the sum of n floats, n in whole sixteens.
+INLINE float highest(const float* x, int n) {
+    vec most = load(x);
+    for (int i = 16; i < n; i += 16) most = _mm512_max_ps(most, load(x + i));
+    return _mm512_reduce_max_ps(most);
+}
+INLINE float total(const float* x, int n) {
+    vec sum = load(x);
+    for (int i = 16; i < n; i += 16) sum = _mm512_add_ps(sum, load(x + i));
+    return _mm512_reduce_add_ps(sum);
 }
 
 // to[i][j] = from[j][i] for WIDTH by WIDTH floats.
@@ -108,6 +122,27 @@ INLINE void transpose(const float* from, long from_row, float* to, long to_row) 
 
 #endif
 
+#if !defined(__AVX512F__)
+INLINE float highest(const float* x, int n) {
+    float most[16];
+    std::memcpy(most, x, sizeof most);
+    for (int at = 16; at < n; at += 16)
+        for (int i = 0; i < 16; i++) most[i] = x[at + i] > most[i] ? x[at + i] : most[i];
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) most[i] = most[i + half] > most[i] ? most[i + half] : most[i];
+    return most[0];
+}
+INLINE float total(const float* x, int n) {
+    float sum[16];
+    std::memcpy(sum, x, sizeof sum);
+    for (int at = 16; at < n; at += 16)
+        for (int i = 0; i < 16; i++) sum[i] += x[at + i];
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) sum[i] += sum[i + half];
+    return sum[0];
+}
+#endif
+
 // What is multiplied and summed: floats, or pairs of bfloat16 in the room of a float.
 struct Floats {
     static INLINE vec add_product(vec sum, vec a, vec b) { return sum + a * b; }
@@ -118,6 +153,11 @@ struct Pairs {
         return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
     }
 };
+// Sixteen floats to bfloat16, in place.
+INLINE void narrow(const float* from, uint16_t* to) {
+    __m256bh some = _mm512_cvtneps_pbh(load(from));
+    std::memcpy(to, &some, 32);
+}
 #endif
 
 INLINE float from_bf16(uint16_t x) {
