@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention import grouped_query_attention
+    from .attention.cache import KVCache, KVLayer
+    from .attention.interface import register
+    from .attention.module import GroupedQueryAttention
+    from .attention.prepare import prepare_for_inference
     from .checkpoint import open_checkpoint
     from .errors import RegroupError
     from .inspection import summarize
@@ -21,6 +25,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "GroupedQueryAttention",
+    "KVCache",
+    "KVLayer",
     "Layout",
     "Plan",
     "RegroupError",
@@ -30,10 +37,15 @@ __all__ = [
     "load",
     "make_plan",
     "open_checkpoint",
+    "prepare_for_inference",
+    "register",
     "summarize",
 ]
 
 _HOMES = {
+    "GroupedQueryAttention": "attention.module",
+    "KVCache": "attention.cache",
+    "KVLayer": "attention.cache",
     "Layout": "layout",
     "Plan": "plan",
     "RegroupError": "errors",
@@ -43,6 +55,8 @@ _HOMES = {
     "load": "models",
     "make_plan": "plan",
     "open_checkpoint": "checkpoint",
+    "prepare_for_inference": "attention.prepare",
+    "register": "attention.interface",
     "summarize": "inspection",
 }
 

@@ -5,8 +5,10 @@ Importing this module makes the name known, as do :func:`regroup.register` and `
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, wraps
 from typing import Any
 
@@ -19,7 +21,7 @@ from transformers.models.mt5.modeling_mt5 import MT5Attention
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from ..errors import RegroupError
-from .cache import SlotOffset
+from .cache_layers import SlotOffset
 from .grouped import grouped_query_attention
 
 NAME = "regroup"
@@ -161,8 +163,8 @@ def attention_mask(
     Raises:
         RegroupError: the model's class does not go through the attention interface, and would ignore or misread it.
     """
-    if config is not None:
-        _check_family(type(config))
+    if config is not None and not torch.compiler.is_compiling():
+        check_family(type(config))
     slots = kv_offset if isinstance(kv_offset, SlotOffset) else None
     if allow_is_causal_skip and _is_plain(q_length, kv_length, q_offset, kv_offset, attention_mask):
         if local_size is None or kv_length < local_size:
@@ -204,13 +206,20 @@ def _is_plain(q_length: int, kv_length: int, q_offset: Any, kv_offset: int, padd
 
 
 @cache
-def _check_family(config: type) -> None:
-    """Refuse the families that would take the mask and not the attention function."""
+def check_family(config: type) -> None:
+    """Refuse the families that would take the mask and not the attention function, by their configuration's class.
+
+    Raises:
+        RegroupError: the family's file does not use transformers' attention interface (BLOOM, Falcon).
+    """
     name = config.__module__.replace(".configuration_", ".modeling_")
     modeling = sys.modules.get(name)
+    if modeling is None and name.startswith("transformers."):
+        with suppress(ImportError):
+            modeling = importlib.import_module(name)
     if modeling is not None and name != config.__module__ and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
         raise RegroupError(
-            f'attn_implementation="{NAME}" cannot serve this family: it does not use transformers\' attention interface.',
+            f'attn_implementation="{NAME}" cannot serve a family that does not use the attention interface.',
             layer=name.rpartition(".")[2],
             expected="a family whose attention goes through the interface",
             remedy='Load it with attn_implementation="eager", or "sdpa" where it has that.',

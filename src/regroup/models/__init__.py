@@ -58,9 +58,10 @@ def load(path: str | Path, *, progress: bool = True, **kwargs: Any) -> PreTraine
 
     Code in the folder is never run: the classes come from the installed regroup and transformers. ``progress`` shows
     transformers' bar; ``kwargs`` go to ``from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation``, …).
+    ``attn_implementation="regroup"`` needs no ``regroup.register()`` before.
 
     Raises RegroupError without a config.json, where its architecture is unknown, ``trust_remote_code`` is asked for,
-    or the weights do not fit the model.
+    the weights do not fit the model, or the family has no choice of the attention implementation that is asked for.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
@@ -83,6 +84,10 @@ def load(path: str | Path, *, progress: bool = True, **kwargs: Any) -> PreTraine
             got=architecture,
             remedy="correct architectures, or install the release that knows it",
         )
+    if kwargs.get("attn_implementation") == "regroup":
+        from regroup.attention import interface
+
+        interface.check_family(stock.config_class)
     cls = getattr(modeling_regroup, modeling_regroup.PREFIX + architecture) if "regroup" in config else stock
     shown = transformers.logging.is_progress_bar_enabled()
     if not progress:

@@ -277,7 +277,7 @@ def _umt5(
     if self.has_relative_attention_bias:
         bias = self.compute_bias(*shape, device=query.device, past_seen_tokens=seen)
     else:
-        bias = query.new_zeros((1, query.shape[1], *shape))
+        bias = query.new_zeros(()).expand(1, query.shape[1], *shape)
     output, weights = _attend(self, query, key, value, self.dropout, scaling=1.0, position_bias=bias, **kwargs)
     return self.o(output), weights
 

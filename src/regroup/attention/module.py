@@ -1,0 +1,186 @@
+"""``GroupedQueryAttention``: the layer, for models that are trained from scratch."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RegroupError
+from .grouped import grouped_query_attention
+
+
+class LayerCache(Protocol):
+    """What the layer asks of a cache: :class:`regroup.attention.cache.KVLayer` has it."""
+
+    keys: Tensor | None
+    values: Tensor | None
+
+    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]: ...
+    def get_seq_length(self) -> int: ...
+
+
+class GroupedQueryAttention(nn.Module):
+    """Attention whose query heads share key/value heads in groups (Ainslie et al. 2023, section 2.2).
+
+    ``num_kv_heads = num_heads`` is multi-head attention, 1 is multi-query attention (Shazeer 2019). Query head h uses
+    KV head h // (num_heads / num_kv_heads). Parameters are named as in Llama: ``q_proj`` (H·D, hidden),
+    ``k_proj`` and ``v_proj`` (G·D, hidden or memory), ``o_proj`` (hidden, H·D).
+
+    Args:
+        hidden_size: width of input and output.
+        num_heads: H, query heads.
+        num_kv_heads: G, divides H; H by default.
+        head_dim: D; hidden_size / H by default.
+        bias: whether q, k and v have biases.
+        output_bias: whether the output has one; as ``bias`` by default.
+        rotary: base of rotary position embeddings (Su et al. 2021, section 3.4.2), 10000 in most models; None for
+            none. The pairs are those of Llama and GPT-NeoX: (i, i + D/2). Only self-attention is rotated.
+        rotary_dim: how many of the D numbers are rotated, the first ones; all by default.
+        is_causal: whether self-attention sees earlier positions alone.
+        window: how many keys a query sees, its own among them; None for all.
+        softcap: c, for scores c · tanh(score / c).
+        scale: of the products; 1 / sqrt(D) by default.
+        memory_size: width of the memory, for cross-attention; hidden_size by default.
+
+    Raises:
+        RegroupError: heads that do not divide, or an odd rotary dimension.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        bias: bool = False,
+        output_bias: bool | None = None,
+        rotary: float | None = None,
+        rotary_dim: int | None = None,
+        is_causal: bool = True,
+        window: int | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        memory_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        groups = num_heads if num_kv_heads is None else num_kv_heads
+        if groups < 1 or num_heads % groups:
+            raise RegroupError(
+                "The query heads do not divide into groups of one size.",
+                expected=f"num_kv_heads that divides {num_heads}",
+                got=groups,
+            )
+        if head_dim is None and hidden_size % num_heads:
+            raise RegroupError(
+                "The hidden size does not divide into heads.",
+                expected=f"a multiple of {num_heads}",
+                got=hidden_size,
+                remedy="Give head_dim.",
+            )
+        self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, groups
+        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        self.is_causal, self.window, self.softcap, self.scale = is_causal, window, softcap, scale
+        made = {"device": device, "dtype": dtype}
+        memory = hidden_size if memory_size is None else memory_size
+        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias, **made)
+        self.k_proj = nn.Linear(memory, groups * self.head_dim, bias, **made)
+        self.v_proj = nn.Linear(memory, groups * self.head_dim, bias, **made)
+        last = bias if output_bias is None else output_bias
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, last, **made)
+        self.rotary, self.rotary_dim = rotary, self.head_dim if rotary_dim is None else rotary_dim
+        if rotary is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
+            raise RegroupError(
+                "Rotary embeddings turn pairs of numbers.",
+                expected=f"an even rotary_dim of {self.head_dim} at most",
+                got=self.rotary_dim,
+            )
+
+    def forward(
+        self,
+        states: Tensor,
+        memory: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            states: (B, T, hidden_size).
+            memory: (B, S, memory_size), for cross-attention: no causality, window or rotation. With a filled ``cache``
+                its keys and values are used, and ``memory`` counts for nothing but that.
+            mask: broadcasts to (B, H, T, S): bool (True: may attend), or added to the scores; padding of (B, S) as
+                ``mask[:, None, None, :]``. In addition to causality and window.
+            bias: broadcasts to (B, H, T, S), added to the scores.
+            positions: (T,) or (B, T), for rotation; from the cache's length on by default.
+            cache: of this layer, for decoding, such as ``regroup.KVLayer(max_length)``; new states are appended.
+
+        Returns:
+            (B, T, hidden_size).
+
+        Raises:
+            RegroupError: shapes that do not fit each other.
+        """
+        if states.dim() != 3 or states.shape[2] != self.hidden_size:
+            raise RegroupError(
+                "The states do not fit the layer.",
+                expected=f"(batch, length, {self.hidden_size})",
+                got=tuple(states.shape),
+            )
+        query = self._split(self.q_proj(states))
+        crossed = memory is not None
+        if memory is not None and cache is not None and cache.get_seq_length():
+            key, value = cache.keys, cache.values
+            assert key is not None
+            assert value is not None
+        else:
+            source = states if memory is None else memory
+            key, value = self._split(self.k_proj(source)), self._split(self.v_proj(source))
+            if not crossed and self.rotary is not None:
+                if positions is None:
+                    start = 0 if cache is None else cache.get_seq_length()
+                    positions = torch.arange(start, start + states.shape[1], device=states.device)
+                query, key = self._rotated(query, key, positions)
+            if cache is not None:
+                key, value = cache.update(key, value)
+        output = grouped_query_attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            is_causal=self.is_causal and not crossed,
+            scale=self.scale,
+            window=None if crossed else self.window,
+            softcap=self.softcap,
+        )
+        return self.o_proj(output.transpose(1, 2).flatten(2))
+
+    def _split(self, states: Tensor) -> Tensor:
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _rotated(self, query: Tensor, key: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.rotary is not None
+        # In float32, and no buffer that is converted with the module: bfloat16 has no whole numbers beyond 256.
+        pairs = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=query.device)
+        angles = positions[..., None].float() * self.rotary ** -(pairs / self.rotary_dim)
+        angles = angles[:, None] if positions.dim() == 2 else angles
+        cos, sin = angles.cos().to(query.dtype), angles.sin().to(query.dtype)
+        return _turn(query, cos, sin), _turn(key, cos, sin)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+
+
+def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + R/2) of the first R numbers, R twice the width of cos and sin."""
+    half = cos.shape[-1]
+    first, second, rest = states[..., :half], states[..., half : 2 * half], states[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
