@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from regroup.errors import RegroupError
 from regroup.uptrain.cache import TeacherCache
-from regroup.uptrain.distill import Mix, TopK, aligned_targets, mixed_loss, top_k
+from regroup.uptrain.distill import Mix, TopK, aligned_targets, hidden_distance, mixed_loss, top_k
 from regroup.uptrain.objective import IGNORED
 
 V = 11
@@ -223,3 +223,54 @@ def test_ids_of_large_vocabularies_fit(tmp_path: Path) -> None:
     found = cache.read([0], [1])
     assert found is not None
     assert found.ids.tolist() == [[150_000]]
+
+
+# ---- hidden states ---------------------------------------------------------------------------------------------------
+
+
+def states(seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Three layers of (2, 7, 5), the first position of each row a thousand times as large."""
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(2, 7, 5, generator=generator, dtype=torch.float64) for _ in range(3)]
+    for layer in made:
+        layer[:, 0] *= 1000
+    return [layer.to(dtype) for layer in made]
+
+
+def test_hidden_distance_is_that_of_a_loop() -> None:
+    student, teacher, targets = states(1), states(2), case()[2]
+    student[1].requires_grad_()
+    found = hidden_distance(student, teacher, targets)
+    wanted = 0.0
+    for own, other in zip(student, teacher, strict=True):
+        for row, position in (targets != IGNORED).nonzero().tolist():
+            s, t = own.detach()[row, position], other[row, position]
+            wanted += float((s - t) @ (s - t) / (t @ t)) / 3
+    assert float(found.detach()) == pytest.approx(wanted, rel=1e-12)
+    slope = gradient(found, student[1])
+    assert bool((slope[targets == IGNORED] == 0).all())
+    right = 2 * (student[1] - teacher[1]).detach() / teacher[1].square().sum(-1, keepdim=True) / 3
+    torch.testing.assert_close(slope[targets != IGNORED], right[targets != IGNORED], rtol=1e-12, atol=0)
+
+
+def test_hidden_distance_sums_over_pieces_of_a_batch() -> None:
+    student, teacher, targets = states(1), states(2), case()[2]
+    parts = [
+        hidden_distance(
+            [x[row : row + 1] for x in student], [x[row : row + 1] for x in teacher], targets[row : row + 1]
+        )
+        for row in range(2)
+    ]
+    torch.testing.assert_close(sum(parts), hidden_distance(student, teacher, targets), rtol=1e-12, atol=0)
+
+
+def test_equal_hidden_states_have_no_distance_and_others_have() -> None:
+    teacher, targets = states(2), case()[2]
+    assert float(hidden_distance([x.clone() for x in teacher], teacher, targets)) == 0
+    assert float(hidden_distance([teacher[0], teacher[2], teacher[1]], teacher, targets)) > 1
+    assert hidden_distance(states(1, torch.bfloat16), states(2, torch.bfloat16), targets).dtype == torch.float32
+
+
+def test_a_state_of_zeros_is_no_division_by_zero() -> None:
+    zeros = [torch.zeros(2, 7, 5)]
+    assert float(hidden_distance(zeros, zeros, case()[2])) == 0

@@ -208,12 +208,27 @@ def test_what_was_asked_for_stays() -> None:
         weight_decay=0.3,
         teacher="parent",
         stages=("logit", "local"),
+        hidden_weight=0.5,
     )
     recipe, chosen = resolved(asked, "llama", False)
     assert replace(recipe, objective="auto", stages=asked.stages) == asked
     assert recipe.stages == ("local", "logit")
     assert len(chosen) == 2
     assert resolved(replace(asked, stages=()), "llama", False)[0].stages == ("logit",)
+
+
+def test_hidden_states_are_matched_where_the_teacher_runs() -> None:
+    distilled = Recipe("child", Path("out"), ("a.txt",), teacher="parent")
+    recipe, chosen = resolved(distilled, "llama", False)
+    assert recipe.hidden_weight == 10
+    assert any("hidden-weight: 10" in line for line in chosen)
+    cached = replace(distilled, teacher_cache=Path("cache"), top_k=8)
+    assert resolved(cached, "llama", False)[0].hidden_weight == 0
+    with pytest.raises(RegroupError, match="keeps no hidden states"):
+        resolved(replace(cached, hidden_weight=1.0), "llama", False)
+    assert resolved(replace(distilled, teacher=None), "llama", False)[0].hidden_weight is None
+    with pytest.raises(RegroupError, match="hidden-weight"):
+        resolved(replace(distilled, teacher=None, hidden_weight=1.0), "llama", False)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import pytest
 import runs
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import tiny
 from helpers import assert_same_tensors, config_of, copy, edit_json, everything, tensors
 from regroup.errors import RegroupError
 from regroup.models import load, load_tokenizer
@@ -103,6 +104,71 @@ def test_distillation_brings_the_child_nearer_to_its_parent(whole: tuple[Path, d
     assert len([entry for entry in results["history"] if "eval_loss" in entry]) == 3
     assert results["teacher_flops"] > 0.2 * results["student_flops"]
     assert (results["steps"], results["tokens"], results["spikes"]) == (12, 12 * 8 * 32, 0)
+
+
+def test_distillation_is_that_of_a_loop_written_by_hand(shop: Path, tmp_path: Path) -> None:
+    given = {"teacher": str(shop / "parent"), "hidden_weight": 3.0, "distill_weight": 0.6, "clip_norm": 0.5}
+    recipe = runs.recipe(shop, output=tmp_path / "run", steps=3, schedule="constant", warmup=0.0, **given)
+    found = uptrain(recipe)
+    model: Any = load(shop / "child", dtype=torch.float32)
+    parent: Any = load(shop / "parent", dtype=torch.float32)
+    model.train()
+    parent.eval()
+    tokenizer = load_tokenizer(shop / "child")
+    stream = open_stream(
+        recipe.data, tokenizer, make_objective("causal", tokenizer, window=32, isolate=True), vocab_size=96
+    )
+    decay = [p for n, p in model.named_parameters() if "norm" not in n]
+    plain = [p for n, p in model.named_parameters() if "norm" in n]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    wanted = []
+    for _, batch in zip(range(3), stream.batches(8), strict=False):
+        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+        own = model(**inputs, output_hidden_states=True)
+        with torch.no_grad():
+            other = parent(**inputs, output_hidden_states=True)
+        asked = batch["labels"][:, 1:] != -100
+        log_p, log_q = (out.logits[:, :-1][asked].log_softmax(-1) for out in (own, other))
+        kl = functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+        entropy = functional.nll_loss(log_p, batch["labels"][:, 1:][asked])
+        shares = [
+            ((s - t)[:, :-1][asked].norm(dim=-1) / t[:, :-1][asked].norm(dim=-1)) ** 2
+            for s, t in zip(own.hidden_states[1:], other.hidden_states[1:], strict=True)
+        ]
+        loss = 0.6 * kl + 0.4 * entropy + 3.0 * torch.stack(shares).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        wanted.append(float(loss.detach()))
+    assert found.record is not None
+    assert runs.losses(found.record) == pytest.approx(wanted, rel=1e-5)
+    trained = tensors(tmp_path / "run/model")
+    for name, parameter in model.state_dict().items():
+        torch.testing.assert_close(trained[name], parameter, rtol=1e-4, atol=1e-5)
+
+
+def test_hidden_states_can_be_left_out(shop: Path, tmp_path: Path, whole: tuple[Path, dict[str, Any]]) -> None:
+    given = {"teacher": str(shop / "parent"), "hidden_weight": 0}
+    record = uptrain(runs.recipe(shop, output=tmp_path / "run", **given)).record
+    assert record is not None
+    assert all("hidden_distance" not in entry for entry in record["results"]["history"])
+    distances = [e["hidden_distance"] for e in whole[1]["results"]["history"] if "hidden_distance" in e]
+    assert distances[-1] < 0.8 * distances[0]
+    assert runs.losses(record)[0] < runs.losses(whole[1])[0]
+
+
+def test_a_teacher_of_another_width_is_refused(shop: Path, tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    LlamaForCausalLM(LlamaConfig(**tiny.FAMILIES["llama"].kwargs | {"num_hidden_layers": 1})).save_pretrained(wide)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(shop / "parent" / name, wide / name)
+    with pytest.raises(RegroupError, match="hidden states are of another shape") as error:
+        uptrain(runs.recipe(shop, output=tmp_path / "run", teacher=str(wide)))
+    assert "--hidden-weight 0" in str(error.value)
+    done = uptrain(runs.recipe(shop, output=tmp_path / "run", teacher=str(wide), hidden_weight=0, steps=1))
+    assert done.record is not None
 
 
 def test_micro_batches_change_nothing(shop: Path, tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ def uptrain(
     distill_weight: Annotated[
         float | None, typer.Option(min=0, max=1, help="1: KL alone; 0: cross-entropy alone.")
     ] = None,
+    hidden_weight: Annotated[
+        float | None, typer.Option(min=0, help="Of the distance from the teacher's hidden states. [default: 10]")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Tell only the teacher's k largest logits apart.")] = None,
     teacher_cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps those logits, for later runs on the same data.")

@@ -19,6 +19,9 @@ from .recipe import Recipe
 # How families name the dropout of their residual stream, and what else there is where they have none.
 _DROPOUTS = ("dropout_rate", "dropout", "hidden_dropout", "resid_pdrop", "resid_dropout")
 _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop")
+# And how they name the number of (decoder) layers, and the width of their outputs.
+_LAYERS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_WIDTHS = ("d_model", "hidden_size", "n_embd")
 
 
 def is_encoder_decoder(config: dict[str, Any]) -> bool:
@@ -108,11 +111,13 @@ def check_window(config: Any, window: int) -> None:
         )
 
 
-def checked_teacher(recipe: Recipe, folder: Path, tokenizer: Any, vocab_size: int) -> Path | None:
+def checked_teacher(recipe: Recipe, folder: Path, tokenizer: Any, student: Any) -> Path | None:
     if recipe.teacher is None:
         return None
     parent = fetch(recipe.teacher)
-    size = read_json(parent / "config.json").get("vocab_size")
+    vocab_size = student.get_input_embeddings().weight.shape[0]
+    config = read_json(parent / "config.json")
+    size = config.get("vocab_size")
     if size != vocab_size:
         raise RegroupError(
             "the teacher has another vocabulary",
@@ -122,7 +127,26 @@ def checked_teacher(recipe: Recipe, folder: Path, tokenizer: Any, vocab_size: in
             remedy="the teacher is the checkpoint that the model was converted from",
         )
     check_same_tokenizer(tokenizer, load_tokenizer(parent))
+    own, other = (_shape_of(found) for found in (read_json(folder / "config.json"), config))
+    if recipe.hidden_weight and own != other:
+        raise RegroupError(
+            "the teacher's hidden states are of another shape, and cannot be matched",
+            file=parent,
+            expected=_shape_said(own),
+            got=_shape_said(other),
+            remedy="pass --hidden-weight 0, or the checkpoint that the model was converted from as --teacher",
+        )
     return parent
+
+
+def _shape_of(config: dict[str, Any]) -> tuple[Any, Any]:
+    """Layers whose outputs are compared, and their width, by whichever names a family has for them."""
+    layers = next((config[name] for name in _LAYERS if name in config), None)
+    return layers, next((config[name] for name in _WIDTHS if name in config), None)
+
+
+def _shape_said(shape: tuple[Any, Any]) -> str:
+    return f"{shape[0]} layers of {shape[1]}"
 
 
 def check_room(recipe: Recipe, checkpoint: Checkpoint, student: Any) -> None:

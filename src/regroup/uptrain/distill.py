@@ -1,4 +1,4 @@
-"""The loss of uptraining: cross-entropy, KL to the parent's logits, or a mix of both, in bounded memory.
+"""The loss of uptraining: cross-entropy, KL to the parent's logits, the distance from its hidden states.
 
 Hinton et al. 2015 (arXiv:1503.02531, section 2): both softmaxes are taken at a temperature T, and their KL is
 multiplied by T², which keeps its gradients on the scale of cross-entropy's.
@@ -6,7 +6,7 @@ multiplied by T², which keeps its gradients on the scale of cross-entropy's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from .objective import IGNORED
 CHUNK_ELEMENTS = 1 << 24
 # Below every log-probability that matters, above float16's lowest number.
 _LOWEST = -60_000.0
+_SMALLEST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,37 @@ def top_k(logits: Tensor, targets: Tensor, k: int, temperature: float = 1.0, chu
         ids.append(best)
         values.append(_coarse(log_q, best))
     return TopK(torch.cat(ids), torch.cat(values))
+
+
+def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], targets: Tensor) -> Tensor:
+    """How far the student's hidden states are from the teacher's, summed over the positions that carry loss.
+
+    At each position the mean over layers of ``‖s - t‖² / ‖t‖²``. Matching hidden states is FitNets' idea (Romero et al.
+    2015, arXiv:1412.6550), for all layers of a transformer that of Jiao et al. 2020 (TinyBERT, arXiv:1909.10351,
+    section 3.1). A converted child has its parent's layers and width, so no map stands between them. The share of each
+    position's own norm is taken since a few positions (the first one) can be a thousand times as large as the rest.
+
+    Args:
+        student, teacher: after each layer, (batch, length, hidden) each, as many of one as of the other.
+        targets: (batch, length), see ``mixed_loss``.
+
+    Returns:
+        A scalar in float32 (float64 for such states), differentiable in ``student``.
+    """
+    asked = targets != IGNORED
+    total = student[0].new_zeros((), dtype=torch.promote_types(student[0].dtype, torch.float32))
+    for own, wanted in zip(student, teacher, strict=True):
+        right = wanted[asked].to(total.dtype)
+        distance = (own[asked].to(total.dtype) - right).square().sum(-1)
+        total = total + (distance / right.square().sum(-1).clamp(min=_SMALLEST)).sum()
+    return total / len(student)
+
+
+def layer_outputs(outputs: Any) -> tuple[Tensor, ...]:
+    """Hidden states after each layer, of an encoder-decoder after those of its decoder, from a model's outputs."""
+    found = getattr(outputs, "decoder_hidden_states", None)
+    states = outputs.hidden_states if found is None else found
+    return tuple(states[1:])
 
 
 def inputs_of(batch: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -110,7 +110,7 @@ def prepare(recipe: Recipe) -> Prepared:
     check_window(student.config, recipe.window)
     vocab_size = student.get_input_embeddings().weight.shape[0]
 
-    teacher_folder = checked_teacher(recipe, folder, tokenizer, vocab_size)
+    teacher_folder = checked_teacher(recipe, folder, tokenizer, student)
     objective, facts = _objective(recipe, tokenizer, student)
     stream = open_stream(
         recipe.data,
@@ -133,7 +133,7 @@ def prepare(recipe: Recipe) -> Prepared:
     check_room(recipe, source.checkpoint, student)
 
     teacher = None
-    if teacher_folder is not None and recipe.distill_weight:
+    if teacher_folder is not None and (recipe.distill_weight or recipe.hidden_weight):
         cache = _cache(recipe, teacher_folder, stream, objective, vocab_size)
         teacher = _teacher(recipe, teacher_folder, cache, encoder_decoder)
         apart = teacher.loaded is None or not getattr(objective, "isolate", False)
@@ -303,11 +303,14 @@ def _teacher(recipe: Recipe, parent: Path, cache: TeacherCache | None, encoder_d
     vocabulary = None
 
     def loaded() -> Any:
+        device = _device(recipe)
         model: Any = load(parent, dtype="auto", progress=False)
+        if device.type == "cpu" and model.dtype == torch.float16:
+            model = model.float()  # CPUs compute float16 several times slower, and no better
         if bool(model.config.is_encoder_decoder) != encoder_decoder:
             raise RegroupError("the teacher is another kind of model", file=parent)
         model.config.use_cache = False
-        return model.to(_device(recipe))
+        return model.to(device)
 
     if recipe.top_k is not None:
         from ..checkpoint.reader import read_json
@@ -315,7 +318,9 @@ def _teacher(recipe: Recipe, parent: Path, cache: TeacherCache | None, encoder_d
         vocabulary = int(read_json(parent / "config.json")["vocab_size"])
         if recipe.top_k >= vocabulary:
             raise RegroupError("there are not that many tokens", expected=f"below {vocabulary}", got=recipe.top_k)
-    teacher = Teacher(loaded, k=recipe.top_k, temperature=recipe.temperature, cache=cache)
+    teacher = Teacher(
+        loaded, k=recipe.top_k, temperature=recipe.temperature, cache=cache, hidden=bool(recipe.hidden_weight)
+    )
     if cache is None:
         with contextlib.suppress(AttributeError):
             _ = teacher.model  # now, so that a teacher that does not load is refused before the first step

@@ -37,6 +37,8 @@ class Recipe:
         local_share: share of the steps that the local stage takes where both are asked for.
         temperature: of both softmaxes in the KL.
         distill_weight: 1 trains on KL alone, 0 on cross-entropy alone.
+        hidden_weight: of the distance from the teacher's hidden states (``distill.hidden_distance``), beside the KL;
+            None for ``HIDDEN_WEIGHT`` with a teacher that runs, 0 where its logits come from a cache.
         top_k: compare the teacher's k largest logits and the rest as one; None compares all.
         teacher_cache: folder in which the teacher's logits are kept.
         window: tokens a sequence; of an encoder-decoder, of its input.
@@ -85,6 +87,7 @@ class Recipe:
     local_share: float = 0.2
     temperature: float = 1.0
     distill_weight: float = 1.0
+    hidden_weight: float | None = None
     top_k: int | None = None
     teacher_cache: Path | None = None
     window: int = 512
@@ -213,6 +216,7 @@ DEFAULTS = {
 T5_LIKE = ("t5", "mt5", "umt5")
 T5_STEPS = 1_000_000
 WEIGHT_DECAY = 0.1
+HIDDEN_WEIGHT = 10.0
 
 
 def resolved(recipe: Recipe, family: str, encoder_decoder: bool) -> tuple[Recipe, list[str]]:
@@ -288,7 +292,7 @@ def resolved(recipe: Recipe, family: str, encoder_decoder: bool) -> tuple[Recipe
 
 def _staged(recipe: Recipe, chosen: list[str]) -> tuple[Recipe, list[str]]:
     if recipe.teacher is None:
-        named = [name for name in ("top_k", "teacher_cache") if getattr(recipe, name) is not None]
+        named = [name for name in ("hidden_weight", "top_k", "teacher_cache") if getattr(recipe, name) is not None]
         named += ["stages"] if recipe.stages else []
         if named:
             raise RegroupError(
@@ -302,7 +306,20 @@ def _staged(recipe: Recipe, chosen: list[str]) -> tuple[Recipe, list[str]]:
     stages = tuple(stage for stage in ("local", "logit") if stage in recipe.stages) or ("logit",)
     if stages != recipe.stages:
         chosen.append(f"stages: {', '.join(stages)} (with a teacher)")
-    return replace(recipe, stages=stages), chosen
+    weight = recipe.hidden_weight
+    if recipe.teacher_cache is not None:
+        if weight:
+            raise RegroupError(
+                "the teacher's cache keeps no hidden states",
+                expected="hidden-weight 0 with --teacher-cache",
+                got=weight,
+                remedy="leave --hidden-weight or --teacher-cache out",
+            )
+        weight = 0.0
+    elif weight is None:
+        weight = HIDDEN_WEIGHT
+        chosen.append(f"hidden-weight: {weight:g} (hidden states are matched beside the logits)")
+    return replace(recipe, stages=stages, hidden_weight=weight), chosen
 
 
 def _shown(value: object) -> str:

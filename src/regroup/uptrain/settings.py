@@ -34,6 +34,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "local_share": (0, 1),
     "temperature": (0, None),
     "distill_weight": (0, 1),
+    "hidden_weight": (0, None),
     "top_k": (1, None),
     "window": (2, None),
     "max_target": (2, None),

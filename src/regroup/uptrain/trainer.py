@@ -22,7 +22,7 @@ from ..data import IGNORED
 from ..errors import RegroupError
 from ..evaluate import Score, score
 from . import states
-from .distill import Mix, aligned_targets, mixed_loss
+from .distill import Mix, aligned_targets, hidden_distance, layer_outputs, mixed_loss
 from .guard import LossGuard
 from .job import Job, MicroBatches
 from .processes import barrier, quiet_files, together, world
@@ -39,6 +39,7 @@ class UptrainTrainer(Trainer):
         recipe = job.recipe
         self.job = job
         self.mix = Mix(recipe.distill_weight if job.teacher else 0.0, recipe.temperature)
+        self.hidden_weight = (recipe.hidden_weight or 0.0) if job.teacher else 0.0
         self.last_loss, self.last_norm = math.nan, None
         self.data_ended = False
         self.seconds_before = 0.0
@@ -58,7 +59,7 @@ class UptrainTrainer(Trainer):
         # Our loss is divided by the tokens of the whole step; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self._step_loss = torch.zeros((), device=arguments.device)
-        self._sums = torch.zeros(3, dtype=torch.float64, device=arguments.device)
+        self._sums = torch.zeros(4, dtype=torch.float64, device=arguments.device)
         self._logged = (time.perf_counter(), 0)
         self.remove_callback(PrinterCallback)
         for callback in self.callback_handler.callbacks:
@@ -91,10 +92,15 @@ class UptrainTrainer(Trainer):
         given = {name: value for name, value in inputs.items() if name not in ("labels", "numbers")}
         targets = aligned_targets(inputs["labels"], shifted=self.job.shifted)
         # Before the student, whose activations then do not lie beside the teacher's.
-        taught = self.job.teacher(given, targets, inputs["numbers"]) if self.job.teacher and self.mix.weight else None
-        outputs = model(**given)
+        lesson = self.job.teacher(given, targets, inputs["numbers"]) if self.job.teacher else None
+        outputs = model(**given, **({"output_hidden_states": True} if self.hidden_weight else {}))
+        taught = lesson.logits if lesson and self.mix.weight else None
         loss, cross_entropy, kl = mixed_loss(outputs.logits, targets, teacher=taught, mix=self.mix)
-        self._sums += torch.stack([cross_entropy, kl, (targets != IGNORED).sum()]).detach()
+        distance = torch.zeros_like(kl)
+        if lesson and self.hidden_weight:
+            distance = hidden_distance(layer_outputs(outputs), lesson.hidden, targets)
+            loss = loss + self.hidden_weight * distance
+        self._sums += torch.stack([cross_entropy, kl, distance, (targets != IGNORED).sum()]).detach()
         loss = loss * (world() / num_items_in_batch)
         extra = getattr(outputs, "aux_loss", None)
         if extra is not None:
@@ -144,9 +150,12 @@ class UptrainTrainer(Trainer):
         if "loss" in logs:
             sums = torch.as_tensor(self.accelerator.reduce(self._sums.clone(), "sum")).tolist()
             self._sums.zero_()
-            logs["cross_entropy"] = sums[0] / max(1.0, sums[2])
+            tokens = max(1.0, sums[3])
+            logs["cross_entropy"] = sums[0] / tokens
             if self.mix.weight:
-                logs["kl"] = sums[1] / max(1.0, sums[2])
+                logs["kl"] = sums[1] / tokens
+            if self.hidden_weight:
+                logs["hidden_distance"] = sums[2] / tokens
             now, (then, step) = time.perf_counter(), self._logged
             done = self.state.global_step - (step or self._initial_global_step)
             per_step = self.job.recipe.batch_size * self.job.recipe.window
