@@ -66,8 +66,8 @@ def draw_similarity(layers: Sequence[LayerSimilarity], folder: Path) -> list[Pat
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures:
-            written.append(_save(figure, folder / name))
-        written.append(_save(_overview(shown), folder / "overview.png"))
+            written.append(save(figure, folder / name))
+        written.append(save(_overview(shown), folder / "overview.png"))
     except OSError as error:
         raise _unwritable(folder, error) from error
     return written
@@ -160,7 +160,7 @@ def _colour_bar(figure: Figure, axes: list[Any]) -> None:
     bar.ax.tick_params(labelsize=8)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     """Write a PNG that appears when it is complete."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import RegroupError
-from . import convert, demo, evaluate, inspect, plan, uptrain
+from . import bench, convert, demo, evaluate, inspect, plan, uptrain
 
 
 class _Verbs(TyperGroup):
@@ -38,6 +38,7 @@ app = typer.Typer(
 )
 for _verb in (inspect.inspect, plan.plan, convert.convert, evaluate.evaluate, uptrain.uptrain, demo.demo):
     app.command()(_verb)
+app.add_typer(bench.app, name="bench")
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,200 @@
+"""How fast this machine reads memory and multiplies matrices, measured: the roofs that results are held against."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# Far above every cache, and little beside what is benchmarked.
+_READ_BYTES = 512 << 20
+# A product's operands stay in the caches of the cores, a piece for each thread.
+_CACHED_BYTES = 512 << 10
+_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A piece of work of known size, to be timed in turns with what it is compared with.
+
+    Attributes:
+        way: what it does.
+        action: does it.
+        work: bytes or operations of it.
+        repeats: how often a run does it, so that it is long enough for the clock.
+        device: where.
+    """
+
+    way: str
+    action: Callable[[], object]
+    work: int
+    repeats: int
+    device: torch.device
+
+    def run(self) -> float:
+        """Bytes or operations a second, of one run of some milliseconds."""
+
+        def runs() -> None:
+            for _ in range(self.repeats):
+                self.action()
+
+        with torch.inference_mode():
+            return self.repeats * self.work / timed(runs, self.device)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A measured rate, and what measured it.
+
+    Attributes:
+        best, median: of all runs of the way that was best; bytes or operations a second.
+        probe: that way, to measure again.
+    """
+
+    best: float
+    median: float
+    probe: Probe
+
+    def again(self, runs: int = 9) -> float:
+        """The median of some more runs: memory is shared with other machines, and rates change within minutes."""
+        return statistics.median(self.probe.run() for _ in range(runs))
+
+
+def read_bandwidth(device: torch.device | str = "cpu", *, nbytes: int = _READ_BYTES) -> Rate:
+    """Bytes a second that all threads together read from memory.
+
+    Args:
+        device: whose memory.
+        nbytes: of the block that is read; it must not fit into a cache.
+
+    Returns:
+        The best of several ways to read a block once (sums by row, of numbers of two widths, and a maximum). A GPU is
+        also asked to copy: bytes read and written count then. Its probe keeps the block.
+    """
+    device = torch.device(device)
+    block = torch.ones(nbytes // 4, device=device)
+    rows = block.view(16 * max(1, torch.get_num_threads()), -1)
+    wide = rows.view(torch.float64)
+    ways: dict[str, tuple[Callable[[], object], int]] = {
+        "sum of float32, by row": (lambda: rows.sum(1), nbytes),
+        "sum of float64, by row": (lambda: wide.sum(1), nbytes),
+        "maximum, by row": (lambda: rows.amax(1), nbytes),
+    }
+    if device.type != "cpu":
+        half = block[: block.numel() // 2]
+        target = torch.empty_like(half)
+        ways["copy"] = (lambda: target.copy_(half), 2 * half.nbytes)
+    return _best(ways, device)
+
+
+def product_rate(
+    rows: int,
+    inner: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Rate:
+    """Floating-point operations a second of matrix products of ``rows`` rows, with operands that lie in a cache.
+
+    The product is that of decoding: (rows, inner) queries or hidden states with a (columns, inner) matrix of keys or
+    weights, or its transpose, one such product for each thread. ``rows`` is H / G in attention and the batch in linear
+    layers. On a GPU operands are large, for it has no such caches.
+
+    Returns:
+        The best of several forms of the product, which is what the library at hand can do with this shape.
+    """
+    device = torch.device(device)
+    size = torch.empty((), dtype=dtype).element_size()
+    cached = _CACHED_BYTES if device.type == "cpu" else 64 << 20
+    columns = max(16, cached // (inner * size))
+    batch = max(2, torch.get_num_threads()) if device.type == "cpu" else 8
+    left = torch.full((batch, rows, inner), 0.5, dtype=dtype, device=device)
+    matrix = torch.full((batch, columns, inner), 0.5, dtype=dtype, device=device)
+    weights = torch.full((batch, rows, columns), 0.5, dtype=dtype, device=device)
+    flops = 2 * batch * rows * inner * columns
+    turned = matrix.transpose(1, 2).contiguous()
+    ways: dict[str, tuple[Callable[[], object], int]] = {
+        "rows × matrix transposed": (lambda: torch.bmm(left, matrix.transpose(1, 2)), flops),
+        "rows × matrix": (lambda: torch.bmm(left, turned), flops),
+        "matrix × rows": (lambda: torch.bmm(matrix, left.transpose(1, 2)), flops),
+        "sum of rows": (lambda: torch.bmm(weights, matrix), flops),
+    }
+    return _best(ways, device)
+
+
+class Bystanders:
+    """How busy other processes keep the processors while a block runs; they spoil timings of work on all threads.
+
+    Attributes:
+        share: processors' worth of time that others took, over the processors' number; None where the system does
+            not say. Known after the block.
+    """
+
+    share: float | None = None
+
+    def __enter__(self) -> Bystanders:
+        self._start = _processor_seconds()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        end = _processor_seconds()
+        if self._start is not None and end is not None and end[0] > self._start[0]:
+            whole, busy, own = (after - before for after, before in zip(end, self._start, strict=True))
+            self.share = max(0.0, (busy - own) / whole)
+
+
+def _processor_seconds() -> tuple[float, float, float] | None:
+    """Of all processors since the start: seconds in all, seconds at work, and those of this process."""
+    try:
+        with Path("/proc/stat").open(encoding="ascii") as file:
+            ticks = [int(value) for value in file.readline().split()[1:9]]
+    except (OSError, ValueError):
+        return None
+    whole, idle = sum(ticks), ticks[3] + ticks[4]
+    own = os.times()
+    hertz = os.sysconf("SC_CLK_TCK")
+    return whole / hertz, (whole - idle) / hertz, own.user + own.system + own.children_user + own.children_system
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was started on a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(action: Callable[[], object], device: torch.device) -> float:
+    """Seconds that an action takes, to its end on the device."""
+    synchronize(device)
+    start = time.perf_counter()
+    action()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """The 20, 50 and 80% quantiles, by linear interpolation, of one value or more."""
+    ordered = torch.tensor(values, dtype=torch.float64)
+    names = ("p20", "p50", "p80")
+    return dict(zip(names, torch.quantile(ordered, torch.tensor([0.2, 0.5, 0.8]).double()).tolist(), strict=True))
+
+
+@torch.inference_mode()
+def _best(ways: dict[str, tuple[Callable[[], object], int]], device: torch.device) -> Rate:
+    """Alternate the ways for a while, and keep the one that was fastest once."""
+    probes = []
+    for name, (action, work) in ways.items():
+        once = min(timed(action, device) for _ in range(3))
+        # A run is long enough for the clock, and short enough to be left alone by the system now and then.
+        probes.append(Probe(name, action, work, max(1, round(0.004 / max(once, 1e-7))), device))
+    rates: list[list[float]] = [[] for _ in probes]
+    end = time.perf_counter() + _SECONDS * len(ways)
+    while time.perf_counter() < end or len(rates[0]) < 3:
+        for found, probe in zip(rates, probes, strict=True):
+            found.append(probe.run())
+    winner = max(range(len(probes)), key=lambda index: max(rates[index]))
+    return Rate(max(rates[winner]), statistics.median(rates[winner]), probes[winner])

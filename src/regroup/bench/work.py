@@ -1,0 +1,212 @@
+"""What is to be decoded, whether it fits, and the ceiling over it: everything that is known before a model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import RegroupError
+from .build import DTYPES, Model, describe, read_config
+from .machine import Rate, product_rate, read_bandwidth
+from .roofline import DTYPE_BYTES, Cost, attention_flops, kv_cache_bytes, weights_cost
+
+# Of the memory that is free, what a benchmark may take.
+_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is decoded.
+
+    Attributes:
+        batch: sequences.
+        prompt: tokens before the first new one; of an encoder-decoder, tokens that cross-attention keeps.
+        new: tokens to make for each sequence, 2 or more: the first one counts apart.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        device: a torch device.
+        repeats: how often.
+    """
+
+    batch: int = 1
+    prompt: int = 512
+    new: int = 32
+    dtype: str = "float32"
+    device: str = "cpu"
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("prompt", 1), ("new", 2), ("repeats", 1)):
+            if getattr(self, name) < least:
+                raise RegroupError(
+                    f"there is nothing to decode with such a number of --{name}",
+                    expected=f"{least} or more",
+                    got=getattr(self, name),
+                )
+        if self.dtype not in DTYPES:
+            raise RegroupError(
+                "the dtype is not known", expected="float32, bfloat16 or float16", got=self.dtype, remedy="see --dtype"
+            )
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """The roof over a step: what its two parts read and compute, and the rates that were measured for them."""
+
+    weights: Cost
+    attention: Cost
+    bandwidth: float
+    weights_rate: float
+    attention_rate: float
+
+    def between(self, other: Ceiling) -> Ceiling:
+        """The same work at rates halfway to another's: what was measured before and after."""
+        mine = (self.bandwidth, self.weights_rate, self.attention_rate)
+        theirs = (other.bandwidth, other.weights_rate, other.attention_rate)
+        return Ceiling(self.weights, self.attention, *((a + b) / 2 for a, b in zip(mine, theirs, strict=True)))
+
+    @property
+    def seconds(self) -> float:
+        """The least time of a step: its parts come one after the other."""
+        return self.weights.floor(self.bandwidth, self.weights_rate) + self.attention.floor(
+            self.bandwidth, self.attention_rate
+        )
+
+
+def models_for(source: str, kv_heads: Sequence[int] | None, work: Work, *, layers: int | None = None) -> list[Model]:
+    """The models to benchmark, one for each G, checked against the work and the memory.
+
+    Args:
+        source: a checkpoint folder, a config or a hub id (see :func:`build.read_config`).
+        kv_heads: numbers of KV heads; None: the model's own.
+        layers: of the decoder; None: all, or as many as memory holds, the same for each G.
+
+    Raises:
+        RegroupError: what cannot be built, does not fit into memory, or is asked for more positions than there are.
+    """
+    config, folder = read_config(source)
+    wanted: list[int | None] = [None] if kv_heads is None else list(dict.fromkeys(kv_heads))
+
+    def made(count: int | None) -> list[Model]:
+        return [describe(config, kv_heads=g, layers=count, folder=folder) for g in wanted]
+
+    models = made(layers)
+    _check_positions(models[0], work)
+    free = free_memory(work.device)
+    largest = max(memory_needed(model, work) for model in models)
+    if free is None or largest <= free * _SHARE:
+        return models
+    if layers is None:
+        # Memory grows by the same amount with every layer.
+        one, two = (max(memory_needed(m, work) for m in made(count)) for count in (1, min(2, models[0].full_layers)))
+        if two > one and one <= free * _SHARE:
+            return made(min(models[0].full_layers - 1, 1 + int((free * _SHARE - one) // (two - one))))
+        largest = one
+    raise RegroupError(
+        "the benchmark does not fit into memory"
+        + ("" if layers is not None else ", not even with one layer of the model"),
+        expected=f"at most {_SHARE:.0%} of the {free / 1e9:.1f} GB that are free",
+        got=f"about {largest / 1e9:.1f} GB for weights, cache and prompt",
+        remedy="lower --batch or --prompt"
+        + (", or leave --layers out: as many are then taken as fit" if layers is not None else ""),
+    )
+
+
+def memory_needed(model: Model, work: Work) -> int:
+    """An estimate, in bytes: weights, twice the cache (transformers' copies), and the prompt's widest activations."""
+    size = DTYPE_BYTES[work.dtype]
+    tokens = work.batch * (1 if model.is_encoder_decoder else work.prompt)
+    activations = tokens * (6 * model.hidden + 3 * model.intermediate) * size
+    logits = work.batch * model.vocabulary * 8
+    return model.parameters * size + 2 * cache_bytes(model, work) + activations + logits
+
+
+def cache_bytes(model: Model, work: Work) -> int:
+    """Bytes of the KV cache when the last token has been made."""
+    own = work.new if model.is_encoder_decoder else work.prompt + work.new - 1
+    return kv_cache_bytes(model.attention, context=own, encoder_context=work.prompt, batch=work.batch, dtype=work.dtype)
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that are free on a device; None where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def step_costs(model: Model, work: Work) -> tuple[Cost, Cost]:
+    """What a step in the middle of the new tokens reads and computes: the weights' part, and attention's."""
+    own = work.new // 2 if model.is_encoder_decoder else work.prompt + work.new // 2
+    sizes = {"context": max(1, own), "batch": work.batch, "encoder_context": work.prompt}
+    attention = Cost(
+        kv_cache_bytes(model.attention, dtype=work.dtype, **sizes), attention_flops(model.attention, **sizes)
+    )
+    return weights_cost(model.weights, batch=work.batch, dtype=work.dtype), attention
+
+
+class Roofs:
+    """Rates of this machine, each measured when it is first asked for."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.dtype: torch.dtype = getattr(torch, work.dtype)
+        self.bandwidth: Rate = read_bandwidth(work.device)
+        self.products: dict[tuple[int, int], Rate] = {}
+
+    def product(self, rows: int, inner: int) -> Rate:
+        """FLOP/s of a product of (rows, inner) with a matrix."""
+        if (rows, inner) not in self.products:
+            self.products[rows, inner] = product_rate(rows, inner, dtype=self.dtype, device=self.work.device)
+        return self.products[rows, inner]
+
+    def ceiling(self, model: Model, *, again: bool = False) -> Ceiling:
+        """The roof over a step of a model, from medians; ``again`` measures the rates once more."""
+        weights, attention = step_costs(model, self.work)
+        # Layers may differ; the one with most queries for a KV head has the fastest product.
+        layer = max(model.attention, key=lambda layer: layer.num_attention_heads // layer.num_key_value_heads)
+        group = layer.num_attention_heads // layer.num_key_value_heads
+        rates = (self.bandwidth, self.product(self.work.batch, model.hidden), self.product(group, layer.head_dim))
+        return Ceiling(
+            weights,
+            attention,
+            *(rate.again() if again else rate.median for rate in rates),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "read_bandwidth_bytes_per_second": self.bandwidth.median,
+            "read_bandwidth_best_bytes_per_second": self.bandwidth.best,
+            "matrix_rates_flops_per_second": {
+                f"{rows} rows of {inner}": rate.median for (rows, inner), rate in self.products.items()
+            },
+        }
+
+
+def _check_positions(model: Model, work: Work) -> None:
+    """Refuse more tokens than the model has positions for."""
+    config = model.config
+    if config.get("model_type") in ("t5", "mt5", "umt5", "bloom") or config.get("alibi"):
+        return
+
+    def check(what: str, tokens: int, keys: tuple[str, ...]) -> None:
+        key = next((key for key in keys if isinstance(config.get(key), int)), None)
+        if key is not None and tokens > config[key]:
+            raise RegroupError(
+                f"{what} needs more positions than the model has",
+                expected=f"at most {config[key]} ({key})",
+                got=tokens,
+                remedy="lower --prompt or --new",
+            )
+
+    if model.is_encoder_decoder:
+        check("the prompt", work.prompt, ("max_source_positions", "max_position_embeddings"))
+        check("what is decoded", work.new, ("max_target_positions", "max_position_embeddings"))
+    else:
+        check("the prompt with the new tokens", work.prompt + work.new, ("max_position_embeddings", "n_positions"))

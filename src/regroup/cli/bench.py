@@ -1,0 +1,165 @@
+"""``regroup bench decode`` and ``regroup bench attention``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import RegroupError
+from .options import check_file, numbers
+
+app = typer.Typer(
+    no_args_is_help=True, help="How fast decoding is, beside the ceiling of this machine: whole models, or attention."
+)
+
+DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write the JSON record here.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the JSON record.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the arithmetic, measure nothing.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
+
+
+@app.command()
+def decode(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_CONFIG", help="A folder, a config.json, or a hub id.")],
+    kv_heads: Annotated[
+        str | None, typer.Option("--kv-heads", help="Numbers of KV heads, such as 32,8,4,1. [default: the model's]")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    prompt: Annotated[int, typer.Option(help="Tokens before the first new one.")] = 512,
+    new: Annotated[int, typer.Option(help="Tokens to make.")] = 32,
+    dtype: DType = "float32",
+    layers: Annotated[
+        int | None, typer.Option(help="Of the decoder, the first ones. [default: all, or as many as memory holds]")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="How often each is decoded.")] = 1,
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="Also measure transformers as it is by default.")
+    ] = False,
+    device: Device = "cpu",
+    dry_run: DryRun = False,
+    output: Output = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time against KV heads into this PNG.")] = None,
+    json: Json = False,
+) -> None:
+    """Time a model's decoding at several numbers of KV heads: the ceiling first, then what is reached of it.
+
+    Weights are the checkpoint's where it is measured as it is, else random ones of the same shapes, which are as fast.
+    An encoder is not run: its output is made up.
+    """
+    from ..bench.decode import benchmark
+    from ..bench.work import Roofs, Work, models_for
+    from ..console import err, out
+    from ..devices import device_named
+    from ..record import write_record
+    from . import bench_tables as tables
+
+    screen = err if json else out
+    for file in (output, plot):
+        if file is not None:
+            check_file(file)
+    heads = None if kv_heads is None else numbers(kv_heads)
+    if plot is not None and (heads is None or len(set(heads)) < 2):
+        raise RegroupError(
+            "a plot against KV heads needs two numbers of them or more", remedy="add --kv-heads 32,8,4,1"
+        )
+    work = Work(batch, prompt, new, dtype, str(device_named(device)), repeats)
+    models = models_for(model, heads, work, layers=layers)
+    tables.show_work(screen, model, models, work)
+    if dry_run:
+        screen.print("dry run: nothing was measured")
+        return
+    screen.print("measuring how fast this machine reads memory and multiplies matrices …")
+    roofs = Roofs(work)
+    tables.show_ceiling(screen, models, work, roofs)
+    paths = ("regroup", "transformers") if baseline else ("regroup",)
+    screen.print(
+        f"decoding; expect about {tables.duration(tables.expected_seconds(models, work, roofs, len(paths)))} …"
+    )
+    started = time.perf_counter()
+    record = benchmark(
+        model, models, work, paths=paths, roofs=roofs, each=lambda found: tables.show_model(screen, found, paths)
+    )
+    tables.show_comparison(screen, record, paths)
+    screen.print(f"took {tables.duration(time.perf_counter() - started)}")
+    _finish(record, output, json, write_record, err)
+    if plot is not None:
+        from ..bench.plot import draw_groups
+
+        draw_groups(record, plot)
+        err.print(f"wrote {plot}")
+
+
+@app.command()
+def attention(
+    kv_heads: Annotated[str, typer.Option("--kv-heads", help="Numbers of KV heads.")] = "32,8,4,1",
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
+    head_dim: Annotated[int, typer.Option("--head-dim", help="Numbers a head.")] = 128,
+    batch: Annotated[str, typer.Option(help="Numbers of sequences, such as 1,8.")] = "8",
+    context: Annotated[str, typer.Option(help="Tokens in the cache, such as 1024,4096.")] = "4096",
+    dtype: DType = "float32",
+    limit: Annotated[float, typer.Option(help="Leave out shapes with more GB of keys and values.")] = 4.0,
+    device: Device = "cpu",
+    work: Annotated[
+        Path | None, typer.Option(help="Keep what is measured in this file, and leave out what is in it already.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="With --work: stop after so long, to go on another time.")
+    ] = None,
+    dry_run: DryRun = False,
+    output: Output = None,
+    json: Json = False,
+) -> None:
+    """Time one decoding step of attention alone, beside PyTorch's ways to compute it and the least time it takes.
+
+    The ways take turns in one run. Each shape takes about three seconds.
+    """
+    from ..bench.attention import grid
+    from ..bench.journal import run_grid
+    from ..console import err, out
+    from ..devices import device_named
+    from ..record import write_record
+    from . import bench_tables as tables
+
+    screen = err if json else out
+    for file in (output, work):
+        if file is not None:
+            check_file(file)
+    if minutes is not None and work is None:
+        raise RegroupError("a run that stops early needs a file to keep its results in", remedy="add --work FILE")
+    dtypes = dtype.split(",")
+    shapes = grid(
+        batches=numbers(batch),
+        contexts=numbers(context),
+        kv_heads=numbers(kv_heads),
+        dtypes=dtypes,
+        heads=heads,
+        head_dim=head_dim,
+    )
+    tables.show_shapes(screen, shapes)
+    if dry_run:
+        screen.print("dry run: nothing was measured")
+        return
+    record = run_grid(
+        shapes,
+        device=str(device_named(device)),
+        limit=int(limit * 1e9),
+        work=work,
+        minutes=minutes,
+        each=lambda found: tables.show_shape(screen, found),
+    )
+    if record is None:
+        err.print(f"stopped after {minutes:g} minutes; run the same command again to go on from {work}")
+        return
+    _finish(record, output, json, write_record, err)
+
+
+def _finish(record: dict[str, Any], output: Path | None, json: bool, write: Any, err: Any) -> None:
+    if output is not None:
+        write(output, record)
+        err.print(f"wrote {output}")
+    if json:
+        write(None, record)
