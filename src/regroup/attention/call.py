@@ -275,8 +275,7 @@ def make_call(
         raise RegroupError("The window holds no key.", expected="None or a whole number of 1 and more", got=window)
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise RegroupError("The soft cap is no positive number.", expected="None or more than 0", got=softcap)
-    if scale is None:
-        scale = query.shape[3] ** -0.5
-    elif not math.isfinite(scale):
+    factor = query.shape[3] ** -0.5 if scale is None else scale
+    if not math.isfinite(factor):
         raise RegroupError("The scale is no finite number.", got=scale)
-    return Call(query, key, value, mask, bias, bool(is_causal), scale, window, softcap)
+    return Call(query, key, value, mask, bias, bool(is_causal), factor, window, softcap)

@@ -22,7 +22,7 @@ _ROWS = 256
 # Elements of 16-bit keys or values that are widened to float32 at once, so that they are read back from a cache.
 _WIDENED = 1 << 20
 # Bytes of keys and values below which one fused call is faster than several small ones.
-_MANY_BYTES = 1 << 23
+_MANY_BYTES = {torch.float32: 1 << 23, torch.bfloat16: 1 << 21, torch.float16: 1 << 19}
 # Queries of a block of PyTorch's fused kernel on CPUs: its threads share out heads and blocks, nothing smaller.
 _FUSED_BLOCK = 32
 # Folded queries up to which the product with the keys on the left is faster, as it runs along memory.
@@ -64,7 +64,8 @@ def _is_fused(call: Call) -> bool:
     first, last = call.span(0, call.query_length)
     heads = call.batch * call.num_key_value_heads
     numbers = heads * (last - first) * (call.head_dim + call.value_dim)
-    return numbers * call.query.element_size() < _MANY_BYTES or not _products_win(call, heads)
+    few = numbers * call.query.element_size() < _MANY_BYTES.get(call.query.dtype, 1 << 23)
+    return few or not _products_win(call, heads)
 
 
 def _products_win(call: Call, heads: int) -> bool:

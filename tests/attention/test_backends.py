@@ -1,0 +1,298 @@
+"""The choice of a backend, what is refused, what lies in memory, and what a compiler makes of a call."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from plain_attention import plain
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import regroup
+from regroup.attention import BACKENDS, explain, flex, grouped, grouped_query_attention, make_call, packed
+from regroup.errors import RegroupError
+
+
+def tensors(
+    batch: int = 2, heads: int = 8, groups: int = 2, queries: int = 1, keys: int = 64, width: int = 16, **more: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    value_width = more.pop("value_width", width)
+    query = torch.randn(batch, heads, queries, width, generator=draw)
+    key = torch.randn(batch, groups, keys, width, generator=draw)
+    value = torch.randn(batch, groups, keys, value_width, generator=draw)
+    return query.to(**more), key.to(**more), value.to(**more)
+
+
+def test_it_is_exported() -> None:
+    assert regroup.grouped_query_attention is grouped_query_attention
+
+
+@pytest.fixture
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped._MODULES["cpu"], "_missing", lambda: "there is no compiler")
+
+
+@pytest.mark.usefixtures("_no_compiler")
+@pytest.mark.parametrize(
+    ("shape", "arguments", "backend"),
+    [
+        ({}, {}, "packed"),
+        ({"groups": 8}, {}, "packed"),
+        ({"queries": 100, "keys": 100}, {"is_causal": True}, "sdpa"),
+        ({"queries": 5, "keys": 5}, {"is_causal": True}, "sdpa"),
+        ({"queries": 100, "keys": 101}, {"is_causal": True}, "packed"),
+        ({"queries": 100, "keys": 100}, {"is_causal": True, "window": 20}, "packed"),
+        ({"queries": 100, "keys": 100}, {"is_causal": True, "window": 100}, "sdpa"),
+        ({"queries": 100, "keys": 90}, {}, "sdpa"),
+        ({"queries": 100, "keys": 90, "value_width": 24}, {}, "packed"),
+        ({"queries": 100, "keys": 90, "value_width": 24, "groups": 8}, {}, "sdpa"),
+        ({"queries": 100, "keys": 100}, {"is_causal": True, "softcap": 3.0}, "packed"),
+    ],
+)
+def test_what_auto_takes(shape: dict[str, int], arguments: dict[str, Any], backend: str) -> None:
+    choice = explain(*tensors(**shape), **arguments)
+    assert choice.backend == backend
+    assert set(choice.others) == set(BACKENDS) - {"auto", backend}
+    assert all(choice.others.values())
+    assert str(choice).startswith(f"{backend}: ")
+    by_hand = grouped_query_attention(*tensors(**shape), **arguments, backend=backend)
+    assert torch.equal(grouped_query_attention(*tensors(**shape), **arguments), by_hand)
+
+
+def test_the_compiled_kernel_is_taken_for_decoding_where_it_is_there() -> None:
+    query, key, value = tensors(keys=900, groups=4)
+    why_not = grouped._MODULES["cpu"].reason(make_call(query, key, value))
+    assert explain(query, key, value).backend == ("packed" if why_not else "cpu")
+    assert explain(query.requires_grad_(), key, value).backend == "packed"
+    with torch.no_grad():
+        assert explain(query, key, value).backend == ("packed" if why_not else "cpu")
+    assert explain(*tensors(keys=2)).backend == "packed"
+
+
+def test_a_named_backend_that_cannot_serve_says_why() -> None:
+    query, key, value = tensors(queries=4, keys=9)
+    for backend, arguments, why in [
+        ("sdpa", {"window": 2}, "SDPA has no window"),
+        ("sdpa", {"softcap": 1.0}, "SDPA has no soft cap"),
+        ("sdpa", {"is_causal": True}, "4 queries and 9 keys"),
+        ("sdpa", {"mask": torch.ones(9).bool(), "bias": torch.zeros(9)}, "one mask"),
+        ("sdpa", {"bias": torch.zeros(9, requires_grad=True)}, "trained"),
+        ("flex", {"bias": torch.zeros(9, requires_grad=True)}, "gradients"),
+        ("triton", {}, "Triton"),
+    ]:
+        with pytest.raises(RegroupError, match=f"The {backend} backend cannot serve this call") as raised:
+            grouped_query_attention(query, key, value, **arguments, backend=backend)
+        assert why in str(raised.value)
+        assert "explain" in str(raised.value)
+    with pytest.raises(RegroupError, match="no such backend"):
+        grouped_query_attention(query, key, value, backend="fastest")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"query": torch.zeros(2, 8, 16)}, "four dimensions"),
+        ({"query": torch.zeros(2, 7, 3, 16)}, "do not divide"),
+        ({"query": torch.zeros(2, 8, 3, 15)}, "head_dim"),
+        ({"query": torch.zeros(1, 8, 3, 16)}, "batch"),
+        ({"query": torch.zeros(2, 8, 3, 16, dtype=torch.bfloat16)}, "dtype"),
+        ({"query": torch.zeros(2, 8, 3, 16, dtype=torch.int64)}, "dtype"),
+        ({"query": torch.zeros(2, 8, 3, 16, device="meta")}, "devices"),
+        ({"query": torch.zeros(2, 8, 0, 16)}, "empty"),
+        ({"query": None}, "no tensor"),
+        ({"key": torch.zeros(2, 4, 9, 16)}, "number of KV heads"),
+        ({"value": torch.zeros(2, 2, 8, 16)}, "number of keys"),
+        ({"key": torch.zeros(2, 2, 0, 16), "value": torch.zeros(2, 2, 0, 16)}, "no keys"),
+        ({"mask": torch.ones(2, 9).bool()}, "does not fit"),
+        ({"mask": torch.ones(2, 3, 9).bool()}, "does not fit"),
+        ({"mask": torch.ones(1, 2, 8, 3, 9).bool()}, "does not fit"),
+        ({"mask": torch.ones(8).bool()}, "does not fit"),
+        ({"mask": torch.ones(2, 2, 3, 9).bool()}, "does not fit"),
+        ({"mask": torch.ones(9, dtype=torch.int64)}, "dtype"),
+        ({"mask": torch.ones(9, dtype=torch.bool, device="meta")}, "devices"),
+        ({"bias": torch.ones(9).bool()}, "dtype"),
+        ({"bias": torch.ones(4, 3, 9)}, "does not fit"),
+        ({"window": 0}, "window"),
+        ({"window": 2.5}, "window"),
+        ({"window": True}, "window"),
+        ({"softcap": 0.0}, "soft cap"),
+        ({"scale": float("nan")}, "scale"),
+        ({"query": torch.zeros(2, 8, 10, 16), "is_causal": True}, "more queries than keys"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], says: str) -> None:
+    query, key, value = tensors(queries=3, keys=9)
+    arguments = {"query": query, "key": key, "value": value} | change
+    for backend in ("auto", "reference", "packed"):
+        with pytest.raises(RegroupError, match=says):
+            grouped_query_attention(**arguments, backend=backend)
+
+
+def test_a_padding_mask_in_the_form_of_transformers_is_explained() -> None:
+    with pytest.raises(RegroupError, match=r"mask\[:, None, None, :\]"):
+        grouped_query_attention(*tensors(queries=3, keys=9), mask=torch.ones(2, 9, dtype=torch.bool))
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is made: that does not share the memory of what it is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        flat = [item for item in args if isinstance(item, Tensor)]
+        old = {item.untyped_storage().data_ptr() for item in flat}
+        for made in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in old:
+                self.elements = max(self.elements, made.untyped_storage().nbytes() // made.element_size())
+        return out
+
+
+# Batch, heads, KV heads, keys, width: one KV head of one sequence is 2048 · 64 numbers, all scores of a query 65,536.
+LONG = {"batch": 2, "heads": 16, "groups": 2, "keys": 2048, "width": 64}
+SCORES = 2 * 16 * 2048
+REPEATED = SCORES * 64
+
+
+@pytest.mark.parametrize("layout", ["heads first", "tokens first"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arguments", ["", "mask", "bias", "mask and bias", "window", "softcap", "width"])
+def test_decoding_makes_nothing_larger_than_the_scores(layout: str, dtype: torch.dtype, arguments: str) -> None:
+    query, key, value = tensors(**LONG, dtype=dtype, value_width=48 if arguments == "width" else 64)
+    if layout == "tokens first":
+        key, value = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (key, value))
+    given = {
+        "mask": {"mask": torch.ones(2, 1, 1, 2048, dtype=torch.bool)},
+        "bias": {"bias": torch.zeros(1, 16, 1, 2048)},
+        "mask and bias": {"mask": torch.ones(2, 1, 1, 2048, dtype=torch.bool), "bias": torch.zeros(1, 16, 1, 2048)},
+        "window": {"window": 100},
+        "softcap": {"softcap": 2.0},
+    }.get(arguments, {})
+    call = make_call(query, key, value, is_causal=True, **given)
+    with Largest() as largest, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "_WIDENED", SCORES)
+        packed.run(call)
+        if arguments not in ("softcap", "width"):
+            assert largest.elements <= (100 * 64 if arguments == "window" else SCORES)
+        packed._products(call, 0, 1)
+    assert 0 < largest.elements <= SCORES
+
+
+def test_repeated_heads_would_be_seen() -> None:
+    query, key, value = tensors(**LONG)
+    with Largest() as largest:
+        scaled_dot_product_attention(query, key.repeat_interleave(8, 1), value.repeat_interleave(8, 1))
+    assert largest.elements == REPEATED
+    with Largest() as largest:
+        scaled_dot_product_attention(query, key, value[..., :48], enable_gqa=True)
+    assert largest.elements >= REPEATED // 64 * 48
+
+
+@pytest.mark.parametrize("queries", [2, 5])
+def test_a_few_queries_do_not_copy_a_bias_for_each_head(queries: int) -> None:
+    query, key, value = tensors(**LONG, queries=queries)
+    bias = torch.zeros(1, 16, 1, 2048)
+    with Largest() as largest:
+        grouped_query_attention(query, key, value, is_causal=True, bias=bias, backend="packed")
+    # One sequence's worth: the bias and the causal mask of a piece, not of the batch.
+    assert largest.elements <= 16 * queries * 2048
+
+
+def test_prefill_stays_within_a_piece() -> None:
+    query, key, value = tensors(batch=1, heads=4, groups=2, queries=3000, keys=3000, width=16)
+    bias = torch.zeros(1, 4, 1, 3000)
+    with Largest() as largest, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "_PIECE", 1 << 18)
+        for more in ({}, {"softcap": 4.0}, {"window": 64}):
+            grouped_query_attention(query, key, value, is_causal=True, bias=bias, backend="packed", **more)
+    assert largest.elements <= 1 << 18 < 4 * 3000 * 3000
+
+
+# PyTorch's own compiler imports what PyTorch itself calls deprecated.
+compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+@compiles
+@pytest.mark.parametrize("backend", ["auto", "packed", "reference", "sdpa"])
+@pytest.mark.parametrize("trains", [False, True])
+def test_one_graph_serves_a_growing_context(backend: str, trains: bool) -> None:
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def step(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        return grouped_query_attention(query, key, value, mask=mask, backend=backend)
+
+    compiled = torch.compile(step, backend=count, fullgraph=True)
+    for keys in range(20, 30):
+        query, key, value = tensors(keys=keys)
+        query.requires_grad_(trains)
+        mask = (torch.arange(keys) > 3)[None]
+        assert torch.allclose(compiled(query, key, value, mask), step(query, key, value, mask), atol=1e-6)
+    assert len(graphs) <= 2, "a graph for the first length, one for all others"
+
+
+@compiles
+@pytest.mark.parametrize("more", [{"window": 4}, {"softcap": 3.0}, {"is_causal": True, "window": 7}, {"bias": True}])
+def test_compiled_prefill(more: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    query, key, value = tensors(queries=9, keys=12)
+    more = more | ({"bias": torch.randn(8, 9, 12)} if "bias" in more else {})
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return grouped_query_attention(query, key, value, **more)
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    wanted = torch.autograd.grad(attend(*leaves).sum(), leaves)
+    for mine, theirs in zip(torch.autograd.grad(compiled(*leaves).sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+FLEX = [
+    dict(zip(("positions", "extras"), case, strict=True))
+    for case in itertools.product(
+        [{}, {"is_causal": True}, {"is_causal": True, "window": 5}, {"window": 3, "softcap": 2.0}],
+        ["", "dead", "bias", "added"],
+    )
+]
+
+
+def flexed(positions: dict[str, Any], extras: str) -> tuple[Tensor, Tensor]:
+    query, key, value = tensors(queries=7, keys=19, heads=6, groups=2)
+    given: dict[str, Any] = dict(positions)
+    if extras == "dead":
+        given["mask"] = torch.arange(2).view(2, 1, 1, 1).bool() & (torch.arange(19) > 2)
+    if extras == "bias":
+        given["bias"] = torch.linspace(-2, 2, 6 * 19).view(1, 6, 1, 19)
+    if extras == "added":
+        given["mask"] = torch.linspace(-2, 2, 2 * 7 * 19).view(2, 1, 7, 19)
+    return grouped_query_attention(query, key, value, **given, backend="flex"), plain(query, key, value, **given)
+
+
+@compiles
+@pytest.mark.parametrize("case", FLEX, ids=str)
+def test_what_flex_is_asked_for(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncompiled: the same functions of scores and positions, without the minute that compiling takes."""
+    monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
+    out, wanted = flexed(**case)
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@compiles
+def test_flex_compiled() -> None:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        out, wanted = flexed({"is_causal": True, "window": 5, "softcap": 2.0}, "dead")
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=1e-5)
