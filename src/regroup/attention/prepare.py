@@ -93,7 +93,7 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
     and converting the model.
 
     Args:
-        model: on the CPU, float32 or bfloat16; any mixture of them.
+        model: on the CPU, float32 or bfloat16; any mixture of them. A module that contains linear layers, not one.
 
     Returns:
         The same model.
@@ -102,7 +102,7 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
         RegroupError: the model is not on the CPU, has no linear layer of these dtypes, or this PyTorch cannot pack.
             The model is as it was.
     """
-    found = {name: module for name, module in model.named_modules() if _weight(module) is not None}
+    found = {name: module for name, module in model.named_modules() if name and _weight(module) is not None}
     weights = {name: _weight(module) for name, module in found.items()}
     elsewhere = {name: weight.device for name, weight in weights.items() if weight is not None and _off_cpu(weight)}
     if elsewhere:
