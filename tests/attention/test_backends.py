@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,7 +78,7 @@ def test_the_compiled_kernel_is_taken_for_decoding_where_it_is_there() -> None:
 
 def test_a_named_backend_that_cannot_serve_says_why() -> None:
     query, key, value = tensors(queries=4, keys=9)
-    for backend, arguments, why in [
+    cases: list[tuple[str, dict[str, Any], str]] = [
         ("sdpa", {"window": 2}, "SDPA has no window"),
         ("sdpa", {"softcap": 1.0}, "SDPA has no soft cap"),
         ("sdpa", {"is_causal": True}, "4 queries and 9 keys"),
@@ -84,7 +86,8 @@ def test_a_named_backend_that_cannot_serve_says_why() -> None:
         ("sdpa", {"bias": torch.zeros(9, requires_grad=True)}, "trained"),
         ("flex", {"bias": torch.zeros(9, requires_grad=True)}, "gradients"),
         ("triton", {}, "Triton"),
-    ]:
+    ]
+    for backend, arguments, why in cases:
         with pytest.raises(RegroupError, match=f"The {backend} backend cannot serve this call") as raised:
             grouped_query_attention(query, key, value, **arguments, backend=backend)
         assert why in str(raised.value)
@@ -127,7 +130,7 @@ def test_a_named_backend_that_cannot_serve_says_why() -> None:
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], says: str) -> None:
     query, key, value = tensors(queries=3, keys=9)
-    arguments = {"query": query, "key": key, "value": value} | change
+    arguments: dict[str, Any] = {"query": query, "key": key, "value": value} | change
     for backend in ("auto", "reference", "packed"):
         with pytest.raises(RegroupError, match=says):
             grouped_query_attention(**arguments, backend=backend)
@@ -210,7 +213,8 @@ def test_prefill_stays_within_a_piece() -> None:
     bias = torch.zeros(1, 4, 1, 3000)
     with Largest() as largest, pytest.MonkeyPatch.context() as patch:
         patch.setattr(packed, "_PIECE", 1 << 18)
-        for more in ({}, {"softcap": 4.0}, {"window": 64}):
+        variants: list[dict[str, Any]] = [{}, {"softcap": 4.0}, {"window": 64}]
+        for more in variants:
             grouped_query_attention(query, key, value, is_causal=True, bias=bias, backend="packed", **more)
     assert largest.elements <= 1 << 18 < 4 * 3000 * 3000
 
@@ -296,3 +300,17 @@ def test_flex_compiled() -> None:
     with torch.no_grad():
         out, wanted = flexed({"is_causal": True, "window": 5, "softcap": 2.0}, "dead")
     torch.testing.assert_close(out.double(), wanted, rtol=0, atol=1e-5)
+
+
+def test_the_page_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The snippets of docs/attention.md, one after the other; what follows ``# prints`` is printed."""
+    monkeypatch.setattr(grouped._MODULES["cpu"], "_missing", lambda: "no C++ compiler")
+    page = (Path(__file__).parents[2] / "docs" / "attention.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    for block in blocks:
+        exec(compile(block, "docs/attention.md", "exec"), names)
+    printed = capsys.readouterr().out
+    said = re.findall(r"# prints (.*)", page)
+    assert said
+    assert all(line in printed for line in said)

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import RegroupError
-from . import cpu_decode, flex, packed, reference, sdpa, triton_decode
 from .call import Call, make_call
 
-_MODULES: dict[str, ModuleType] = {
-    "reference": reference,
-    "sdpa": sdpa,
-    "packed": packed,
-    "flex": flex,
-    "triton": triton_decode,
-    "cpu": cpu_decode,
+_FILES = {
+    "reference": "reference",
+    "sdpa": "sdpa",
+    "packed": "packed",
+    "flex": "flex",
+    "triton": "triton_decode",
+    "cpu": "cpu_decode",
 }
+# Each has ``reason(call)``, why it cannot serve, and ``run(call)``. None needs a compiler or Triton to be imported.
+_MODULES: dict[str, ModuleType] = {name: import_module(f".{file}", __package__) for name, file in _FILES.items()}
 BACKENDS = ("auto", *_MODULES)
 # Queries beyond which attention is a matter of arithmetic, not of reading the KV heads: prefill.
 _PREFILL = 64
