@@ -31,6 +31,8 @@ RULES: dict[str, tuple[list[str], set[str]]] = {
     "report/*": (["errors", "record", "report*"], TORCH),
     "errors.py": ([], TORCH | DISK | {"pathlib"}),
 }
+# These reach the disk in rooms that keep from it: a compiler writes what it builds.
+MAY_REACH_DISK = {"attention/cpu_build.py"}
 # Nobody imports these, themselves apart.
 LEAVES = ["cli", "console"]
 MAY_IMPORT_LEAVES = {"cli": ["cli/*"], "console": ["cli/*", "demo/*"]}
@@ -74,6 +76,8 @@ def broken(file: str, source: str) -> list[str]:
     for pattern, (allowed, forbidden) in RULES.items():
         if not fnmatch.fnmatch(file, pattern):
             continue
+        if file in MAY_REACH_DISK:
+            forbidden = forbidden - DISK - {"pathlib"}
         for name in sorted(ours(names)):
             if not any(name == rule or name.startswith(rule.rstrip("*") + ".") for rule in allowed):
                 complaints.append(f"{file} imports regroup.{name}")
@@ -120,6 +124,8 @@ def test_imports_keep_to_the_house(file: str) -> None:
         ("bench/decode.py", "from ..cli.options import numbers"),
         ("bench/decode.py", "from ..console import out"),
         ("evaluate/run.py", "from .. import console"),
+        ("attention/cpu_decode.py", "from pathlib import Path"),
+        ("attention/cpu_build.py", "from ..checkpoint import Checkpoint"),
         ("report/page.py", "import torch"),
         ("report/page.py", "from ..evaluate import score"),
     ],

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from dense_attention import dense
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from regroup.attention import cpu_build, cpu_decode
 from regroup.attention.call import Call, make_call
@@ -181,7 +180,7 @@ class TestResults:
             query, key, value = tensors(2, 2, group, 1, S, 128, 128, dtype)
             expected = dense(query, key, value)
             ours = run(query, key, value).double() - expected
-            theirs = F.scaled_dot_product_attention(query, key, value, enable_gqa=True).double() - expected
+            theirs = scaled_dot_product_attention(query, key, value, enable_gqa=True).double() - expected
             assert ours.square().mean() <= 4 * theirs.square().mean()
             assert ours.abs().max() <= 2 * theirs.abs().max()
 
@@ -252,7 +251,7 @@ class TestBuilding:
         monkeypatch.delenv("CXX", raising=False)
 
     @pytest.fixture
-    def copier(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    def copier(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         """A compiler that takes its time to copy a library that is there, and keeps a log of its calls."""
         library = cpu_build.build().library
         if library is None:

@@ -120,7 +120,7 @@ def _load(command: list[str]) -> Built:
 
 @functools.cache
 def build() -> Built:
-    """The kernel of this machine, built when it is first asked for (some seconds), then from the cache. Never raises."""
+    """The kernel of this machine, built when first asked for (some seconds), then from the cache. Never raises."""
     if os.name != "posix":
         return Built(None, "it is built on POSIX systems alone")
     command = find_compiler()
@@ -141,15 +141,13 @@ def parallel() -> int:
     GNU's, Intel's and LLVM's runtimes all have it. Loading another runtime beside torch's would start a second pool of
     threads on the same cores.
     """
-    places: list[str | None] = [None]
     try:
-        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-        files = sorted({line.split()[-1] for line in maps.splitlines() if "omp" in line.rpartition("/")[2]})
-        # torch's own first, should there be several.
-        places = [*sorted(files, key=lambda file: "/torch/" not in file), None]
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
-        pass
-    for place in places:
+        maps = []
+    files = {line.split(maxsplit=5)[-1] for line in maps if "omp" in line.rpartition("/")[2]}
+    # torch's own first, should there be several; last, whatever the process has loaded for all.
+    for place in [*sorted(files, key=lambda file: ("/torch/" not in file, file)), None]:
         try:
             found = ctypes.cast(ctypes.CDLL(place).GOMP_parallel, ctypes.c_void_p).value
         except (OSError, AttributeError):

@@ -55,7 +55,7 @@ def _in_rows(tensor: Tensor) -> bool:
 
 
 def reason(call: Call) -> str | None:
-    """Why this backend cannot serve a call; None if it can. Builds the kernel if the call is one that it would serve."""
+    """Why this backend cannot serve a call; None if it can. Builds the kernel if it would serve the call."""
     if call.query.device.type != "cpu":
         return f"the tensors are on {call.query.device.type}, not on the CPU"
     if call.query.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -1,0 +1,176 @@
+"""Decoding on a GPU by a Triton kernel that cuts the context into parts ("Flash-Decoding", Dao et al. 2023).
+
+A program reads one part of one KV head once, for all query heads of its group: they are the rows of a tile of 16 and
+more, so that even one query position makes matrix products. A second kernel merges the parts.
+
+This was run in Triton's interpreter only, where its results are tested; it was never compiled for a GPU nor timed on
+one, and sizes of tiles and parts are guesses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import Call
+
+MAX_QUERIES = 64
+MAX_WIDTH = 256
+_FEWEST_KEYS = 128  # of a part
+_MOST_PARTS = 128
+
+
+@torch.compiler.assume_constant_result
+def _missing() -> str | None:
+    """Why there is no Triton."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}): pip install triton"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` before it is imported), on any tensor."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def reason(call: Call) -> str | None:
+    """Why this backend cannot serve a call; None if it can."""
+    if call.query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{call.query.dtype} is not served"
+    if call.needs_grad:
+        return "gradients are needed, and the kernel has none"
+    if call.query_length > MAX_QUERIES:
+        return f"{call.query_length} queries are more than {MAX_QUERIES}: it decodes"
+    if max(call.head_dim, call.value_dim) > MAX_WIDTH:
+        return f"heads of {max(call.head_dim, call.value_dim)} are wider than {MAX_WIDTH}"
+    device = call.query.device.type
+    if device not in ("cuda", "xpu", "cpu"):
+        return f"Triton does not run on {device}"
+    missing = _missing()
+    if missing is not None:
+        return missing
+    if device == "cpu" and not _interpreted():
+        return "the tensors are on the CPU, where only Triton's interpreter runs (TRITON_INTERPRET=1, for tests)"
+    return None
+
+
+def _power(size: int) -> int:
+    """The power of two, 16 and more, that holds so many: the shapes of tiles."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _programs(device: torch.device) -> int:
+    """How many programs keep a device busy."""
+    if device.type == "cuda":
+        return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+    if device.type == "xpu":
+        return 4 * torch.xpu.get_device_properties(device).max_compute_units
+    return 8
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    """Strides of a mask or bias; what broadcasts has stride 0."""
+    if tensor is None:
+        return (0, 0, 0, 0)
+    return tuple(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+@torch.library.custom_op("regroup::triton_decode", mutates_args=())
+def _op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    from .triton_kernels import attend as attend_kernel
+    from .triton_kernels import merge as merge_kernel
+
+    # What triton.jit makes is called with a grid, and with options of its own.
+    attend: Any = attend_kernel
+    merge: Any = merge_kernel
+    B, H, T, D = query.shape
+    _, G, S, Dv = value.shape
+    rows = H // G * T
+    tile = min(64, _power(rows))
+    tiles = -(-rows // tile)
+    keys = 64 if max(D, Dv) * query.element_size() <= 256 else 32
+    low = 0 if window is None else min(S, max(0, S - T - window + 1))
+    wanted = max(1, min(_programs(query.device) // (B * G * tiles), (S - low) // _FEWEST_KEYS, _MOST_PARTS))
+    length = (S - low + wanted * keys - 1) // (wanted * keys) * keys
+    parts = max(1, (S - low + length - 1) // max(1, length))
+    sums = torch.empty(B * G, parts, rows, Dv, dtype=torch.float32, device=query.device)
+    states = torch.empty(B * G, parts, rows, 2, dtype=torch.float32, device=query.device)
+    out = torch.empty(B, H, T, Dv, dtype=query.dtype, device=query.device)
+    if mask is None:
+        masked, mask_kind = query, 0  # any pointer: it is not read
+    elif mask.dtype == torch.bool:
+        masked, mask_kind = mask.view(torch.uint8), 1
+    else:
+        masked, mask_kind = mask, 2
+    # Triton launches on the current device.
+    with torch.cuda.device_of(query):
+        attend[(B * G, parts, tiles)](
+            *(query, key, value, masked, query if bias is None else bias, sums, states),
+            *query.stride(),
+            *key.stride(),
+            *value.stride(),
+            *_strides(mask),
+            *_strides(bias),
+            *(G, H // G, T, S, D, Dv, low, length),
+            *(scale, 1.0 if softcap is None else softcap, 0 if window is None else window),
+            MASK=mask_kind,
+            BIAS=bias is not None,
+            CAUSAL=is_causal,
+            WINDOW=window is not None,
+            SOFTCAP=softcap is not None,
+            ROWS=tile,
+            KEYS=keys,
+            WIDTH=_power(D),
+            VALUE_WIDTH=_power(Dv),
+            INTERPRETED=_interpreted(),
+            num_warps=4,
+        )
+        merge[(B * G, rows)](
+            *(sums, states, out, parts, rows, Dv),
+            PARTS=1 << (parts - 1).bit_length(),
+            VALUE_WIDTH=_power(Dv),
+            INTERPRETED=_interpreted(),
+        )
+    return out
+
+
+@_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+def run(call: Call) -> Tensor:
+    """Attention by the Triton kernels, with sums in float32. Only for calls of which :func:`reason` says None.
+
+    Returns:
+        (B, H, T, Dv) in the query's dtype.
+    """
+    arguments = (call.query, call.key, call.value, call.mask, call.bias, call.is_causal, call.scale)
+    return _op(*arguments, call.window, call.softcap)
