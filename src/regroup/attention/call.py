@@ -151,7 +151,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
                 tensor=name,
                 expected=query.dtype,
                 got=tensor.dtype,
-                remedy="Convert one of them, or run under torch.autocast.",
+                remedy="Convert one of them.",
             )
         if tensor.device != query.device:
             raise RegroupError(

@@ -170,7 +170,12 @@ def _sum_of_extras(call: Call, start: int, stop: int) -> Tensor | None:
 
 
 def _products(call: Call, start: int, stop: int) -> Tensor:
-    """Queries ``start`` to ``stop`` by matrix products, scores in float32."""
+    """Queries ``start`` to ``stop`` by matrix products, scores in float32, under autocast too."""
+    with torch.autocast(call.query.device.type, enabled=False):
+        return _in_float32(call, start, stop)
+
+
+def _in_float32(call: Call, start: int, stop: int) -> Tensor:
     B, G, R, T = call.batch, call.num_key_value_heads, call.group, stop - start
     first, last = call.span(start, stop)
     key, value = call.key[:, :, first:last], call.value[:, :, first:last]

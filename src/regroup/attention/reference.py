@@ -21,6 +21,11 @@ def run(call: Call) -> Tensor:
     Returns:
         (B, H, T, Dv) in the query's dtype.
     """
+    with torch.autocast(call.query.device.type, enabled=False):
+        return _einsum(call)
+
+
+def _einsum(call: Call) -> Tensor:
     wide = torch.float64 if call.query.dtype == torch.float64 else torch.float32
     query = call.query.to(wide).unflatten(1, (call.num_key_value_heads, call.group))
     scores = torch.einsum("bgrtd,bgsd->bgrts", query, call.key.to(wide)).flatten(1, 2) * call.scale
