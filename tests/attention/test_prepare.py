@@ -51,7 +51,7 @@ def test_a_bias_with_gaps_is_read_right() -> None:
     torch.testing.assert_close(packed(states), nn.functional.linear(states, weight, weight[:, 0]))
 
 
-@pytest.mark.parametrize("name", ["llama_bias", "gemma2", "phi3", "gpt2", "t5", "t5_v1_1", "bart", "bloom"])
+@pytest.mark.parametrize("name", ["llama_bias", "gemma2", "phi3", "gpt2", "t5", "t5_v1_1", "bart", "bloom", "falcon"])
 def test_text_stays_the_same(name: str) -> None:
     inputs = tiny.inputs(name, 2, 8)
     inputs.pop("decoder_input_ids", None)
@@ -60,7 +60,10 @@ def test_text_stays_the_same(name: str) -> None:
     wanted = stock.generate(**inputs, **settings)
     model: Any = prepare_for_inference(tiny.build(name))
     assert any(isinstance(module, PackedLinear) for module in model.modules())
-    if name != "bloom":
+    assert {type(m).__name__ for m in model.modules() if type(m).__name__.endswith(("Linear", "Conv1D"))} == {
+        "PackedLinear"
+    }
+    if name not in ("bloom", "falcon"):
         regroup.register()
         model.set_attn_implementation("regroup")
     found = model.generate(**inputs, **settings, past_key_values=KVCache.for_model(model))

@@ -142,7 +142,7 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
 
 def _weight(module: Any) -> Tensor | None:
     """The weight (out, in) of a module that is a plain linear layer."""
-    if type(module) is nn.Linear:
+    if type(module) is nn.Linear or type(module).__name__ == "FalconLinear":
         return module.weight
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's, (in, out)
         return module.weight.t()
