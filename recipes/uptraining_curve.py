@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -67,13 +67,19 @@ class Bench:
     tuning: torch.Tensor
     window: int
     batch: int
+    starts: bool
 
     def child(self, way: Way, heads: int) -> Path:
         path = self.folder / f"{way.method}-{'text' if way.text else 'weights'}-{heads}"
         if not path.exists():
-            text = CalibrationText(self.calibration, CALIBRATION_TOKENS, self.window, 8, document_starts=True)
+            text = CalibrationText(self.calibration, CALIBRATION_TOKENS, self.window, 4, document_starts=self.starts)
             convert_checkpoint(
-                self.parent, path, kv_heads=heads, method=way.method, calibration=text if way.text else None
+                self.parent,
+                path,
+                kv_heads=heads,
+                method=way.method,
+                calibration=text if way.text else None,
+                repair="distill",
             )
         return path
 
@@ -118,16 +124,18 @@ def main(
     kv_heads: Annotated[str, typer.Option("--kv-heads")] = "2,1",
     tokens: Annotated[str, typer.Option()] = "65k,262k,1M",
     rates: Annotated[str, typer.Option(help="Learning rates to choose from.")] = "0.001,0.003",
-    seeds: Annotated[int, typer.Option()] = 3,
+    seeds: Annotated[int, typer.Option(help="Of the paper's way and ours.")] = 3,
+    between_seeds: Annotated[int, typer.Option(help="Of the ways between them.")] = 3,
     window: Annotated[int, typer.Option()] = 256,
     windows: Annotated[int, typer.Option()] = 64,
     batch: Annotated[int, typer.Option(help="Windows a step.")] = 4,
+    document_starts: Annotated[bool, typer.Option(help="Windows begin where documents do; otherwise anywhere.")] = True,
     work: Annotated[Path, typer.Option(help="Where results are kept as they come.")] = Path("uptraining-work"),
     output: Annotated[Path | None, typer.Option("--output", "-o")] = None,
     figure: Annotated[Path | None, typer.Option(help="Where to draw the curves.")] = None,
 ) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    bench, base = prepare(parent, train, held_out, window, windows, batch, work)
+    bench, base = prepare(parent, train, held_out, window, windows, batch, work, starts=document_starts)
     kept = work / "rows.jsonl"
     rows: list[dict[str, Any]] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
 
@@ -146,9 +154,12 @@ def main(
     budgets = sorted(parse_count(part) for part in tokens.split(","))
     middle = budgets[len(budgets) // 2]
     groups, choices = [int(part) for part in kv_heads.split(",")], [float(part) for part in rates.split(",")]
-    # Once for each way, at the middle budget.
+    # Once for each way, at the middle budget, on text of its own.
     chosen = {
-        (way.name, heads): min(choices, key=lambda rate: have(way, heads, middle, rate, 0)["tuning_nats_per_token"])
+        (way.name, heads): best_rate(
+            choices,
+            lambda rate, way=way, heads=heads: have(way, heads, middle, rate, 0)["tuning_nats_per_token"],
+        )
         for way in WAYS
         for heads in groups
     }
@@ -158,7 +169,7 @@ def main(
         for count in (0, *budgets)
         for heads in groups
         for way in WAYS
-        if count or not seed
+        if (count or not seed) and (way in (WAYS[0], WAYS[-1]) or seed < between_seeds)
     ]
     table = summarise(used, base)
     configuration = {
@@ -169,7 +180,8 @@ def main(
         "windows": len(bench.windows),
         "batch": batch,
         "calibration_tokens": CALIBRATION_TOKENS,
-        "seeds": seeds,
+        "seeds": [seeds, between_seeds],
+        "document_starts": document_starts,
         "rates": choices,
         "chosen_rates": [{"way": way, "num_key_value_heads": g, "rate": rate} for (way, g), rate in chosen.items()],
     }
@@ -180,8 +192,16 @@ def main(
         draw(table, figure)
 
 
+def best_rate(choices: list[float], loss: Callable[[float], float]) -> float:
+    """The rate with the least loss; beyond the first and the last one others follow until it lies between two."""
+    rates = sorted(choices)
+    while (best := min(rates, key=loss)) in (rates[0], rates[-1]):
+        rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
+    return best
+
+
 def prepare(
-    parent: Path, train: Path, held_out: Path, window: int, windows: int, batch: int, work: Path
+    parent: Path, train: Path, held_out: Path, window: int, windows: int, batch: int, work: Path, *, starts: bool
 ) -> tuple[Bench, float]:
     """Divide the texts, and measure the parent."""
     tokenizer = load_tokenizer(parent)
@@ -193,11 +213,16 @@ def prepare(
         reserved += lengths[last] // window * window
     _write(work / "train.jsonl", documents[:last])
     _write(work / "calibration.jsonl", documents[last:])
-    held = [text for text in read_texts(held_out) if len(tokenizer(text)["input_ids"]) >= window]
-    first, _ = token_windows(held[:windows], tokenizer, length=window, document_starts=True)
-    tuning, _ = token_windows(held[windows : 2 * windows], tokenizer, length=window, document_starts=True)
+    if starts:
+        held = [text for text in read_texts(held_out) if len(tokenizer(text)["input_ids"]) >= window]
+        first, _ = token_windows(held[:windows], tokenizer, length=window, document_starts=True)
+        tuning, _ = token_windows(held[windows : 2 * windows], tokenizer, length=window, document_starts=True)
+    else:
+        held, _ = token_windows(read_texts(held_out), tokenizer, length=window, limit=2 * windows)
+        first, tuning = held[0::2], held[1::2]
     base = score(load_for_scoring(parent, "float32", "cpu"), causal_batches(first, 16)).nats_per_token
-    return Bench(parent, work, work / "train.jsonl", work / "calibration.jsonl", first, tuning, window, batch), base
+    files = work / "train.jsonl", work / "calibration.jsonl"
+    return Bench(parent, work, *files, first, tuning, window, batch, starts), base
 
 
 def _write(path: Path, documents: Iterable[str]) -> None:

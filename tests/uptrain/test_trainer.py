@@ -161,7 +161,7 @@ def test_hidden_states_can_be_left_out(shop: Path, tmp_path: Path, whole: tuple[
 
 def test_a_teacher_of_another_width_is_refused(shop: Path, tmp_path: Path) -> None:
     wide = tmp_path / "wide"
-    LlamaForCausalLM(LlamaConfig(**tiny.FAMILIES["llama"].kwargs | {"num_hidden_layers": 1})).save_pretrained(wide)
+    LlamaForCausalLM(LlamaConfig(**{**tiny.FAMILIES["llama"].kwargs, "num_hidden_layers": 1})).save_pretrained(wide)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(shop / "parent" / name, wide / name)
     with pytest.raises(RegroupError, match="hidden states are of another shape") as error:

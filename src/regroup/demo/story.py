@@ -1,4 +1,4 @@
-"""What `regroup demo` does: convert the embedded parent to several G with each method and show what each costs."""
+"""What `regroup demo` does: convert the embedded parent in several ways, uptrain two children, show what was lost."""
 
 from __future__ import annotations
 
@@ -18,14 +18,115 @@ from ..inspection import summarize
 from ..models import load_tokenizer
 from ..pipeline import convert_checkpoint
 from ..record import record, write_record
+from . import recovery
 from .corpus import held_out_text, training_text
+from .figure import draw
+from .recovery import WAYS, Texts, divide, points, recover
 
 PARENT = Path(str(files("regroup.demo"))) / "parent"
 # The paper's three rules, then ours from weights alone and on text.
 METHODS = ("mean", "first", "random", "auto", "auto + text")
 CALIBRATION_TOKENS = 32_768
 KV_HEADS = (4, 2, 1)
+UPTRAINED_KV_HEADS = 2
 WINDOW = 256
+
+
+class Story:
+    """One run of the demonstration: what all its parts look at.
+
+    Args:
+        output: folder for everything that is written.
+        windows: held-out windows of 256 tokens.
+    """
+
+    def __init__(self, output: Path, windows: int) -> None:
+        self.output = output
+        self.training = json.loads((PARENT / "training.json").read_text(encoding="utf-8"))
+        tokenizer = load_tokenizer(PARENT)
+        self.windows, self.nbytes = token_windows(
+            (text for _, text in held_out_text()), tokenizer, length=WINDOW, limit=windows, bos=False
+        )
+        self.parent = load_for_scoring(PARENT, "float32", "cpu")
+        self.texts: Texts = divide(
+            output,
+            training_text(),
+            held_out_text(),
+            lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
+            CALIBRATION_TOKENS,
+        )
+        self.base = score(self.parent, causal_batches(self.windows, 16))
+
+    def child(self, method: str, heads: int) -> Path:
+        """The parent, converted; what an earlier run left is replaced."""
+        folder = self.output / f"{method.replace(' + ', '-')}-{heads}"
+        shutil.rmtree(folder, ignore_errors=True)
+        on_text = method.endswith("text")
+        text = CalibrationText(self.texts.calibration, tokens=CALIBRATION_TOKENS, window=WINDOW, batch=8)
+        convert_checkpoint(
+            PARENT,
+            folder,
+            kv_heads=heads,
+            method=method.removesuffix(" + text"),
+            calibration=text if on_text else None,
+        )
+        return folder
+
+    def row(self, method: str, folder: Path, found: Score) -> dict[str, Any]:
+        """A line of the table."""
+        summary = summarize(str(folder))
+        return {
+            "method": method,
+            "num_key_value_heads": summary.layers[0].num_key_value_heads,
+            "kv_bytes_per_token": summary.kv_bytes("F16"),
+            "tokens": found.tokens,
+            "nats_per_token": found.nats_per_token,
+            "standard_error": found.standard_error,
+            "bits_per_byte": found.bits_per_byte(self.nbytes),
+            "kl_nats_per_token": found.kl_nats_per_token,
+            "top1_agreement": found.top1_agreement,
+            "excess_nats_per_token": found.nats_per_token - self.base.nats_per_token,
+        }
+
+    def measured(self, method: str, folder: Path) -> dict[str, Any]:
+        child = load_for_scoring(folder, "float32", "cpu")
+        return self.row(method, folder, score(child, causal_batches(self.windows, 16), teacher=self.parent))
+
+    def convert_all(self) -> list[dict[str, Any]]:
+        variants = [(method, heads) for heads in KV_HEADS for method in METHODS]
+        rows = [self.row("parent", PARENT, self.base)]
+        with count_progress("converting and evaluating", len(variants)) as progress:
+            for method, heads in variants:
+                rows.append(self.measured(method, self.child(method, heads)))
+                progress(1)
+        return rows
+
+    def uptrain_both(self) -> list[dict[str, Any]]:
+        """For each way its line of the table, and the curve on the way there."""
+        tokens = self.training["tokens"]
+        found = []
+        for way in WAYS:
+            child = self.output / f"{way.start.replace(' + ', '-')}-{UPTRAINED_KV_HEADS}"
+            folder = self.output / ("uptrained-ours" if way.distilled else "uptrained-paper")
+            run = recover(way, child, PARENT, self.texts, folder, pretraining_tokens=tokens, window=WINDOW)
+            results = run["results"]
+            found.append(
+                self.measured(way.name, folder / "model")
+                | {
+                    "alpha": results["alpha"],
+                    "uptraining_tokens": results["tokens"],
+                    "flops": results["flops"],
+                    "seconds": results["seconds"],
+                    "learning_rate": way.learning_rate,
+                    "curve": points(run, tokens),
+                    "parent_on_the_curve": recovery.parent_loss(run),
+                }
+            )
+        # Both curves are on the same windows; only a run with a teacher knows the parent's loss there.
+        base = next(row["parent_on_the_curve"] for row in found if row["parent_on_the_curve"] is not None)
+        for row in found:
+            row["parent_on_the_curve"] = base
+        return found
 
 
 def tell(output: Path, *, windows: int) -> dict[str, Any]:
@@ -40,95 +141,48 @@ def tell(output: Path, *, windows: int) -> dict[str, Any]:
         The record that was written.
     """
     started = time.perf_counter()
-    training = json.loads((PARENT / "training.json").read_text(encoding="utf-8"))
-    tokenizer = load_tokenizer(PARENT)
-    cut, nbytes = token_windows(
-        (text for _, text in held_out_text()), tokenizer, length=WINDOW, limit=windows, bos=False
-    )
-    parent = load_for_scoring(PARENT, "float32", "cpu")
+    story = Story(output, windows)
+    config, tokens = story.parent.config, story.training["tokens"]
     out.print(
-        f"The parent: a multi-head Llama of {sum(p.numel() for p in parent.parameters()) / 1e6:.1f} M parameters with "
-        f"{parent.config.num_attention_heads} heads, trained on {training['tokens'] / 1e6:.1f} M tokens of "
-        f"Python's standard library.\nHeld out: {len(cut)} windows of {WINDOW} tokens from files it never saw.\n"
+        f"The parent: a multi-head Llama of {sum(p.numel() for p in story.parent.parameters()) / 1e6:.1f} M parameters "
+        f"with {config.num_attention_heads} heads, trained on {tokens / 1e6:.1f} M tokens of Python's standard library."
+        f"\nHeld out: {len(story.windows)} windows of {WINDOW} tokens from files it never saw.\n"
+        f"\n1. Convert to {', '.join(str(g) for g in KV_HEADS)} key/value heads in {len(METHODS)} ways (a minute).\n"
     )
-    text = _calibration_text(output)
-    variants = [(method, heads) for heads in KV_HEADS for method in METHODS]
-    rows: list[dict[str, Any]] = []
-    with count_progress("converting and evaluating", len(variants) + 1) as progress:
-        base = score(parent, causal_batches(cut, 16))
-        progress(1)
-        for method, heads in variants:
-            folder = output / f"{method.replace(' + ', '-')}-{heads}"
-            shutil.rmtree(folder, ignore_errors=True)
-            convert_checkpoint(
-                PARENT,
-                folder,
-                kv_heads=heads,
-                method=method.removesuffix(" + text"),
-                calibration=text if method.endswith("text") else None,
-            )
-            child = load_for_scoring(folder, "float32", "cpu")
-            result = score(child, causal_batches(cut, 16), teacher=parent)
-            rows.append(
-                {
-                    "method": method,
-                    "num_key_value_heads": heads,
-                    "kv_bytes_per_token": summarize(str(folder)).kv_bytes("F16"),
-                    **_figures(result, nbytes),
-                    "excess_nats_per_token": result.nats_per_token - base.nats_per_token,
-                }
-            )
-            progress(1)
-    heads = parent.config.num_key_value_heads
-    before = {
-        "method": "parent",
-        "num_key_value_heads": heads,
-        "kv_bytes_per_token": summarize(str(PARENT)).kv_bytes("F16"),
-        **_figures(base, nbytes),
-        "excess_nats_per_token": 0.0,
-    }
-    _table([before, *rows])
-    value = record(
-        "demo",
-        {
-            "windows": len(cut),
-            "window": WINDOW,
-            "dtype": "float32",
-            "parent_tokens": training["tokens"],
-            "calibration_tokens": CALIBRATION_TOKENS,
-        },
-        {"rows": [before, *rows], "seconds": time.perf_counter() - started},
-    )
-    write_record(output / "demo.json", value)
-    plot(value, output / "demo.png")
+    rows = story.convert_all()
+    _table(rows)
     out.print(
         f"\nmean, first and random are the paper's merge rules. auto shares heads by linear maps that queries and"
         f"\noutputs absorb, from the weights alone or on {CALIBRATION_TOKENS:,} tokens of training text. Nothing was"
-        f"\ntrained: the paper continues pre-training afterwards, for 5% of the original compute."
+        f"\ntrained so far.\n"
+        f"\n2. Uptrain two of them at α = {recovery.ALPHA}: {recovery.ALPHA * tokens:,.0f} tokens of other text "
+        "(two minutes).\n"
+    )
+    recovered = story.uptrain_both()
+    _table([rows[0], *recovered])
+    out.print(
+        "\nThe paper's recipe starts from mean and goes on with pre-training. Ours starts from auto + text and learns"
+        "\nthe parent's logits and hidden states, which costs a forward pass of the parent more: "
+        f"{recovered[1]['flops'] / recovered[0]['flops']:.2f} times the FLOPs."
+    )
+    value = record(
+        "demo",
+        {
+            "windows": len(story.windows),
+            "window": WINDOW,
+            "dtype": "float32",
+            "parent_tokens": tokens,
+            "calibration_tokens": CALIBRATION_TOKENS,
+        },
+        {"rows": rows, "uptrained": recovered, "seconds": time.perf_counter() - started},
+    )
+    write_record(output / "demo.json", value)
+    draw(value, output / "demo.png")
+    out.print(
         f"\nWrote {output / 'demo.png'}, {output / 'demo.json'} and the checkpoints beside them "
         f"({time.perf_counter() - started:.0f} s). Load one with regroup.load or AutoModelForCausalLM."
     )
     return value
-
-
-def _calibration_text(output: Path) -> CalibrationText:
-    """Training files as JSON lines: text that the parent knows and the evaluation does not use."""
-    path = output / "calibration.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"text": text}) for _, text in training_text())
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return CalibrationText(path, tokens=CALIBRATION_TOKENS, window=WINDOW, batch=8)
-
-
-def _figures(result: Score, nbytes: int) -> dict[str, float | int | None]:
-    return {
-        "tokens": result.tokens,
-        "nats_per_token": result.nats_per_token,
-        "standard_error": result.standard_error,
-        "bits_per_byte": result.bits_per_byte(nbytes),
-        "kl_nats_per_token": result.kl_nats_per_token,
-        "top1_agreement": result.top1_agreement,
-    }
 
 
 def _table(rows: list[dict[str, Any]]) -> None:
@@ -152,29 +206,3 @@ def _table(rows: list[dict[str, Any]]) -> None:
             "–" if row["top1_agreement"] is None else f"{row['top1_agreement']:.1%}",
         )
     out.print(table)
-
-
-def plot(value: dict[str, Any], path: Path) -> None:
-    """Loss against KV heads, a line a method, from a demo record."""
-    from matplotlib.figure import Figure
-
-    rows = value["results"]["rows"]
-    parent = rows[0]
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.subplots()
-    methods = dict.fromkeys(row["method"] for row in rows[1:])
-    for method, marker in zip(methods, "osD^vP*", strict=False):
-        line = [parent] + [row for row in rows if row["method"] == method]
-        heads = [row["num_key_value_heads"] for row in line]
-        axes.plot(heads, [row["nats_per_token"] for row in line], marker=marker, label=method)
-    axes.axhline(parent["nats_per_token"], color="0.4", linestyle=":", label="multi-head parent")
-    axes.set_xscale("log", base=2)
-    ticks = sorted({row["num_key_value_heads"] for row in rows})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("key/value heads (the cache shrinks to the left)")
-    axes.set_ylabel("held-out nats a token")
-    axes.set_title("Converted, not yet uptrained: what each merge rule costs", fontsize=11)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=150)

@@ -1,0 +1,145 @@
+"""Tokens a second of uptraining, beside transformers' plain Trainer with the same settings.
+
+    python benchmarks/uptraining.py PARENT CHILD DATA -o benchmarks/records/uptraining-throughput.json
+
+Four ways, in turn, ``--rounds`` times: plain Trainer on the parent (its text tokenised before the clock starts),
+``regroup uptrain`` of the child on cross-entropy, with KL to the parent, and with KL and hidden states. One round more
+warms up and does not count. Times are of whole runs, from the first batch to the last step.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import Trainer, TrainingArguments
+
+from regroup.data import read_texts, token_windows
+from regroup.models import load, load_tokenizer
+from regroup.record import record, write_record
+from regroup.uptrain.recipe import Recipe
+from regroup.uptrain.run import uptrain
+
+RATE = 1e-4
+
+
+def plain(parent: Path, windows: torch.Tensor, steps: int, batch: int, device: str | None, dtype: str) -> float:
+    """Seconds of ``Trainer.train`` on windows that lie ready."""
+    rows = [{"input_ids": row, "labels": row} for row in windows]
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            learning_rate=RATE,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(0.05 * steps),
+            weight_decay=0.1,
+            bf16=dtype == "bfloat16",
+            use_cpu=device == "cpu" or not torch.cuda.is_available(),
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            log_level="warning",
+        )
+        model: Any = load(parent, dtype=torch.float32, progress=False)
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
+        return float(trainer.train().metrics["train_runtime"])
+
+
+def ours(child: Path, data: Path, steps: int, batch: int, window: int, **settings: Any) -> float:
+    """Seconds of the training of ``regroup uptrain``, with its reading and tokenising."""
+    with tempfile.TemporaryDirectory() as scratch:
+        recipe = Recipe(
+            model=str(child),
+            output=Path(scratch) / "run",
+            data=(str(data),),
+            steps=steps,
+            window=window,
+            batch_size=batch,
+            learning_rate=RATE,
+            save_every=10**9,
+            report_to=(),
+            **settings,
+        )
+        done = uptrain(recipe)
+        assert done.record is not None
+        return float(done.record["results"]["seconds"])
+
+
+def main(
+    parent: Path,
+    child: Path,
+    data: Path,
+    steps: Annotated[int, typer.Option()] = 30,
+    batch: Annotated[int, typer.Option(help="Windows a step.")] = 8,
+    window: Annotated[int, typer.Option()] = 256,
+    rounds: Annotated[int, typer.Option()] = 5,
+    device: Annotated[str | None, typer.Option()] = None,
+    dtype: Annotated[str, typer.Option()] = "float32",
+    output: Annotated[Path | None, typer.Option("--output", "-o")] = None,
+) -> None:
+    windows, _ = token_windows(read_texts(data), load_tokenizer(parent), length=window, limit=steps * batch)
+    assert len(windows) == steps * batch, "there is too little text"
+    shared: dict[str, Any] = {"device": device, "dtype": dtype}
+    taught = {"teacher": str(parent), **shared}
+    ways: dict[str, Callable[[], float]] = {
+        "plain Trainer, the parent": lambda: plain(parent, windows, steps, batch, device, dtype),
+        "cross-entropy": lambda: ours(child, data, steps, batch, window, **shared),
+        "KL": lambda: ours(child, data, steps, batch, window, hidden_weight=0.0, **taught),
+        "KL and hidden states": lambda: ours(child, data, steps, batch, window, **taught),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, run in ways.items():
+            took = run()
+            if number:
+                seconds[name].append(took)
+            Console(stderr=True).print(f"round {number}: {name}: {took:.1f} s")
+    tokens = steps * batch * window
+    rows = [
+        {
+            "way": name,
+            "tokens_per_second": tokens / median(took),
+            "slowest": tokens / max(took),
+            "fastest": tokens / min(took),
+            "time_to_plain": median(a / b for a, b in zip(took, seconds["plain Trainer, the parent"], strict=True)),
+            "time_to_cross_entropy": median(a / b for a, b in zip(took, seconds["cross-entropy"], strict=True)),
+        }
+        for name, took in seconds.items()
+    ]
+    model: Any = load(parent, progress=False)
+    configuration = {
+        "parent": parent.name,
+        "child": child.name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": data.name,
+        "steps": steps,
+        "batch": batch,
+        "window": window,
+        "rounds": rounds,
+        "dtype": dtype,
+    }
+    write_record(output, record("uptraining-throughput", configuration, {"ways": rows, "seconds": seconds}))
+    table = Table("way", "tokens/s", "slowest – fastest", "time to plain", "time to cross-entropy")
+    for row in rows:
+        table.add_row(
+            row["way"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['slowest']:,.0f} – {row['fastest']:,.0f}",
+            f"{row['time_to_plain']:.2f}",
+            f"{row['time_to_cross_entropy']:.2f}",
+        )
+    Console(stderr=True).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
