@@ -16,6 +16,7 @@ import regroup
 import tiny
 from regroup.attention import interface
 from regroup.attention.cache import KVCache
+from regroup.attention.prepare import unavailable
 from regroup.errors import RegroupError
 
 Converted = Callable[[str, str], Path]
@@ -268,16 +269,28 @@ def test_load_knows_the_name(converted: Converted) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["llama_grouped"])
-def test_compiled_text_is_the_same(name: str) -> None:
-    model, inputs = tiny.build(name), prompt(name, padded=False)
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_text_is_the_same(packed: bool) -> None:
+    """Without a graph break, and with one graph for the prompt and one for all tokens."""
+    model, inputs = tiny.build("llama_grouped"), prompt("llama_grouped", padded=False)
     wanted = write(model, inputs, "eager")
-    torch._dynamo.reset()
+    if packed:
+        if (reason := unavailable(torch.float32)) is not None:
+            pytest.skip(reason)
+        regroup.prepare_for_inference(model)
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
     model.set_attn_implementation("regroup")
-    model.forward = torch.compile(model.forward, backend="aot_eager")
+    model.forward = torch.compile(model.forward, backend=backend, fullgraph=True)
     cache = KVCache.for_model(model, max_length=9 + NEW)
     assert torch.equal(write(model, inputs, "regroup", past_key_values=cache), wanted)
-    torch._dynamo.reset()
+    assert len(graphs) <= 3
+    torch.compiler.reset()
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260k checkpoint is not beside the project")
