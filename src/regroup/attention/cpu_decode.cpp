@@ -157,22 +157,20 @@ INLINE void weigh(const float* p, long p_row, const float* v, long v_row, long k
         for (int c = 0; c < M; c++) store(out + r * out_row + c * WIDTH, sum[r][c]);
 }
 
-template <class Op, int N>
+// Vectors of a value row that one pass sums: one or two rows leave room for twice as many.
+constexpr int strip(int rows) { return rows <= 2 && STRIP == 4 ? 2 * STRIP : STRIP; }
+
+// `weigh` for so many vectors, found by counting down from the most that there may be.
+template <class Op, int N, int M = strip(N)>
 void weigh_strip(int vectors, const float* p, long p_row, const float* v, long v_row, long keys, float* out,
                  long out_row, const float* shrink, int part, Ahead& ahead, long fetches) {
-#define CASE(M) \
-    case M:                                                                                                   \
-        return part ? weigh<Op, N, M, false>(p, p_row, v, v_row, keys, out, out_row, shrink, part, ahead, fetches) \
-                    : weigh<Op, N, M, true>(p, p_row, v, v_row, keys, out, out_row, shrink, part, ahead, fetches);
-    switch (vectors) {
-        CASE(1)
-        CASE(2)
-#if defined(__AVX512F__) || !defined(__AVX2__)
-        CASE(3)
-        CASE(4)
-#endif
-    }
-#undef CASE
+    if (M > 1 && vectors < M)
+        return weigh_strip<Op, N, (M > 1 ? M - 1 : 1)>(vectors, p, p_row, v, v_row, keys, out, out_row, shrink, part,
+                                                       ahead, fetches);
+    if (part)
+        weigh<Op, N, M, false>(p, p_row, v, v_row, keys, out, out_row, shrink, part, ahead, fetches);
+    else
+        weigh<Op, N, M, true>(p, p_row, v, v_row, keys, out, out_row, shrink, part, ahead, fetches);
 }
 
 // exp of x <= 0 (or NaN) by 2^n e^f, |f| <= ln 2 / 2, and Taylor's series to f^7; below 2^-126 it is 0.
@@ -253,7 +251,8 @@ struct Work {
         units = pairs ? c.head_dim / 2 : c.head_dim;
         units_up = up(units, WIDTH);
         width_up = up(c.value_dim, WIDTH);
-        block = rows_up == 1 ? BLOCK / 2 : BLOCK;
+        // One row is all reading: the next block must fit the first cache beside this one. More rows want longer loops.
+        block = rows_up == 1 ? 16 : BLOCK;
         low = 0, high = c.context;
         if (c.window) low = std::max(0L, (long)(c.context - c.queries - c.window + 1));
         if (c.causal) high = c.context;  // the last query sees the last key
@@ -441,27 +440,28 @@ struct Work {
         }
     }
 
+    template <int N>
+    void sum_rows(long r, const float* s, const float* v, long v_row, int part, long keys, float* out,
+                  const float* shrink, Ahead& ahead, long fetches) const {
+        const long vectors = width_up / WIDTH;
+        for (long x = 0; x < vectors; x += strip(N)) {
+            int m = (int)std::min<long>(strip(N), vectors - x);
+            weigh_strip<Op, N>(m, s + r * BLOCK, BLOCK, v + x * WIDTH, v_row, keys, out + r * width_up + x * WIDTH,
+                               width_up, shrink + r, x + m == vectors ? part : 0, ahead, fetches);
+        }
+    }
+
+    // out (rows_up, width_up) = out * shrink + weights s (rows_up, BLOCK) times values; `keys` in floats or pairs.
     void sum_values(const float* s, const float* v, long v_row, int part, long keys, float* out, const float* shrink,
                     Ahead ahead) const {
-        long vectors = width_up / WIDTH, strips = (vectors + STRIP - 1) / STRIP, blocks = 0;
-        for (long r = 0; r < rows_up; blocks++) r += rows_up - r >= ROWS ? ROWS : rows_up - r >= 2 ? 2 : 1;
-        long fetches = ahead.per(strips * blocks * keys);
-        for (long r = 0; r < rows_up;) {
-            long step = rows_up - r >= ROWS ? ROWS : rows_up - r >= 2 ? 2 : 1;
-            for (long x = 0; x < vectors; x += STRIP) {
-                int m = (int)std::min<long>(STRIP, vectors - x), rest = x + m == vectors ? part : 0;
-                const float* from = s + r * BLOCK;
-                float* to = out + r * width_up + x * WIDTH;
-                const float* values = v + x * WIDTH;
-                if (step == ROWS)
-                    weigh_strip<Op, ROWS>(m, from, BLOCK, values, v_row, keys, to, width_up, shrink + r, rest, ahead, fetches);
-                else if (step == 2)
-                    weigh_strip<Op, 2>(m, from, BLOCK, values, v_row, keys, to, width_up, shrink + r, rest, ahead, fetches);
-                else
-                    weigh_strip<Op, 1>(m, from, BLOCK, values, v_row, keys, to, width_up, shrink + r, rest, ahead, fetches);
-            }
-            r += step;
-        }
+        long passes = 0, vectors = width_up / WIDTH, r = 0;
+        auto step = [&] { return rows_up - r >= ROWS ? ROWS : rows_up - r >= 2 ? 2 : 1; };
+        for (; r < rows_up; r += step()) passes += (vectors + strip(step()) - 1) / strip(step());
+        long fetches = ahead.per(passes * keys);
+        for (r = 0; r + ROWS <= rows_up; r += ROWS)
+            sum_rows<ROWS>(r, s, v, v_row, part, keys, out, shrink, ahead, fetches);
+        for (; r + 2 <= rows_up; r += 2) sum_rows<2>(r, s, v, v_row, part, keys, out, shrink, ahead, fetches);
+        for (; r < rows_up; r++) sum_rows<1>(r, s, v, v_row, part, keys, out, shrink, ahead, fetches);
     }
 
     void write(const Part& p, long r, const float* sums, float total) const {

@@ -3,8 +3,8 @@
 A program reads one part of one KV head once, for all query heads of its group: they are the rows of a tile of 16 and
 more, so that even one query position makes matrix products. A second kernel merges the parts.
 
-This was run in Triton's interpreter only, where its results are tested; it was never compiled for a GPU nor timed on
-one, and sizes of tiles and parts are guesses.
+It has run in Triton's interpreter only, where its results are tested, and compiles for sm_80 and sm_90; it was never
+run nor timed on a GPU, and the sizes of tiles and parts are guesses.
 """
 
 from __future__ import annotations
@@ -103,9 +103,11 @@ def _op(
     B, H, T, D = query.shape
     _, G, S, Dv = value.shape
     rows = H // G * T
-    tile = min(64, _power(rows))
+    line = max(_power(D), _power(Dv)) * query.element_size()
+    # What a program holds of queries, keys and values must fit a processor's shared memory, 100 KB on small GPUs.
+    tile = min(64 if line <= 512 else 16, _power(rows))
     tiles = -(-rows // tile)
-    keys = 64 if max(D, Dv) * query.element_size() <= 256 else 32
+    keys = 64 if line <= 256 else 32 if line <= 512 else 16
     low = 0 if window is None else min(S, max(0, S - T - window + 1))
     wanted = max(1, min(_programs(query.device) // (B * G * tiles), (S - low) // _FEWEST_KEYS, _MOST_PARTS))
     length = (S - low + wanted * keys - 1) // (wanted * keys) * keys
@@ -141,6 +143,7 @@ def _op(
             VALUE_WIDTH=_power(Dv),
             INTERPRETED=_interpreted(),
             num_warps=4,
+            num_stages=2,
         )
         merge[(B * G, rows)](
             *(sums, states, out, parts, rows, Dv),
