@@ -31,7 +31,7 @@ from regroup.record import record, write_record
 
 HERE = Path(__file__).with_name("engines")
 sys.path.insert(0, str(HERE))
-import shape  # noqa: E402
+import shape  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 CASES = ((512, 1), (512, 8), (2048, 8))
 ENGINES = ("transformers", "llama.cpp", "llama.cpp without flash attention", "ctranslate2", "openvino")
@@ -88,8 +88,10 @@ def pair(engine: str, dtype: str, python: str, models: Path, rounds: int, steps:
             workers[name] = Worker(command(name, dtype, python, models))
         found["facts"] = {name: worker.facts for name, worker in workers.items()}
         model = describe(shape.CONFIG, kv_heads=None, layers=None)
+        roofs = None
         for prompt, batch in CASES:
-            roofs = Roofs(Work(batch, prompt, 2 * steps, dtype))
+            work = Work(batch, prompt, 2 * steps, dtype)
+            roofs = Roofs(work) if roofs is None else roofs.for_work(work)
             for worker in workers.values():
                 worker.ask(do="prepare", batch=batch, prompt=prompt, steps=steps)
             seconds: dict[str, list[float]] = {name: [] for name in workers}

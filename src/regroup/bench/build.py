@@ -212,7 +212,7 @@ def _weights(model: Any, excluded: set[str]) -> Weights:
     """Of a model without an encoder's layers: what each step reads, by what kinds of parameters there are.
 
     Args:
-        excluded: names of parameters that are read once a sequence.
+        excluded: names of linear layers that are read once a sequence.
     """
     head = model.get_output_embeddings()
     looked_up = {
@@ -230,7 +230,7 @@ def _weights(model: Any, excluded: set[str]) -> Weights:
     read = multiplied = experts = 0
     # Names of a head class may have a prefix that the layout does not know of, or the other way round.
     for name, parameter in model.named_parameters():
-        if id(parameter) in looked_up or id(parameter) in encoder or _named(name, excluded):
+        if id(parameter) in looked_up or id(parameter) in encoder or _named(name.rpartition(".")[0], excluded):
             continue
         if ".experts." in name:
             experts += parameter.numel()

@@ -21,6 +21,7 @@ def run_grid(
     limit: int,
     work: Path | None = None,
     minutes: float | None = None,
+    flex: bool = False,
     each: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any] | None:
     """Measure shapes that are not measured yet.
@@ -30,6 +31,7 @@ def run_grid(
         work: a file of results, a line each; made if it is not there. It may come from another such run, but for
             the same device.
         minutes: stop after so long; None: not before the end.
+        flex: see :func:`attention.measure`.
         each: is given each result when it is there.
 
     Returns:
@@ -51,7 +53,7 @@ def run_grid(
             result: dict[str, Any] = {**asdict(shape), "left_out": reason}
         else:
             roofs = roofs or OperatorRoofs(device)
-            result = measure(shape, roofs)
+            result = measure(shape, roofs, flex=flex)
         found[_key(shape)] = result
         if work is not None:
             with work.open("a", encoding="utf-8") as file:

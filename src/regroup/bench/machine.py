@@ -15,7 +15,7 @@ import torch
 _READ_BYTES = 512 << 20
 # A product's operands stay in the caches of the cores, a piece for each thread.
 _CACHED_BYTES = 512 << 10
-_SECONDS = 0.3
+_SECONDS = 0.15
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,19 @@ class Rate:
         return statistics.median(self.probe.run() for _ in range(runs))
 
 
-def read_bandwidth(device: torch.device | str = "cpu", *, nbytes: int = _READ_BYTES) -> Rate:
+def read_bandwidth(device: torch.device | str = "cpu", *, nbytes: int | None = None) -> Rate:
     """Bytes a second that all threads together read from memory.
 
     Args:
         device: whose memory.
-        nbytes: of the block that is read; it must not fit into a cache.
+        nbytes: of the block that is read, which must not fit into a cache; 512 MiB by default.
 
     Returns:
         The best of several ways to read a block once (sums by row, of numbers of two widths, and a maximum). A GPU is
         also asked to copy: bytes read and written count then. Its probe keeps the block.
     """
     device = torch.device(device)
+    nbytes = _READ_BYTES if nbytes is None else nbytes
     block = torch.ones(nbytes // 4, device=device)
     rows = block.view(16 * max(1, torch.get_num_threads()), -1)
     wide = rows.view(torch.float64)

@@ -46,14 +46,12 @@ def decoder_layers(config: Mapping[str, Any]) -> int:
 
 
 def memory_projections(layout: Layout) -> set[str]:
-    """Names of the tensors that make keys and values of the encoder's output: not read again at each step."""
+    """Names of the linear layers that make keys and values of the encoder's output: not read again at each step."""
     return {
-        name
+        projection.weight.tensor.removesuffix(".weight")
         for layer in layout.layers
         if layer.kind == "cross"
         for projection in (layer.key, layer.value)
-        for slot in projection.slots()
-        for name in slot.tensors()
     }
 
 

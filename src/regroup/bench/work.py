@@ -154,11 +154,15 @@ def step_costs(model: Model, work: Work) -> tuple[Cost, Cost]:
 class Roofs:
     """Rates of this machine, each measured when it is first asked for."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, bandwidth: Rate | None = None) -> None:
         self.work = work
         self.dtype: torch.dtype = getattr(torch, work.dtype)
-        self.bandwidth: Rate = read_bandwidth(work.device)
+        self.bandwidth = bandwidth or read_bandwidth(work.device)
         self.products: dict[tuple[int, int], Rate] = {}
+
+    def for_work(self, work: Work) -> Roofs:
+        """The same machine's, for other work."""
+        return Roofs(work, self.bandwidth)
 
     def product(self, rows: int, inner: int) -> Rate:
         """FLOP/s of a product of (rows, inner) with a matrix."""

@@ -102,6 +102,7 @@ def attention(
     context: Annotated[str, typer.Option(help="Tokens in the cache, such as 1024,4096.")] = "4096",
     dtype: DType = "float32",
     limit: Annotated[float, typer.Option(help="Leave out shapes with more GB of keys and values.")] = 4.0,
+    flex: Annotated[bool, typer.Option("--flex", help="FlexAttention too, which compiles for each shape.")] = False,
     device: Device = "cpu",
     work: Annotated[
         Path | None, typer.Option(help="Keep what is measured in this file, and leave out what is in it already.")
@@ -149,6 +150,7 @@ def attention(
         limit=int(limit * 1e9),
         work=work,
         minutes=minutes,
+        flex=flex,
         each=lambda found: tables.show_shape(screen, found),
     )
     if record is None:
