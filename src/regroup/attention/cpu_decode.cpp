@@ -305,7 +305,8 @@ struct Work {
         return (const char*)c.key + size * (p.b * c.key_stride[0] + p.g * c.key_stride[1] + j * c.key_stride[2]);
     }
     const char* value_at(const Part& p, long j) const {
-        return (const char*)c.value + size * (p.b * c.value_stride[0] + p.g * c.value_stride[1] + j * c.value_stride[2]);
+        const int64_t* stride = c.value_stride;
+        return (const char*)c.value + size * (p.b * stride[0] + p.g * stride[1] + j * stride[2]);
     }
 
     // The query rows of a KV head, in the order in which the score loops read them; rows that are none are zero.
@@ -371,7 +372,8 @@ struct Work {
         }
     }
 
-    static void add(float* s, const void* from, long type, const int64_t* stride, long b, long h, long t, long j, int n) {
+    static void add(float* s, const void* from, long type, const int64_t* stride, long b, long h, long t, long j,
+                    int n) {
         long at = b * stride[0] + h * stride[1] + t * stride[2] + j * stride[3];
         if (type == BOOL) {
             const uint8_t* m = (const uint8_t*)from + at;
