@@ -1,9 +1,8 @@
 """Linear layers whose weights are laid out once for the matrix product, instead of at every call.
 
-With few rows, as in decoding, PyTorch's ``F.linear`` on CPUs reads its weights at a half to a quarter of the memory's
-speed. oneDNN reads them at full speed in a layout of its own. PyTorch has one public way to that layout,
-``torch.utils.mkldnn``, which converts the activations of every call and does not keep the fast layout (docs/decoding.md
-has the times); here are the two operators that ``torch.compile`` itself uses on CPUs. They are tried before a weight is
+With few rows, as in decoding, PyTorch's ``F.linear`` on CPUs reads its weights at a fraction of the memory's speed.
+oneDNN reads them faster in a layout of its own. PyTorch has one public way to oneDNN, ``torch.utils.mkldnn``, which
+converts the activations of every call and does not keep the fast layout (docs/decoding.md has the times); here are the two operators that ``torch.compile`` itself uses on CPUs. They are tried before a weight is
 touched.
 """
 
