@@ -2,8 +2,8 @@
 
 With few rows, as in decoding, PyTorch's ``F.linear`` on CPUs reads its weights at a fraction of the memory's speed.
 oneDNN reads them faster in a layout of its own. PyTorch has one public way to oneDNN, ``torch.utils.mkldnn``, which
-converts the activations of every call and does not keep the fast layout (docs/decoding.md has the times); here are the two operators that ``torch.compile`` itself uses on CPUs. They are tried before a weight is
-touched.
+converts the activations of every call and does not keep the fast layout (docs/decoding.md has the times); here are the
+two operators that ``torch.compile`` itself has for oneDNN on CPUs. They are tried before a weight is touched.
 """
 
 from __future__ import annotations
