@@ -122,20 +122,22 @@ def main(
     train: Path,
     held_out: Path,
     kv_heads: Annotated[str, typer.Option("--kv-heads")] = "2,1",
-    tokens: Annotated[str, typer.Option()] = "65k,262k,1M",
+    tokens: Annotated[str, typer.Option(help="Budgets; 1M:1 has one seed, whatever --seeds says.")] = "65k,262k,1M",
+    choose_at: Annotated[str | None, typer.Option(help="Tokens at which rates are chosen; the middle budget.")] = None,
     rates: Annotated[str, typer.Option(help="Learning rates to choose from.")] = "0.001,0.003",
     seeds: Annotated[int, typer.Option(help="Of the paper's way and ours.")] = 3,
     between_seeds: Annotated[int, typer.Option(help="Of the ways between them.")] = 3,
     window: Annotated[int, typer.Option()] = 256,
     windows: Annotated[int, typer.Option()] = 64,
     batch: Annotated[int, typer.Option(help="Windows a step.")] = 4,
+    bos: Annotated[bool, typer.Option(help="Held-out windows begin with the tokenizer's mark of a beginning.")] = True,
     document_starts: Annotated[bool, typer.Option(help="Windows begin where documents do; otherwise anywhere.")] = True,
     work: Annotated[Path, typer.Option(help="Where results are kept as they come.")] = Path("uptraining-work"),
     output: Annotated[Path | None, typer.Option("--output", "-o")] = None,
     figure: Annotated[Path | None, typer.Option(help="Where to draw the curves.")] = None,
 ) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    bench, base = prepare(parent, train, held_out, window, windows, batch, work, starts=document_starts)
+    bench, base = prepare(parent, train, held_out, window, windows, batch, work, starts=document_starts, bos=bos)
     kept = work / "rows.jsonl"
     rows: list[dict[str, Any]] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
 
@@ -151,10 +153,11 @@ def main(
         Console(stderr=True).print(f"{key} {row['nats_per_token'] - base:+.3f}")
         return row
 
-    budgets = sorted(parse_count(part) for part in tokens.split(","))
-    middle = budgets[len(budgets) // 2]
+    asked = [part.partition(":") for part in tokens.split(",")]
+    budgets = {parse_count(count): int(most or seeds) for count, _, most in asked}
+    middle = parse_count(choose_at) if choose_at else sorted(budgets)[len(budgets) // 2]
     groups, choices = [int(part) for part in kv_heads.split(",")], [float(part) for part in rates.split(",")]
-    # Once for each way, at the middle budget, on text of its own.
+    # Once for each way, on text of its own.
     chosen = {
         (way.name, heads): best_rate(
             choices,
@@ -166,10 +169,10 @@ def main(
     used = [
         have(way, heads, count, chosen[way.name, heads] if count else 0.0, seed)
         for seed in range(seeds)
-        for count in (0, *budgets)
+        for count, most in {0: 1, **budgets}.items()
         for heads in groups
         for way in WAYS
-        if (count or not seed) and (way in (WAYS[0], WAYS[-1]) or seed < between_seeds)
+        if seed < (most if way in (WAYS[0], WAYS[-1]) else min(most, between_seeds))
     ]
     table = summarise(used, base)
     configuration = {
@@ -182,7 +185,9 @@ def main(
         "calibration_tokens": CALIBRATION_TOKENS,
         "seeds": [seeds, between_seeds],
         "document_starts": document_starts,
+        "bos": bos,
         "rates": choices,
+        "rates_chosen_at_tokens": middle,
         "chosen_rates": [{"way": way, "num_key_value_heads": g, "rate": rate} for (way, g), rate in chosen.items()],
     }
     results = {"parent_nats_per_token": base, "table": table, "runs": used}
@@ -201,7 +206,16 @@ def best_rate(choices: list[float], loss: Callable[[float], float]) -> float:
 
 
 def prepare(
-    parent: Path, train: Path, held_out: Path, window: int, windows: int, batch: int, work: Path, *, starts: bool
+    parent: Path,
+    train: Path,
+    held_out: Path,
+    window: int,
+    windows: int,
+    batch: int,
+    work: Path,
+    *,
+    starts: bool,
+    bos: bool,
 ) -> tuple[Bench, float]:
     """Divide the texts, and measure the parent."""
     tokenizer = load_tokenizer(parent)
@@ -215,10 +229,10 @@ def prepare(
     _write(work / "calibration.jsonl", documents[last:])
     if starts:
         held = [text for text in read_texts(held_out) if len(tokenizer(text)["input_ids"]) >= window]
-        first, _ = token_windows(held[:windows], tokenizer, length=window, document_starts=True)
-        tuning, _ = token_windows(held[windows : 2 * windows], tokenizer, length=window, document_starts=True)
+        first, _ = token_windows(held[:windows], tokenizer, length=window, document_starts=True, bos=bos)
+        tuning, _ = token_windows(held[windows : 2 * windows], tokenizer, length=window, document_starts=True, bos=bos)
     else:
-        held, _ = token_windows(read_texts(held_out), tokenizer, length=window, limit=2 * windows)
+        held, _ = token_windows(read_texts(held_out), tokenizer, length=window, limit=2 * windows, bos=bos)
         first, tuning = held[0::2], held[1::2]
     base = score(load_for_scoring(parent, "float32", "cpu"), causal_batches(first, 16)).nats_per_token
     files = work / "train.jsonl", work / "calibration.jsonl"

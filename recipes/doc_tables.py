@@ -1,0 +1,143 @@
+"""The tables of the documentation, from the records beside them: run it after a record was made anew.
+
+    python recipes/doc_tables.py            # rewrites the tables
+    python recipes/doc_tables.py --check    # says which ones are not what their records say
+
+A table stands between ``<!-- NAME -->`` and ``<!-- end -->``; NAME is one of ``TABLES``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "benchmarks/records"
+
+
+@dataclass(frozen=True)
+class DocTable:
+    """A table of a page, what it is made of, and how."""
+
+    page: str
+    records: tuple[str, ...]
+    lines: Callable[..., list[str]]
+
+
+def row(*cells: object) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def heading(*cells: object) -> list[str]:
+    return [row(*cells), row(*("---" for _ in cells))]
+
+
+def uptraining(record: dict[str, Any]) -> list[str]:
+    """Excess loss by tokens, a block for each G; beside it the FLOPs, teacher included."""
+    rows = record["results"]["table"]
+    counts = sorted({entry["tokens"] for entry in rows})
+    lines: list[str] = []
+    for heads in dict.fromkeys(entry["num_key_value_heads"] for entry in rows):
+        own = [entry for entry in rows if entry["num_key_value_heads"] == heads]
+        lines += [*([""] if lines else []), *heading(f"G = {heads}, tokens", *(f"{count:,}" for count in counts))]
+        for way in dict.fromkeys(entry["way"] for entry in own):
+            found = {entry["tokens"]: entry for entry in own if entry["way"] == way}
+            lines.append(row(way, *(_excess(found.get(count)) for count in counts)))
+            lines.append(row("– FLOPs", *(_flops(found.get(count)) for count in counts)))
+    return lines
+
+
+def _excess(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return "–"
+    spread = entry["standard_deviation"]
+    value = f"{entry['excess_nats_per_token']:+.3f}"
+    return value if spread is None else f"{value} ± {spread:.3f}"
+
+
+def _flops(entry: dict[str, Any] | None) -> str:
+    return "–" if entry is None else "0" if not entry["flops"] else f"{entry['flops']:.2g}"
+
+
+def throughput(record: dict[str, Any]) -> list[str]:
+    lines = heading("", "tokens/s (slowest – fastest)", "time, to plain Trainer's", "to cross-entropy's")
+    for way in record["results"]["ways"]:
+        speed = f"{way['tokens_per_second']:,.0f} ({way['slowest']:,.0f} – {way['fastest']:,.0f})"
+        lines.append(row(way["way"], speed, f"{way['time_to_plain']:.2f}", f"{way['time_to_cross_entropy']:.2f}"))
+    return lines
+
+
+def demo(record: dict[str, Any]) -> list[str]:
+    """Excess by merge rule and KV heads, then after uptraining."""
+    rows = record["results"]["rows"][1:]
+    heads = sorted({entry["num_key_value_heads"] for entry in rows}, reverse=True)
+    lines = heading("", *(f"{count} KV heads" if count > 1 else "1" for count in heads))
+    names = {"mean": "`mean` (the paper's)", "auto": "`auto`, weights alone"}
+    names["auto + text"] = f"`auto` on {record['configuration']['calibration_tokens']:,} tokens of text"
+    after = {entry["method"]: entry for entry in record["results"]["uptrained"]}
+    for method in dict.fromkeys(entry["method"] for entry in rows):
+        found = {entry["num_key_value_heads"]: entry for entry in rows if entry["method"] == method}
+        cells = (f"{found[count]['excess_nats_per_token']:+.2f}" for count in heads)
+        lines.append(row(names.get(method, f"`{method}`"), *cells))
+    for name, entry in after.items():
+        cells = (
+            f"{entry['excess_nats_per_token']:+.2f}" if count == entry["num_key_value_heads"] else "" for count in heads
+        )
+        lines.append(row(f"{name}, {entry['uptraining_tokens']:,} tokens", *cells))
+    return lines
+
+
+TABLES = {
+    "uptraining stories": DocTable("docs/uptraining.md", ("uptraining-stories260k.json",), uptraining),
+    "uptraining demo": DocTable("docs/uptraining.md", ("uptraining-demo.json",), uptraining),
+    "throughput": DocTable("docs/uptraining.md", ("uptraining-throughput.json",), throughput),
+    "demo": DocTable("README.md", ("demo.json",), demo),
+}
+
+
+def made(table: DocTable) -> str:
+    records = [json.loads((RECORDS / name).read_text(encoding="utf-8")) for name in table.records]
+    return "\n".join(table.lines(*records))
+
+
+def span(text: str, name: str) -> tuple[int, int]:
+    """Where the table of a name stands in a page."""
+    found = re.search(rf"<!-- {re.escape(name)} -->\n(.*?)\n<!-- end -->", text, re.S)
+    if found is None:
+        raise SystemExit(f"no place for the table {name!r}: <!-- {name} --> and <!-- end -->")
+    return found.span(1)
+
+
+def stale(root: Path = ROOT) -> list[str]:
+    """Names of the tables that are not what their records say."""
+    wrong = []
+    for name, table in TABLES.items():
+        text = (root / table.page).read_text(encoding="utf-8")
+        first, last = span(text, name)
+        if text[first:last] != made(table):
+            wrong.append(name)
+    return wrong
+
+
+def main(check: Annotated[bool, typer.Option("--check")] = False) -> None:
+    wrong = stale()
+    if check:
+        print("\n".join(wrong) or "all tables are what their records say")
+        sys.exit(bool(wrong))
+    for name in wrong:
+        page = ROOT / TABLES[name].page
+        text = page.read_text(encoding="utf-8")
+        first, last = span(text, name)
+        page.write_text(text[:first] + made(TABLES[name]) + text[last:], encoding="utf-8")
+        print(f"wrote {name} in {TABLES[name].page}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
