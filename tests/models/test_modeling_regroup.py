@@ -224,7 +224,11 @@ def test_saved_and_loaded_is_the_same_model(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = models.load(tmp_path)
     assert type(again) is type(model)
-    assert torch.equal(logits(again, arguments), logits(model, arguments))
+    stored, kept = again.state_dict(), model.state_dict()
+    assert stored.keys() == kept.keys()
+    assert all(torch.equal(stored[key], kept[key]) for key in kept)
+    # How weights lie in memory decides which kernel multiplies experts, on some processors.
+    torch.testing.assert_close(logits(again, arguments), logits(model, arguments), rtol=1e-5, atol=1e-5)
     assert (tmp_path / "modeling_regroup.py").read_bytes() == models.MODELING_FILE.read_bytes()
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == [type(model).__name__]
