@@ -19,6 +19,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,8 +80,10 @@ class Worker:
         self.process.communicate()
 
 
-def pair(engine: str, dtype: str, python: str, models: Path, rounds: int, steps: int) -> dict[str, Any]:
-    """regroup and another engine, in turns."""
+def pair(
+    engine: str, dtype: str, python: str, models: Path, rounds: int, steps: int, keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """regroup and another engine, in turns; what is found so far is kept after each case."""
     found: dict[str, Any] = {"engine": engine, "dtype": dtype, "cases": []}
     workers: dict[str, Worker] = {}
     try:
@@ -114,14 +117,15 @@ def pair(engine: str, dtype: str, python: str, models: Path, rounds: int, steps:
             case["regroup_is_faster_by"] = case["token_ms"][engine]["p50"] / case["token_ms"]["regroup"]["p50"]
             case["regroup_share_of_the_floor"] = case["floor_ms"] / case["token_ms"]["regroup"]["p50"]
             found["cases"].append(case)
+            keep(found)
             print(json.dumps(case), file=sys.stderr)
     except RuntimeError as error:
         found["failed"] = str(error)
+        keep(found)
         print(f"{engine}, {dtype}: {error}", file=sys.stderr)
     finally:
         for worker in workers.values():
             worker.end()
-    return found
 
 
 def main(
@@ -140,11 +144,14 @@ def main(
         if engine not in ENGINES:
             raise typer.BadParameter(f"one of {', '.join(ENGINES)}")
         models.mkdir(parents=True, exist_ok=True)
-        found = pair(engine, dtype, python, models, rounds, steps)
-        with work.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(found) + "\n")
+
+        def keep(found: dict[str, Any]) -> None:
+            with work.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found) + "\n")
+
+        pair(engine, dtype, python, models, rounds, steps, keep)
     if output is not None:
-        # A pair that was measured again counts as it was last.
+        # A pair that has more cases by now, or was measured again, counts as it was last.
         lines = [json.loads(line) for line in work.read_text(encoding="utf-8").splitlines()]
         pairs = {(line["engine"], line["dtype"]): line for line in lines}
         configuration = {"config": shape.CONFIG, "cases": [{"prompt": p, "batch": b} for p, b in CASES]}

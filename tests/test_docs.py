@@ -22,10 +22,20 @@ HELD = {"any": "any G", "mqa": "1 or H", "none": "H"}
 FOREIGN = {"You set `ignore_mismatched_sizes` to `False`"}
 
 _COMMANDS: Any = typer.main.get_command(app)
-OPTIONS: dict[str, set[str]] = {
-    verb: {name for parameter in command.params for name in parameter.opts} | {"--help"}
-    for verb, command in _COMMANDS.commands.items()
-}
+
+
+def _verbs(group: Any, before: str = "") -> dict[str, set[str]]:
+    """Verbs, those of two words too, and the options of each."""
+    found: dict[str, set[str]] = {}
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            found |= _verbs(command, f"{before}{name} ")
+        else:
+            found[before + name] = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+    return found
+
+
+OPTIONS = _verbs(_COMMANDS)
 
 
 def wrong_commands(text: str) -> list[str]:
@@ -39,6 +49,11 @@ def wrong_commands(text: str) -> list[str]:
         if command is None:
             continue
         verb, rest = command[1], command[2].split(" #")[0]
+        if any(known.startswith(f"{verb} ") for known in OPTIONS):
+            second, _, rest = rest.strip().partition(" ")
+            if not second:
+                continue
+            verb, rest = f"{verb} {second}", " " + rest
         if verb not in OPTIONS:
             found.append(f"regroup {verb}")
             continue
@@ -93,6 +108,8 @@ def test_commands_exist(page: Path) -> None:
         "```\n.venv/bin/regroup plan parent \\\n  --to 2\n```",
         "Use `regroup evaluate child --parent x`.",
         "Pass `--no-such-option`.",
+        "Use `regroup bench convert`.",
+        "Use `regroup bench decode model --context 8`.",
     ],
 )
 def test_commands_that_do_not_exist_are_found(text: str) -> None:

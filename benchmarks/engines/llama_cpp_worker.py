@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,7 @@ NAMES = {
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 TYPES = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}
 THREADS = 2
+KEPT = 2048  # tokens of the longest prompt
 
 
 def write(path: Path, dtype: str) -> None:
@@ -68,7 +70,7 @@ def write(path: Path, dtype: str) -> None:
 
 class LlamaCpp:
     def __init__(self, folder: Path, dtype: str, flash: bool) -> None:
-        self.dtype, self.flash = dtype, flash
+        self.dtype, self.flash, self.folder = dtype, flash, folder
         path = folder / f"llama-1.1b-{dtype}.gguf"
         if not path.exists():
             write(path, dtype)
@@ -80,30 +82,41 @@ class LlamaCpp:
         self.context: Any = None
 
     def prepare(self, batch: int, prompt: int, steps: int) -> None:
+        # A prompt takes minutes in float32: that of one sequence is computed once and kept in a file.
+        state = self.folder / f"llama-1.1b-{self.dtype}-{'flash' if self.flash else 'plain'}.state"
+        if not state.exists():
+            self._open(1, KEPT + 1)
+            tokens = np.random.default_rng(0).integers(3, shape.VOCABULARY, KEPT)
+            for start in range(0, KEPT, 512):
+                piece = [int(token) for token in tokens[start : start + 512]]
+                self._decode(piece, range(start, start + len(piece)), [0] * len(piece), [])
+            assert llama_cpp.llama_state_seq_save_file(self.context, str(state).encode(), 0, None, 0)
+        self._open(batch, max(KEPT, prompt + steps + 1))
+        self.batch, self.prompt = batch, prompt
+        memory = llama_cpp.llama_get_memory(self.context)
+        count = ctypes.c_size_t()
+        for sequence in range(batch):
+            assert llama_cpp.llama_state_seq_load_file(
+                self.context, str(state).encode(), sequence, (ctypes.c_int32 * 1)(), 1, ctypes.byref(count)
+            )
+            llama_cpp.llama_memory_seq_rm(memory, sequence, prompt, -1)
+        self._steps(1)
+
+    def _open(self, batch: int, tokens: int) -> None:
+        """A context with room for so many tokens of each sequence: a part of the cache for each."""
         if self.context:
             llama_cpp.llama_free(self.context)
         options = llama_cpp.llama_context_default_params()
-        room = (prompt + steps + 2 + 255) // 256 * 256
-        # A part of the cache for each sequence, of the dtype of the weights.
+        room = (tokens + 255) // 256 * 256
         options.n_ctx, options.n_seq_max, options.kv_unified = room * batch, batch, False
         options.n_batch = options.n_ubatch = 512
         options.n_threads = options.n_threads_batch = THREADS
-        kind = int(TYPES[self.dtype])
-        options.type_k = options.type_v = kind
+        options.type_k = options.type_v = int(TYPES[self.dtype])
         options.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if self.flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
         self.context = llama_cpp.llama_init_from_model(self.model, options)
         assert self.context
-        self.batch, self.prompt = batch, prompt
-        tokens = np.random.default_rng(0).integers(3, shape.VOCABULARY, prompt)
-        for start in range(0, prompt, 512):
-            piece = tokens[start : start + 512]
-            self._decode([int(t) for t in piece], range(start, start + len(piece)), [0] * len(piece), [])
-        memory = llama_cpp.llama_get_memory(self.context)
-        for sequence in range(1, batch):
-            llama_cpp.llama_memory_seq_cp(memory, 0, sequence, -1, -1)
-        self._steps(1)
 
     def steps(self, count: int) -> list[float]:
         memory = llama_cpp.llama_get_memory(self.context)

@@ -58,15 +58,17 @@ def memory_projections(layout: Layout) -> set[str]:
 def _with_class(config: dict[str, Any]) -> dict[str, Any]:
     """A config that names its class, for one that was written by hand."""
     if not config.get("architectures"):
-        from transformers.models.auto import modeling_auto
+        import transformers
 
-        for names in (
-            modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-            modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        ):
-            if config.get("model_type") in names:
-                config["architectures"] = [names[config["model_type"]]]
+        kind: Any = transformers.CONFIG_MAPPING.get(str(config.get("model_type")))
+        mappings: tuple[Any, ...] = (
+            transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+            transformers.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
+            transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+        )
+        for mapping in mappings:
+            if kind in mapping:
+                config["architectures"] = [mapping[kind].__name__]
                 break
     return config
 
