@@ -32,6 +32,7 @@ OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_he
 TYPES = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}
 THREADS = 2
 KEPT = 2048  # tokens of the longest prompt
+SEQUENCES = 8  # of the largest batch; a state can be read where there are as many as where it was written
 
 
 def write(path: Path, dtype: str) -> None:
@@ -85,13 +86,13 @@ class LlamaCpp:
         # A prompt takes minutes in float32: that of one sequence is computed once and kept in a file.
         state = self.folder / f"llama-1.1b-{self.dtype}-{'flash' if self.flash else 'plain'}.state"
         if not state.exists():
-            self._open(1, KEPT + 1)
+            self._open(KEPT + 1)
             tokens = np.random.default_rng(0).integers(3, shape.VOCABULARY, KEPT)
             for start in range(0, KEPT, 512):
                 piece = [int(token) for token in tokens[start : start + 512]]
                 self._decode(piece, range(start, start + len(piece)), [0] * len(piece), [])
             assert llama_cpp.llama_state_seq_save_file(self.context, str(state).encode(), 0, None, 0)
-        self._open(batch, max(KEPT, prompt + steps + 1))
+        self._open(max(KEPT, prompt) + steps + 1)
         self.batch, self.prompt = batch, prompt
         memory = llama_cpp.llama_get_memory(self.context)
         count = ctypes.c_size_t()
@@ -102,13 +103,13 @@ class LlamaCpp:
             llama_cpp.llama_memory_seq_rm(memory, sequence, prompt, -1)
         self._steps(1)
 
-    def _open(self, batch: int, tokens: int) -> None:
+    def _open(self, tokens: int) -> None:
         """A context with room for so many tokens of each sequence: a part of the cache for each."""
         if self.context:
             llama_cpp.llama_free(self.context)
         options = llama_cpp.llama_context_default_params()
         room = (tokens + 255) // 256 * 256
-        options.n_ctx, options.n_seq_max, options.kv_unified = room * batch, batch, False
+        options.n_ctx, options.n_seq_max, options.kv_unified = room * SEQUENCES, SEQUENCES, False
         options.n_batch = options.n_ubatch = 512
         options.n_threads = options.n_threads_batch = THREADS
         options.type_k = options.type_v = int(TYPES[self.dtype])

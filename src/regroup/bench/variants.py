@@ -60,7 +60,9 @@ def _with_class(config: dict[str, Any]) -> dict[str, Any]:
     if not config.get("architectures"):
         import transformers
 
-        kind: Any = transformers.CONFIG_MAPPING.get(str(config.get("model_type")))
+        # Looked up by key: its other methods do not know what it has not loaded.
+        known: Any = transformers.CONFIG_MAPPING
+        kind = known[config["model_type"]] if config.get("model_type") in known else None
         mappings: tuple[Any, ...] = (
             transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
             transformers.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
