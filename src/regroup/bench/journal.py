@@ -13,6 +13,9 @@ from ..errors import RegroupError
 from ..record import record
 from .attention import OperatorRoofs, Shape, measure, too_large
 
+# Beyond it a result is measured anew when its file is used again, and kept if it was calmer.
+DISTURBED = 0.05
+
 
 def run_grid(
     shapes: Sequence[Shape],
@@ -24,12 +27,12 @@ def run_grid(
     flex: bool = False,
     each: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any] | None:
-    """Measure shapes that are not measured yet.
+    """Measure shapes that are not measured yet, or were disturbed.
 
     Args:
         limit: bytes of keys and values beyond which a shape is left out, which the record says.
-        work: a file of results, a line each; made if it is not there. It may come from another such run, but for
-            the same device.
+        work: a file of results, a line each; made if it is not there. Shapes in it are left out, unless other
+            processes disturbed them.
         minutes: stop after so long; None: not before the end.
         flex: see :func:`attention.measure`.
         each: is given each result when it is there.
@@ -44,7 +47,8 @@ def run_grid(
     started = time.perf_counter()
     roofs = None
     for shape in shapes:
-        if _key(shape) in found:
+        before = found.get(_key(shape))
+        if before is not None and not _disturbed(before):
             continue
         if minutes is not None and time.perf_counter() - started > 60 * minutes:
             return None
@@ -54,6 +58,8 @@ def run_grid(
         else:
             roofs = roofs or OperatorRoofs(device)
             result = measure(shape, roofs, flex=flex)
+            if before is not None and _share(result) > _share(before):
+                continue
         found[_key(shape)] = result
         if work is not None:
             with work.open("a", encoding="utf-8") as file:
@@ -70,6 +76,15 @@ def run_grid(
         "limit_bytes": limit,
     }
     return record("benchmark/attention", configuration, {"shapes": [found[_key(shape)] for shape in shapes]})
+
+
+def _share(result: dict[str, Any]) -> float:
+    """Of the processors, what others had while a shape was measured."""
+    return result.get("other_processes_share_of_cpu") or 0.0
+
+
+def _disturbed(result: dict[str, Any]) -> bool:
+    return _share(result) > DISTURBED
 
 
 def _key(shape: Shape) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import time
@@ -13,9 +14,10 @@ import torch
 
 # Far above every cache, and little beside what is benchmarked.
 _READ_BYTES = 512 << 20
-# A product's operands stay in the caches of the cores, a piece for each thread.
-_CACHED_BYTES = 512 << 10
-_SECONDS = 0.15
+# Products are a few at once, and their operands stay in the caches of the cores: the matrix has one of these sizes.
+_CACHED_BYTES = (128 << 10, 512 << 10)
+_PRODUCTS = 8
+_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def product_rate(
     """Floating-point operations a second of matrix products of ``rows`` rows, with operands that lie in a cache.
 
     The product is that of decoding: (rows, inner) queries or hidden states with a (columns, inner) matrix of keys or
-    weights, or its transpose, one such product for each thread. ``rows`` is H / G in attention and the batch in linear
+    weights, or its transpose, several such products at once. ``rows`` is H / G in attention and the batch in linear
     layers. On a GPU operands are large, for it has no such caches.
 
     Returns:
@@ -111,20 +113,23 @@ def product_rate(
     """
     device = torch.device(device)
     size = torch.empty((), dtype=dtype).element_size()
-    cached = _CACHED_BYTES if device.type == "cpu" else 64 << 20
-    columns = max(16, cached // (inner * size))
-    batch = max(2, torch.get_num_threads()) if device.type == "cpu" else 8
-    left = torch.full((batch, rows, inner), 0.5, dtype=dtype, device=device)
-    matrix = torch.full((batch, columns, inner), 0.5, dtype=dtype, device=device)
-    weights = torch.full((batch, rows, columns), 0.5, dtype=dtype, device=device)
-    flops = 2 * batch * rows * inner * columns
-    turned = matrix.transpose(1, 2).contiguous()
-    ways: dict[str, tuple[Callable[[], object], int]] = {
-        "rows × matrix transposed": (lambda: torch.bmm(left, matrix.transpose(1, 2)), flops),
-        "rows × matrix": (lambda: torch.bmm(left, turned), flops),
-        "matrix × rows": (lambda: torch.bmm(matrix, left.transpose(1, 2)), flops),
-        "sum of rows": (lambda: torch.bmm(weights, matrix), flops),
-    }
+    ways: dict[str, tuple[Callable[[], object], int]] = {}
+    for cached in _CACHED_BYTES if device.type == "cpu" else (64 << 20,):
+        columns = max(16, cached // (inner * size))
+        flops = 2 * _PRODUCTS * rows * inner * columns
+        left, matrix, weights = (
+            torch.full((_PRODUCTS, *sizes), 0.5, dtype=dtype, device=device)
+            for sizes in ((rows, inner), (columns, inner), (rows, columns))
+        )
+        turned = matrix.transpose(1, 2).contiguous()
+        forms = {
+            "rows × matrix transposed": (left, matrix.transpose(1, 2)),
+            "rows × matrix": (left, turned),
+            "matrix × rows": (matrix, left.transpose(1, 2)),
+            "sum of rows": (weights, matrix),
+        }
+        for name, operands in forms.items():
+            ways[f"{name}, {columns} columns"] = (functools.partial(torch.bmm, *operands), flops)
     return _best(ways, device)
 
 
