@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,21 @@ from torch.nn.functional import scaled_dot_product_attention
 from regroup.attention import cpu_build, cpu_decode
 from regroup.attention.call import Call, make_call
 
+# How many OpenMP runtimes there are before and after a call of the kernel.
+_RUNTIMES = """
+import torch
+from regroup.attention import cpu_build, cpu_decode, make_call
+
+def count():
+    files = {line.split()[-1].rpartition("/")[2] for line in open("/proc/self/maps") if "omp" in line}
+    return sum(file.startswith(("libgomp", "libiomp", "libomp")) for file in files)
+
+print(count())
+call = make_call(*(torch.randn(1, 1, length, 64) for length in (1, 3000, 3000)))
+assert cpu_decode.reason(call) is None
+cpu_decode.run(call)
+print(cpu_build.parallel() != 0, count())
+"""
 TINY = make_call(torch.ones(1, 2, 1, 8), torch.ones(1, 1, 3, 8), torch.ones(1, 1, 3, 8))
 
 
@@ -217,10 +235,9 @@ class TestResults:
         torch.library.opcheck(cpu_decode._op, arguments)
 
     def test_one_pool_of_threads(self) -> None:
-        run(*tensors(1, 1, 1, 1, 3000, 64, 64))
-        assert cpu_build.parallel() != 0
-        maps = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
-        assert len({place for place in maps if Path(place).name.startswith(("libgomp", "libiomp", "libomp"))}) == 1
+        """In a process of its own: other packages may have brought a runtime to this one (sentencepiece does)."""
+        done = subprocess.run([sys.executable, "-c", _RUNTIMES], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["1", "True", "1"]
 
 
 def _call(**changes: Any) -> Call:
@@ -247,6 +264,7 @@ class TestBuilding:
 
     @pytest.fixture(autouse=True)
     def _cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        cpu_build.build()  # the one of the process belongs in the user's cache
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         monkeypatch.delenv("CXX", raising=False)
 
@@ -321,3 +339,64 @@ class TestBuilding:
         assert found.reason is None
         assert found.library is not None
         assert found.library.regroup_features() >= 0
+
+    @pytest.mark.parametrize("quoted", ['g++ "', "'"])
+    def test_a_command_that_cannot_be_read(self, quoted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CXX", quoted)
+        assert "$CXX" in (cpu_build.build.__wrapped__().reason or "")
+
+    def test_a_compiler_that_speaks_another_encoding(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        script = tmp_path / "compiler"
+        script.write_text("#!/bin/sh\nprintf '\\377\\376 error\\n' >&2\nprintf '\\377\\n'\nexit 1\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("CXX", str(script))
+        assert "error" in (cpu_build.build.__wrapped__().reason or "")
+
+    def test_a_compiler_that_writes_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What cannot be loaded is not kept."""
+        monkeypatch.setenv("CXX", "true")
+        assert "too short" in (cpu_build.build.__wrapped__().reason or "")
+        assert list((tmp_path / "cache" / "regroup").iterdir()) == []
+
+    def test_a_cache_beside_the_working_folder_does_not_count(
+        self, copier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("XDG_CACHE_HOME", "here")
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        assert cpu_build.build.__wrapped__().reason is None
+        assert not (tmp_path / "here").exists()
+        assert list((tmp_path / "home" / ".cache" / "regroup").iterdir())
+
+    @pytest.mark.usefixtures("copier")
+    @pytest.mark.parametrize("whose", ["ours", "open folder", "open file", "open above", "another's file", "damaged"])
+    def test_what_others_could_have_written_is_not_loaded(
+        self, whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = tmp_path / "cache" / "regroup"
+        assert cpu_build.build.__wrapped__().reason is None
+        (library,) = folder.iterdir()
+        assert folder.stat().st_mode & 0o777 == 0o700
+        if whose == "open folder":  # an earlier version made it as the umask says: it is closed, and used
+            folder.chmod(0o777)
+        elif whose == "open file":
+            library.chmod(0o666)
+        elif whose == "open above":
+            folder.parent.chmod(0o777)
+        elif whose == "another's file":
+            if os.getuid() == 0:
+                os.chown(library, 12345, -1)
+            else:
+                monkeypatch.setattr(os, "getuid", lambda: 12345)
+        elif whose == "damaged":
+            # Elsewhere: by the same path the loader would give what it has loaded.
+            monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+            other = tmp_path / "other" / "regroup" / library.name
+            other.parent.mkdir(parents=True, mode=0o700)
+            other.write_bytes(library.read_bytes()[:100])
+            folder, library = other.parent, other
+        found = cpu_build.build.__wrapped__().library
+        assert found is not None
+        assert (found._name == str(library)) == (whose in ("ours", "open folder"))
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert library.exists() == (whose != "damaged")

@@ -2,7 +2,7 @@
 
 The one file of this room that reaches the disk. The library lies in the user's cache (``$XDG_CACHE_HOME`` or
 ``~/.cache``, below ``regroup/``) under a name made of everything that it depends on; it is built under another name
-and renamed, so that two processes at once do no harm.
+and renamed, so that two processes at once do no harm. What others could have put there is not loaded.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -38,10 +39,11 @@ class Built:
 def find_compiler() -> list[str] | None:
     """The command of the C++ compiler: ``$CXX``, or the first of c++, g++ and clang++ on the path."""
     wanted = os.environ.get("CXX")
-    for command in [shlex.split(wanted)] if wanted else [["c++"], ["g++"], ["clang++"]]:
-        if command and shutil.which(command[0]):
-            return command
-    return None
+    try:
+        commands = [shlex.split(wanted)] if wanted else [["c++"], ["g++"], ["clang++"]]
+    except ValueError:  # a quotation that does not end
+        return None
+    return next((command for command in commands if command and shutil.which(command[0])), None)
 
 
 def _processor() -> str:
@@ -60,30 +62,60 @@ def _native() -> list[str]:
     return ["-mcpu=native"]
 
 
-def _output(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False).stdout
+def _finished(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command that has run; compilers may speak in any encoding."""
+    return subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", timeout=_SECONDS, check=False
+    )
 
 
 def cache_folder() -> Path:
-    """Where built libraries are kept."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "regroup"
+    """Where built libraries are kept. A relative ``$XDG_CACHE_HOME`` does not count, as its specification says."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    return (base if base.is_absolute() else Path.home() / ".cache") / "regroup"
+
+
+def _require_private(place: Path) -> None:
+    """See that nobody but this user and root can have written a file or folder.
+
+    Raises:
+        PermissionError: others can.
+    """
+    state = place.stat()
+    if state.st_uid not in (0, os.getuid()) or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{place} can be written to by others")
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder, or see that it is this user's, and take it from all others."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for above in folder.resolve().parents:
+        mode = above.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise PermissionError(f"{above} can be written to by everybody, who could replace what it holds")
+    state = folder.stat()
+    if state.st_uid == os.getuid() and state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        folder.chmod(0o700)
+    _require_private(folder)
+
+
+def _open(library: Path) -> Built:
+    """Load a built library, or remove what cannot be loaded."""
+    _require_private(library)
+    try:
+        return Built(ctypes.CDLL(str(library)), None)
+    except OSError:
+        library.unlink(missing_ok=True)
+        raise
 
 
 def _compile(command: list[str], target: Path) -> str | None:
     """Build under another name and rename; what the compiler complained about, if it failed."""
     folder = Path(__file__).parent
-    target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=".part")
     os.close(handle)
     try:
-        done = subprocess.run(
-            [*command, str(folder / _SOURCES[0]), "-o", name],
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
-        )
+        done = _finished([*command, str(folder / _SOURCES[0]), "-o", name])
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             return lines[0].strip() if lines else f"exit code {done.returncode}"
@@ -94,28 +126,28 @@ def _compile(command: list[str], target: Path) -> str | None:
     return None
 
 
+def _make(command: list[str], target: Path) -> Built:
+    problem = _compile(command, target)
+    return Built(None, f"{command[0]} could not build it: {problem}; {_INSTALL}") if problem else _open(target)
+
+
 def _load(command: list[str]) -> Built:
     full = [*command, *_FLAGS, *_native()]
     folder = Path(__file__).parent
     text = "\0".join(
-        [*full, _output([*command, "--version"]), _processor(), torch.__version__]
+        [*full, _finished([*command, "--version"]).stdout, _processor(), torch.__version__]
         + [(folder / name).read_text(encoding="utf-8") for name in _SOURCES]
     )
     name = f"cpu_decode-{hashlib.sha256(text.encode()).hexdigest()[:20]}.so"
-    target = cache_folder() / name
     try:
-        if not target.exists():
-            problem = _compile(full, target)
-            if problem:
-                return Built(None, f"{command[0]} could not build it: {problem}; {_INSTALL}")
-        return Built(ctypes.CDLL(str(target)), None)
-    except OSError:
-        # No cache to write to, or none that programs may be loaded from: built for this process alone.
+        target = cache_folder() / name
+        _make_private(target.parent)
+        return _open(target) if target.exists() else _make(full, target)
+    except (OSError, RuntimeError):
+        # No home, no cache to write to, none that programs may be loaded from, or one that others can write to: built
+        # for this process alone.
         with tempfile.TemporaryDirectory(prefix="regroup-") as private:
-            problem = _compile(full, Path(private) / name)
-            if problem:
-                return Built(None, f"{command[0]} could not build it: {problem}; {_INSTALL}")
-            return Built(ctypes.CDLL(str(Path(private) / name)), None)
+            return _make(full, Path(private) / name)
 
 
 @functools.cache
