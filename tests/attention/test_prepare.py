@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +106,68 @@ def test_a_prepared_model_is_not_saved_or_trained(tmp_path: Path) -> None:
         layer(torch.zeros(1, layer.in_features, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("act", [copy.deepcopy, pickle.dumps])
+def test_a_prepared_model_is_not_copied(act: Callable[[Any], Any]) -> None:
+    with pytest.raises(RegroupError, match="cannot be copied"):
+        act(prepare_for_inference(nn.Sequential(nn.Linear(16, 16))))
+
+
+@torch.no_grad()
+def test_a_prepared_model_is_not_moved_or_converted() -> None:
+    model: Any = prepare_for_inference(nn.Sequential(nn.Linear(16, 16)))
+    states = torch.randn(2, 16)
+    wanted = model(states)
+    for act in (model.double, model.bfloat16, lambda: model.to("meta")):
+        with pytest.raises(RegroupError, match="cannot be moved or converted"):
+            act()
+    assert torch.equal(model.float().to("cpu")(states), wanted)  # where it is, as it is
+    with pytest.raises(RegroupError, match="do not fit"):
+        model(states[:, :8])
+
+
+@torch.no_grad()
+def test_a_second_time_packs_what_has_come_since() -> None:
+    model: Any = prepare_for_inference(nn.Sequential(nn.Linear(16, 16), nn.ReLU()))
+    first = model[0]
+    assert prepare_for_inference(model) is model
+    model.append(nn.Linear(16, 4))
+    prepare_for_inference(model)
+    assert isinstance(model[2], PackedLinear)
+    assert model[0] is first
+
+
+@torch.no_grad()
+def test_layers_that_do_more_are_left_alone() -> None:
+    """A hook, another ``forward``, and a parent that reads the weight past the layer."""
+    layer: Any = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+    seen: list[Any] = []
+    layer[0].register_forward_hook(lambda *given: seen.append(given))
+    layer[1].register_forward_pre_hook(lambda module, given: (given[0] * 3,))
+    stock = layer[2].forward
+    layer[2].forward = lambda states: stock(states) * 2
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.Sequential(layer, encoder).eval()
+    states = torch.randn(2, 5, 16)
+    wanted = model(states)
+    prepare_for_inference(model)
+    assert torch.allclose(model(states), wanted, atol=1e-5)
+    assert len(seen) == 2
+    assert [type(module) is PackedLinear for module in layer] == [False, False, False, True]
+
+
 def test_what_cannot_be_packed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RegroupError, match="no linear layer"):
+    with pytest.raises(RegroupError, match="no plain linear layer"):
         prepare_for_inference(nn.Sequential(nn.ReLU()))
     with pytest.raises(RegroupError, match="float64 is not packed"):
         prepare_for_inference(nn.Sequential(nn.Linear(4, 4)).double())
     with pytest.raises(RegroupError, match="CPUs alone"):
         prepare_for_inference(nn.Sequential(nn.Linear(4, 4, device="meta")))
-    with pytest.raises(RegroupError, match="no linear layer"):
+    with pytest.raises(RegroupError, match="no plain linear layer"):
         prepare_for_inference(nn.Linear(4, 4))  # itself, it could not be replaced
+    empty = nn.Linear(4, 4)
+    empty.weight = nn.Parameter(torch.empty(0, 4))
+    with pytest.raises(RegroupError, match="no plain linear layer"):
+        prepare_for_inference(nn.Sequential(empty))
     model = nn.Linear(4, 4)
     holder = nn.Sequential(model)
     monkeypatch.setattr(PackedLinear, "forward", lambda self, states: states.new_zeros(*states.shape[:-1], 48))
@@ -120,5 +176,5 @@ def test_what_cannot_be_packed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert holder[0] is model
     assert model.weight.requires_grad
     monkeypatch.setattr(prepare, "DTYPES", ())
-    with pytest.raises(RegroupError, match="No linear layer can be packed"):
+    with pytest.raises(RegroupError, match="no linear layer can be packed"):
         prepare_for_inference(holder)

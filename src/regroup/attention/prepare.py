@@ -39,26 +39,50 @@ class PackedLinear(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         if states.requires_grad and torch.is_grad_enabled():
             raise RegroupError(
-                "A prepared model has no gradients.",
-                remedy="Run under torch.no_grad(), or train the model that was loaded, without preparing it.",
+                "a prepared model has no gradients",
+                remedy="run under torch.no_grad(), or train the model that was loaded, without preparing it",
             )
         if states.dtype != self.weight.dtype:
             raise RegroupError(
-                "The states of a packed linear layer are of another dtype than its weight.",
+                "the states of a packed linear layer are of another dtype than its weight",
                 expected=self.weight.dtype,
                 got=states.dtype,
-                remedy="Convert the model before prepare_for_inference, and do not use torch.autocast after it.",
+                remedy="convert the model before prepare_for_inference, and do not use torch.autocast after it",
+            )
+        if states.shape[-1] != self.in_features:
+            raise RegroupError(
+                "the states do not fit a packed linear layer",
+                expected=f"(…, {self.in_features})",
+                got=tuple(states.shape),
             )
         return torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, "none", [], "")
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        try:
+            return super()._apply(fn, recurse)
+        except (NotImplementedError, RuntimeError) as error:
+            raise RegroupError(
+                "a prepared model cannot be moved or converted",
+                layer=repr(self),
+                got=str(error).split(". ")[0][:120],
+                remedy="move and convert the model before prepare_for_inference",
+            ) from None
+
+    def __getstate__(self) -> Any:
+        raise RegroupError(
+            "a prepared model cannot be copied or pickled: its weights are in a layout of this machine",
+            layer=repr(self),
+            remedy="copy the model before prepare_for_inference",
+        )
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         raise RegroupError(
-            "A prepared model cannot be saved: its weights are in a layout of this machine.",
+            "a prepared model cannot be saved: its weights are in a layout of this machine",
             tensor=f"{prefix}weight",
-            remedy="Save the model before prepare_for_inference, or keep the checkpoint that it was loaded from.",
+            remedy="save the model before prepare_for_inference, or keep the checkpoint that it was loaded from",
         )
 
 
@@ -88,8 +112,11 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
 
     Every ``nn.Linear`` and GPT-2 ``Conv1D`` becomes a :class:`PackedLinear`; its own weight is freed as soon as nobody
     shares it (a head tied to the embedding keeps both). The model is left in evaluation mode, takes no gradients, and
-    can be neither trained nor saved. Results differ from before by rounding alone. Call it once, after loading, moving
-    and converting the model.
+    can be neither trained nor saved. Results differ from before by rounding alone. Call it after loading, moving and
+    converting the model; a second call packs what has come since.
+
+    Layers with hooks or a ``forward`` of their own stay as they are, as do those whose weights are read past them
+    (``nn.TransformerEncoderLayer``).
 
     Args:
         model: on the CPU, float32 or bfloat16; any mixture of them. A module that contains linear layers, not one.
@@ -101,27 +128,39 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
         RegroupError: the model is not on the CPU, has no linear layer of these dtypes, or this PyTorch cannot pack.
             The model is as it was.
     """
-    found = {name: module for name, module in model.named_modules() if name and _weight(module) is not None}
+    past = {
+        id(child)
+        for each in model.modules()
+        if isinstance(each, nn.TransformerEncoderLayer)
+        for child in each.children()
+    }
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if name and id(module) not in past and _weight(module) is not None
+    }
     weights = {name: _weight(module) for name, module in found.items()}
     elsewhere = {name: weight.device for name, weight in weights.items() if weight is not None and _off_cpu(weight)}
     if elsewhere:
         name, device = next(iter(elsewhere.items()))
         raise RegroupError(
-            "Linear layers are packed for CPUs alone.",
+            "linear layers are packed for CPUs alone",
             tensor=f"{name}.weight",
             expected="cpu",
             got=device,
-            remedy="Leave prepare_for_inference out on other devices.",
+            remedy="leave prepare_for_inference out on other devices",
         )
     dtypes = {weight.dtype for weight in weights.values() if weight is not None}
     reasons = {dtype: unavailable(dtype) for dtype in dtypes}
     wanted = [name for name, weight in weights.items() if weight is not None and reasons[weight.dtype] is None]
+    if not found and any(isinstance(module, PackedLinear) for module in model.modules()):
+        return model
     if not wanted:
         raise RegroupError(
-            "No linear layer can be packed.",
+            "no linear layer can be packed",
             expected="linear layers of float32 or bfloat16, and PyTorch with oneDNN",
-            got="; ".join(str(reason) for reason in reasons.values()) or "no linear layer",
-            remedy="Use the model as it is.",
+            got="; ".join(str(reason) for reason in reasons.values()) or "no plain linear layer",
+            remedy="use the model as it is",
         )
     del weights
     model.eval().requires_grad_(False)
@@ -140,9 +179,11 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
 
 
 def _weight(module: Any) -> Tensor | None:
-    """The weight (out, in) of a module that is a plain linear layer."""
+    """The weight (out, in) of a module that is a plain linear layer, and does nothing beside."""
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return None
     if type(module) is nn.Linear or type(module).__name__ == "FalconLinear":
-        return module.weight
+        return module.weight if module.weight.numel() else None
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's, (in, out)
         return module.weight.t()
     return None
