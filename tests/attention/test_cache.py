@@ -196,6 +196,9 @@ def test_a_recording_cache_can_be_cropped_anywhere() -> None:
         (lambda layer: layer.update(*states(3, 1)), "batch 3"),
         (lambda layer: layer.update(*states(2, 1, heads=1)), "1 KV heads"),
         (lambda layer: layer.update(states(2, 1)[0].requires_grad_(), states(2, 1)[1]), "no gradients"),
+        (lambda layer: layer.update(states(2, 1)[0], states(2, 1)[1].requires_grad_()), "no gradients"),
+        (lambda layer: layer.update(*(each.bfloat16() for each in states(2, 1))), "bfloat16"),
+        (lambda layer: layer.update(*(each[..., :4] for each in states(2, 1))), "KV heads of 4"),
         (lambda layer: layer.offload(), "stays"),
     ],
 )
@@ -214,6 +217,43 @@ def test_it_can_be_written_in_and_out_of_inference_mode() -> None:
         layer.update(*states(1, 1))
     layer.update(*states(1, 1, 1))
     assert layer.get_seq_length() == 2
+
+
+@pytest.mark.parametrize("make", [lambda: KVLayer(9), lambda: KVLayer(), lambda: SlidingKVLayer(3)])
+def test_rows_chosen_in_inference_mode_can_be_written_outside_of_it(make: Callable[[], KVLayer]) -> None:
+    layer = make()
+    with torch.inference_mode():
+        layer.update(*states(1, 2))
+        layer.batch_repeat_interleave(2)
+    found, _ = layer.update(*states(2, 1, 1))
+    assert torch.equal(found[1, :, -1], states(2, 1, 1)[0][1, :, 0])
+
+
+@pytest.mark.parametrize("make", [lambda: KVLayer(9), lambda: KVLayer(), lambda: SlidingKVLayer(3)])
+def test_after_a_reset_states_may_be_of_another_form(make: Callable[[], KVLayer]) -> None:
+    layer = make()
+    layer.update(*states(2, 4))
+    place = layer.blocks[0].data_ptr()
+    layer.reset()
+    layer.update(*states(2, 4))
+    assert layer.blocks[0].data_ptr() == place
+    for key, value in (
+        [each.bfloat16() for each in states(2, 2)],
+        [each[..., :4] for each in states(2, 2)],
+        states(3, 2),
+    ):
+        layer.reset()
+        found = layer.update(key, value)
+        assert torch.equal(found[0], key)
+        assert torch.equal(found[1], value)
+        assert found[0].dtype == key.dtype
+
+
+def test_parameters_are_taken_where_no_gradients_are_kept() -> None:
+    key, value = (torch.nn.Parameter(each) for each in states(2, 2))
+    with torch.no_grad():
+        found = KVLayer().update(key, value)
+    assert not any(each.requires_grad for each in found)
 
 
 @torch.no_grad()

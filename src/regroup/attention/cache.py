@@ -55,8 +55,8 @@ class KVCache(DynamicCache):
         """
         config = getattr(model, "config", model)
         decoder = config.get_text_config(decoder=True)
-        if max_length is not None and max_length < 1:
-            raise RegroupError("The cache holds no token.", expected="max_length of 1 or more", got=max_length)
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+            raise RegroupError("the cache holds no token", expected="max_length of 1 or more", got=repr(max_length))
         if getattr(config, "is_encoder_decoder", False):
             types, options = _layer_types(decoder)
             windowed = any(kind != "full_attention" for kind in types)
@@ -101,10 +101,10 @@ def _layer_types(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
     known = {"full_attention", "sliding_attention", "chunked_attention", "dummy"}
     if not known.issuperset(types):
         raise RegroupError(
-            "The model has layers that keep something else than keys and values.",
+            "the model has layers that keep something else than keys and values",
             expected="layers with full or sliding attention",
             got=", ".join(sorted(set(types) - known)),
-            remedy="Use transformers' own cache: leave past_key_values out.",
+            remedy="use transformers' own cache: leave past_key_values out",
         )
     return types, options
 

@@ -82,27 +82,28 @@ class KVLayer(CacheLayerMixin):
 
     def _make_room(self, states: Tensor, value_states: Tensor, stop: int) -> None:
         """See that ``stop`` tokens fit, or refuse."""
-        if self.key_block is None or (self.length == 0 and self.key_block.shape[:2] != states.shape[:2]):
+        given = states, value_states
+        if self.key_block is None or (self.length == 0 and _kinds(given) != _kinds(self.blocks)):
             self.lazy_initialization(states, value_states)
-        batch, heads, capacity = self.blocks[0].shape[:3]
-        if states.requires_grad:
+        if torch.is_grad_enabled() and (states.requires_grad or value_states.requires_grad):
             raise RegroupError(
-                "A cache that is written in place keeps no gradients.",
-                remedy="Run under torch.no_grad(), as generate does, or train with use_cache=False.",
+                "a cache that is written in place keeps no gradients",
+                remedy="run under torch.no_grad(), as generate does, or train with use_cache=False",
             )
-        if (batch, heads) != states.shape[:2]:
+        if _kinds(given) != _kinds(self.blocks):
             raise RegroupError(
-                "The new keys are not for the sequences or heads that the cache holds.",
-                expected=f"batch {batch}, {heads} KV heads",
-                got=f"batch {states.shape[0]}, {states.shape[1]} KV heads",
-                remedy="Use a new cache for each batch, or cache.reset().",
+                "the new keys and values are not of the form that the cache holds",
+                expected=_form(self.blocks),
+                got=_form(given),
+                remedy="use a new cache for each batch, or cache.reset()",
             )
+        capacity = self.blocks[0].shape[2]
         if self.max_length is not None and stop > self.max_length:
             raise RegroupError(
-                "The cache is full.",
+                "the cache is full",
                 expected=f"at most {self.max_length} tokens",
                 got=f"{stop} tokens",
-                remedy="Make it with a larger max_length (prompt and new tokens), or without one, to let it grow.",
+                remedy="make it with a larger max_length (prompt and new tokens), or without one, to let it grow",
             )
         if self._capacity(stop) > capacity:
             larger = self._capacity(max(stop, 2 * capacity))
@@ -136,11 +137,11 @@ class KVLayer(CacheLayerMixin):
         """Forget the last tokens; as in transformers they are given as a negative number."""
         if tokens_to_remove > 0:
             raise RegroupError(
-                "Tokens to remove are given as a negative number.", expected="0 or less", got=tokens_to_remove
+                "tokens to remove are given as a negative number", expected="0 or less", got=tokens_to_remove
             )
         if -tokens_to_remove > self.length:
             raise RegroupError(
-                "The cache does not hold as many tokens as should be removed.",
+                "the cache does not hold as many tokens as should be removed",
                 expected=f"at most {self.length}",
                 got=-tokens_to_remove,
             )
@@ -169,13 +170,13 @@ class KVLayer(CacheLayerMixin):
                 return
             chosen = indices.to(old.device)
             count = int(chosen.sum()) if chosen.dtype == torch.bool else chosen.numel()
-            new = old.new_empty((count, *old.shape[1:]))
+            new = _block(old[:1].expand(count, -1, -1, -1), old.shape[2])
             new[:, :, : self.length] = old[:, :, : self.length][chosen]
             setattr(self, name, new)
         self._show(self.length)
 
     def offload(self) -> None:
-        raise RegroupError("This cache stays on its device.", remedy="Use transformers' offloaded cache.")
+        raise RegroupError("this cache stays on its device", remedy="use transformers' offloaded cache")
 
     prefetch = offload
 
@@ -265,10 +266,10 @@ class SlidingKVLayer(KVLayer):
         """Forget the last tokens, as long as the window before them is still here."""
         if self.length > self.window and tokens_to_remove < -1:
             raise RegroupError(
-                "The window has moved on, and the tokens before it are gone.",
+                "the window has moved on, and the tokens before it are gone",
                 expected="-1 or 0 tokens to remove",
                 got=tokens_to_remove,
-                remedy="Call cache.activate_past_recording() before the tokens that may be removed.",
+                remedy="call cache.activate_past_recording() before the tokens that may be removed",
             )
         self.order.position = None
         super().crop(tokens_to_remove)
@@ -288,6 +289,20 @@ def _last(block: Tensor, stop: int, count: int) -> Tensor:
     if stop >= count:
         return block[:, :, stop - count : stop]
     return torch.cat((block[:, :, stop - count :], block[:, :, :stop]), 2)
+
+
+def _kinds(pair: tuple[Tensor, Tensor]) -> list[tuple[Any, ...]]:
+    """What must be the same of new states and of the blocks that they are written to: all but the number of tokens."""
+    return [(*each.shape[:2], each.shape[3], each.dtype, each.device) for each in pair]
+
+
+def _form(pair: tuple[Tensor, Tensor]) -> str:
+    key, _ = pair
+    dtypes = dict.fromkeys(str(each.dtype).removeprefix("torch.") for each in pair)
+    widths = dict.fromkeys(str(each.shape[3]) for each in pair)
+    return (
+        f"batch {key.shape[0]}, {key.shape[1]} KV heads of {' and '.join(widths)}, {' and '.join(dtypes)}, {key.device}"
+    )
 
 
 def _block(like: Tensor, capacity: int) -> Tensor:
