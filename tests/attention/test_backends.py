@@ -88,7 +88,7 @@ def test_a_named_backend_that_cannot_serve_says_why() -> None:
         ("triton", {}, "Triton"),
     ]
     for backend, arguments, why in cases:
-        with pytest.raises(RegroupError, match=f"The {backend} backend cannot serve this call") as raised:
+        with pytest.raises(RegroupError, match=f"the {backend} backend cannot serve this call") as raised:
             grouped_query_attention(query, key, value, **arguments, backend=backend)
         assert why in str(raised.value)
         assert "explain" in str(raised.value)

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
 
 from ..errors import RegroupError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# A window as wide as any context, and as kernels count.
+_WIDEST = 1 << 62
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant(function: Function) -> Function:
+    """What ``torch.compiler.assume_constant_result`` does, which would import the compiler: seconds for everybody."""
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
 
 
 @dataclass(frozen=True)
@@ -79,8 +94,7 @@ class Call:
     @property
     def needs_grad(self) -> bool:
         """Whether autograd will ask for this call's gradients."""
-        tensors = (self.query, self.key, self.value, self.mask, self.bias)
-        return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors)
 
     @property
     def learns_scores(self) -> bool:
@@ -88,6 +102,12 @@ class Call:
         return torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in (self.mask, self.bias)
         )
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that there are."""
+        named = (self.query, self.key, self.value, self.mask, self.bias)
+        return tuple(tensor for tensor in named if tensor is not None)
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
         """The keys, first and one past the last, that queries ``start`` to ``stop`` may see by position alone."""
@@ -124,6 +144,24 @@ class Call:
         return seen
 
 
+def hidden_from_kernels(call: Call) -> str | None:
+    """Why a kernel that is given addresses would miss what the tensors of a call are, or None.
+
+    Under ``torch.compile`` the kernel is an operator of the graph, and the tensors are made plain before it runs.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    # Neither is public: torch.func's transformations (vmap, jvp), and forward-mode differentiation.
+    if _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "torch.func or forward-mode differentiation is at work, and follows PyTorch's own operators alone"
+    for tensor in call.tensors:
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            return f"a {type(tensor).__name__} may hold its numbers elsewhere"
+        if tensor.is_neg():
+            return "a tensor is a view that is negated when it is read"
+    return None
+
+
 def _shape(tensor: Tensor) -> str:
     return "(" + ", ".join(str(size) for size in tensor.shape) + ")"
 
@@ -133,52 +171,59 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     named |= {name: (tensor, "(batch, KV heads, keys, width)") for name, tensor in (("key", key), ("value", value))}
     for name, (tensor, form) in named.items():
         if not isinstance(tensor, Tensor):
-            raise RegroupError(f"The {name} is no tensor.", tensor=name, expected=form, got=type(tensor).__name__)
+            raise RegroupError(f"the {name} is no tensor", tensor=name, expected=form, got=type(tensor).__name__)
+        if tensor.is_nested or tensor.layout != torch.strided:
+            raise RegroupError(
+                f"the {name} is not a dense tensor",
+                tensor=name,
+                got="a nested tensor" if tensor.is_nested else tensor.layout,
+                remedy="give a padded tensor and a mask" if tensor.is_nested else f"convert the {name}",
+            )
         if tensor.dim() != 4:
-            raise RegroupError(f"The {name} has no four dimensions.", tensor=name, expected=form, got=_shape(tensor))
+            raise RegroupError(f"the {name} has no four dimensions", tensor=name, expected=form, got=_shape(tensor))
         if tensor.dtype not in DTYPES:
             raise RegroupError(
-                f"Attention does not take a {name} of this dtype.",
+                f"attention does not take a {name} of this dtype",
                 tensor=name,
                 expected="float32, bfloat16, float16 or float64",
                 got=tensor.dtype,
-                remedy=f"Convert the {name}.",
+                remedy=f"convert the {name}",
             )
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype:
             raise RegroupError(
-                f"Query and {name} differ in dtype.",
+                f"query and {name} differ in dtype",
                 tensor=name,
                 expected=query.dtype,
                 got=tensor.dtype,
-                remedy="Convert one of them.",
+                remedy="convert one of them",
             )
         if tensor.device != query.device:
             raise RegroupError(
-                f"Query and {name} are on different devices.",
+                f"query and {name} are on different devices",
                 tensor=name,
                 expected=query.device,
                 got=tensor.device,
-                remedy=f"Move the {name}.",
+                remedy=f"move the {name}",
             )
         if tensor.shape[0] != query.shape[0]:
             raise RegroupError(
-                f"Query and {name} differ in batch.",
+                f"query and {name} differ in batch",
                 tensor=name,
                 expected=query.shape[0],
                 got=tensor.shape[0],
-                remedy="Expand to one batch before (an expanded tensor takes no memory).",
+                remedy="expand to one batch before (an expanded tensor takes no memory)",
             )
     if key.shape[2] == 0:
         raise RegroupError(
-            "There are no keys to attend to.", tensor="key", got=_shape(key), remedy="Give one key or more."
+            "there are no keys to attend to", tensor="key", got=_shape(key), remedy="give one key or more"
         )
     for name, (tensor, form) in named.items():
         if 0 in tensor.shape:
-            raise RegroupError(f"The {name} is empty.", tensor=name, expected=form, got=_shape(tensor))
+            raise RegroupError(f"the {name} is empty", tensor=name, expected=form, got=_shape(tensor))
     if key.shape[3] != query.shape[3]:
         raise RegroupError(
-            "Query and key differ in head_dim.",
+            "query and key differ in head_dim",
             tensor="key",
             expected=f"{query.shape[3]}, as of the query {_shape(query)}",
             got=f"{key.shape[3]} of {_shape(key)}",
@@ -186,18 +231,18 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for which, axis in (("KV heads", 1), ("keys", 2)):
         if key.shape[axis] != value.shape[axis]:
             raise RegroupError(
-                f"Key and value differ in the number of {which}.",
+                f"key and value differ in the number of {which}",
                 tensor="value",
                 expected=f"{key.shape[axis]}, as of the key {_shape(key)}",
                 got=f"{value.shape[axis]} of {_shape(value)}",
             )
     if query.shape[1] % key.shape[1]:
         raise RegroupError(
-            "The query heads do not divide into groups of one size.",
+            "the query heads do not divide into groups of one size",
             tensor="key",
             expected=f"a number of KV heads that divides {query.shape[1]}",
             got=key.shape[1],
-            remedy="Check that heads are the second dimension, (batch, heads, tokens, width).",
+            remedy="check that heads are the second dimension, (batch, heads, tokens, width)",
         )
 
 
@@ -206,30 +251,30 @@ def _broadcast(tensor: Tensor | None, name: str, query: Tensor, key: Tensor) -> 
     if tensor is None:
         return None
     if not isinstance(tensor, Tensor):
-        raise RegroupError(f"The {name} is no tensor.", tensor=name, got=type(tensor).__name__)
+        raise RegroupError(f"the {name} is no tensor", tensor=name, got=type(tensor).__name__)
     may_be_bool = name == "mask"
     if not (tensor.is_floating_point() or (may_be_bool and tensor.dtype == torch.bool)):
         raise RegroupError(
-            f"A {name} cannot be of this dtype.",
+            f"a {name} cannot be of this dtype",
             tensor=name,
             expected="bool (True: may attend) or floating (added to scores)" if may_be_bool else "floating",
             got=tensor.dtype,
-            remedy="Convert a mask of ones and zeros with mask.bool()." if may_be_bool else None,
+            remedy="convert a mask of ones and zeros with mask.bool()" if may_be_bool else None,
         )
     if tensor.device != query.device:
         raise RegroupError(
-            f"Query and {name} are on different devices.", tensor=name, expected=query.device, got=tensor.device
+            f"query and {name} are on different devices", tensor=name, expected=query.device, got=tensor.device
         )
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     sizes = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
     if len(sizes) != 4 or any(size not in (1, wanted) for size, wanted in zip(sizes, full, strict=True)):
         remedy = None
         if tuple(tensor.shape) == (full[0], full[3]):
-            remedy = f"Give padding of (batch, keys) as {name}[:, None, None, :]."
+            remedy = f"give padding of (batch, keys) as {name}[:, None, None, :]"
         elif tensor.dim() == 3 and tensor.shape[0] == full[0]:
-            remedy = f"Give what is the same for all heads as {name}[:, None]."
+            remedy = f"give what is the same for all heads as {name}[:, None]"
         raise RegroupError(
-            f"The {name} does not fit the scores.",
+            f"the {name} does not fit the scores",
             tensor=name,
             expected=f"what broadcasts to (batch, heads, queries, keys) = {full}",
             got=_shape(tensor),
@@ -265,17 +310,27 @@ def make_call(
     bias = _broadcast(bias, "bias", query, key)
     if is_causal and query.shape[2] > key.shape[2]:
         raise RegroupError(
-            "Causal attention has more queries than keys: the first queries would see nothing.",
+            "causal attention has more queries than keys: the first queries would see nothing",
             tensor="query",
             expected=f"at most {key.shape[2]} queries",
             got=query.shape[2],
-            remedy="Give the keys of all tokens, those of the queries among them.",
+            remedy="give the keys of all tokens, those of the queries among them",
         )
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise RegroupError("The window holds no key.", expected="None or a whole number of 1 and more", got=window)
+        raise RegroupError("the window is no whole number of keys", expected="None, 1 or more", got=repr(window))
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if number is not None and not isinstance(number, Real):
+            raise RegroupError(
+                f"the {name} is no number",
+                expected="None or a number",
+                got=type(number).__name__,
+                remedy="multiply the query by a trained scale, and give scale=1" if name == "scale" else None,
+            )
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise RegroupError("The soft cap is no positive number.", expected="None or more than 0", got=softcap)
+        raise RegroupError("the soft cap is no positive number", expected="None or more than 0", got=softcap)
     factor = query.shape[3] ** -0.5 if scale is None else scale
     if not math.isfinite(factor):
-        raise RegroupError("The scale is no finite number.", got=scale)
+        raise RegroupError("the scale is no finite number", got=scale)
+    if window is not None:
+        window = min(window, _WIDEST)
     return Call(query, key, value, mask, bias, bool(is_causal), factor, window, softcap)

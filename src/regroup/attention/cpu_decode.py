@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .call import Call
+from .call import Call, constant, hidden_from_kernels
 from .cpu_build import build, parallel
 
 # Query positions: beyond them attention is a matrix product for which there are better kernels.
@@ -37,13 +37,13 @@ class _Call(ctypes.Structure):
     )
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _missing() -> str | None:
     """Why the kernel is not there."""
     return build().reason
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _features() -> int:
     library = build().library
     return 0 if library is None else library.regroup_features()
@@ -69,6 +69,9 @@ def reason(call: Call) -> str | None:
     for name, extra in (("mask", call.mask), ("bias", call.bias)):
         if extra is not None and extra.dtype not in _TYPES:
             return f"a {name} of {extra.dtype} is not served"
+    hidden = hidden_from_kernels(call)
+    if hidden is not None:
+        return hidden
     missing = _missing()
     if missing is not None:
         return f"the compiled kernel is missing: {missing}"
@@ -147,6 +150,11 @@ def _(
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
+def _is_recorded() -> bool:
+    """Whether ``torch.jit.trace`` or a dispatch mode (``make_fx``, a profiler of operators) looks on."""
+    return torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+
+
 def run(call: Call) -> Tensor:
     """Attention by the compiled kernel, with sums in float32 (bfloat16 products where the processor has them).
 
@@ -156,6 +164,6 @@ def run(call: Call) -> Tensor:
         (B, H, T, Dv) in the query's dtype.
     """
     arguments = (call.query, call.key, call.value, call.mask, call.bias, call.is_causal, call.scale)
-    # The dispatcher costs as much as a short context does; only a compiler needs the call in its graph.
-    op = _op if torch.compiler.is_compiling() else _decode
+    # The dispatcher costs as much as a short context does; only who records operators needs to see one.
+    op = _op if torch.compiler.is_compiling() or _is_recorded() else _decode
     return op(*arguments, call.window, call.softcap)

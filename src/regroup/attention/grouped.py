@@ -148,14 +148,14 @@ def grouped_query_attention(
         query, key, value, mask=mask, bias=bias, is_causal=is_causal, scale=scale, window=window, softcap=softcap
     )
     if backend not in BACKENDS:
-        raise RegroupError("There is no such backend.", expected=", ".join(BACKENDS), got=backend)
+        raise RegroupError("there is no such backend", expected=", ".join(BACKENDS), got=backend)
     if backend == "auto":
         return _MODULES[_choose(call)].run(call)
     module = _MODULES[backend]
     why_not = module.reason(call)
     if why_not is not None:
         raise RegroupError(
-            f"The {backend} backend cannot serve this call: {why_not}.",
-            remedy='Take backend="auto"; regroup.attention.explain(…) says what it chooses.',
+            f"the {backend} backend cannot serve this call: {why_not}",
+            remedy='take backend="auto"; regroup.attention.explain(…) says what it chooses',
         )
     return module.run(call)

@@ -95,10 +95,10 @@ def attention_forward(
 
 def _refusal(module: nn.Module, what: str, got: str) -> RegroupError:
     return RegroupError(
-        f'attn_implementation="{NAME}" does not have {what}.',
+        f'attn_implementation="{NAME}" does not have {what}',
         layer=type(module).__name__,
         got=got,
-        remedy='Use attn_implementation="eager".',
+        remedy='use attn_implementation="eager"',
     )
 
 
@@ -219,10 +219,10 @@ def check_family(config: type) -> None:
             modeling = importlib.import_module(name)
     if modeling is not None and name != config.__module__ and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
         raise RegroupError(
-            f'attn_implementation="{NAME}" cannot serve a family that does not use the attention interface.',
+            f'attn_implementation="{NAME}" cannot serve a family that does not use the attention interface',
             layer=name.rpartition(".")[2],
             expected="a family whose attention goes through the interface",
-            remedy='Load it with attn_implementation="eager", or "sdpa" where it has that.',
+            remedy='load it with attn_implementation="eager", or "sdpa" where it has that',
         )
 
 

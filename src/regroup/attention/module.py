@@ -71,16 +71,16 @@ class GroupedQueryAttention(nn.Module):
         groups = num_heads if num_kv_heads is None else num_kv_heads
         if groups < 1 or num_heads % groups:
             raise RegroupError(
-                "The query heads do not divide into groups of one size.",
+                "the query heads do not divide into groups of one size",
                 expected=f"num_kv_heads that divides {num_heads}",
                 got=groups,
             )
         if head_dim is None and hidden_size % num_heads:
             raise RegroupError(
-                "The hidden size does not divide into heads.",
+                "the hidden size does not divide into heads",
                 expected=f"a multiple of {num_heads}",
                 got=hidden_size,
-                remedy="Give head_dim.",
+                remedy="give head_dim",
             )
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, groups
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
@@ -95,7 +95,7 @@ class GroupedQueryAttention(nn.Module):
         self.rotary, self.rotary_dim = rotary, self.head_dim if rotary_dim is None else rotary_dim
         if rotary is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
             raise RegroupError(
-                "Rotary embeddings turn pairs of numbers.",
+                "rotary embeddings turn pairs of numbers",
                 expected=f"an even rotary_dim of {self.head_dim} at most",
                 got=self.rotary_dim,
             )
@@ -130,7 +130,7 @@ class GroupedQueryAttention(nn.Module):
         """
         if states.dim() != 3 or states.shape[2] != self.hidden_size:
             raise RegroupError(
-                "The states do not fit the layer.",
+                "the states do not fit the layer",
                 expected=f"(batch, length, {self.hidden_size})",
                 got=tuple(states.shape),
             )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call
+from .call import Call, constant, hidden_from_kernels
 
 MAX_QUERIES = 64
 MAX_WIDTH = 256
@@ -22,7 +22,7 @@ _FEWEST_KEYS = 128  # of a part
 _MOST_PARTS = 128
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _missing() -> str | None:
     """Why there is no Triton."""
     try:
@@ -32,7 +32,7 @@ def _missing() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` before it is imported), on any tensor."""
     from triton import knobs
@@ -53,6 +53,9 @@ def reason(call: Call) -> str | None:
     device = call.query.device.type
     if device not in ("cuda", "xpu", "cpu"):
         return f"Triton does not run on {device}"
+    hidden = hidden_from_kernels(call)
+    if hidden is not None:
+        return hidden
     missing = _missing()
     if missing is not None:
         return missing
