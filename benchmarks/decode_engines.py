@@ -19,6 +19,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,8 +53,10 @@ class Worker:
     """An engine in a process of its own."""
 
     def __init__(self, arguments: list[str]) -> None:
+        # A file, not a pipe: some engines write more than a pipe holds, and would wait for a reader.
+        self.said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
-            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True
         )
         self.facts = self._hear()
 
@@ -68,16 +71,18 @@ class Worker:
 
     def _hear(self) -> Any:
         assert self.process.stdout is not None
-        assert self.process.stderr is not None
         line = self.process.stdout.readline()
         if line:
             return json.loads(line)
-        said = [line for line in self.process.stderr.read().strip().splitlines() if line.strip()]
-        raise RuntimeError(said[-1][:400] if said else f"ended with status {self.process.wait()}")
+        status = self.process.wait()
+        self.said.seek(0)
+        said = [line for line in self.said.read().splitlines() if line.strip()]
+        raise RuntimeError(said[-1][:400] if said else f"ended with status {status}")
 
     def end(self) -> None:
         self.process.kill()
         self.process.communicate()
+        self.said.close()
 
 
 def pair(
