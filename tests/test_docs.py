@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +150,19 @@ def test_every_room_is_described() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
         assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_tables_are_what_their_records_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("doc_tables", ROOT / "recipes/doc_tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "doc_tables", tables)
+    spec.loader.exec_module(tables)
+    assert tables.stale() == []
+    # A figure that is changed by hand is found.
+    (tmp_path / "docs").mkdir()
+    for table in tables.TABLES.values():
+        text = (ROOT / table.page).read_text(encoding="utf-8")
+        (tmp_path / table.page).write_text(text.replace("+1.2", "+1.3"), encoding="utf-8")
+    assert "demo" in tables.stale(tmp_path)
