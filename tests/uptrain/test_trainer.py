@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import runs
 import tiny
 from helpers import assert_same_tensors, config_of, copy, edit_json, everything, tensors
 from regroup.errors import RegroupError
