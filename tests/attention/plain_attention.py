@@ -44,9 +44,9 @@ def plain(
     if window is not None:
         seen = seen & (torch.arange(S) > own - window)
     added = torch.where(seen, added, float("-inf"))
-    scale = D**-0.5 if scale is None else scale
+    factor = D**-0.5 if scale is None else scale
     if softcap is None:
-        return scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
-    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * scale / softcap) + added
+        return scaled_dot_product_attention(query, key, value, attn_mask=added, scale=factor)
+    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * factor / softcap) + added
     weights = torch.softmax(scores, -1)
     return torch.where(weights.isnan(), 0.0, weights) @ value
