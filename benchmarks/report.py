@@ -9,6 +9,7 @@ python benchmarks/report.py --check    # says whether the page is what the recor
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -139,6 +140,8 @@ def _share_goal(what: str, shares: list[float], least: float) -> str:
 def operator(record: Record) -> list[str]:
     found = [shape for shape in record["results"]["shapes"] if "ways" in shape]
     shapes = [shape for shape in found if (shape["other_processes_share_of_cpu"] or 0) <= DISTURBED]
+    done = record["configuration"]
+    whole = math.prod(len(done[name]) for name in ("kv_heads", "batch", "context", "dtype"))
     left_out = [shape for shape in record["results"]["shapes"] if "left_out" in shape]
     return [
         "## The operator",
@@ -156,7 +159,8 @@ def operator(record: Record) -> list[str]:
         "",
         *operator_goals(shapes),
         *operator_table(shapes),
-        f"{len(found) - len(shapes)} of {len(found)} shapes were disturbed by other processes and are not shown. "
+        f"{len(found) - len(shapes)} of {len(found)} shapes were disturbed by other processes and are not shown; "
+        f"{whole - len(found) - len(left_out)} of the grid are not measured yet. "
         f"{len(left_out)} shapes with more than {record['configuration']['limit_bytes'] / 1e9:g} GB of keys and values "
         "were left out. FlexAttention compiles anew for each shape and is left out here (`--flex`).",
         "",
