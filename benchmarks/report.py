@@ -147,7 +147,7 @@ def operator(record: Record) -> list[str]:
         "## The operator",
         "",
         "One decoding step of one layer, 32 query heads of 128, milliseconds, medians of runs in turns. `regroup` is the",
-        "choice of `backend=\"auto\"`, `regroup cpu` the compiled kernel, `regroup packed` PyTorch alone; `enable_gqa` is",
+        "choice of `backend=\"auto\"`, with \"cpu\" the compiled kernel and with \"packed\" PyTorch alone; `enable_gqa` is",
         "`scaled_dot_product_attention(enable_gqa=True)`, `packed_sdpa` the same with the heads of a group folded into",
         "the query length, `repeat` with KV heads repeated first. More than 100% of the floor is a product faster than",
         f"PyTorch's. {conditions(record)}.",
