@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -205,3 +209,14 @@ def refused(*arguments: object) -> str:
 @torch.no_grad()
 def logits(model: Any, name: str, *, length: int = 7) -> Tensor:
     return model(**tiny.inputs(name, 2, length)).logits
+
+
+def load_recipe(name: str, patch: pytest.MonkeyPatch) -> ModuleType:
+    """A recipe as a module; recipes are programs in a folder, not a package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"recipes/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    patch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import typer.main
 
 import regroup
+from helpers import load_recipe
 from regroup.cli import app
 from regroup.layout.families import FAMILIES, Family
 
@@ -153,12 +152,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_tables_are_what_their_records_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("doc_tables", ROOT / "recipes/doc_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tables = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "doc_tables", tables)
-    spec.loader.exec_module(tables)
+    tables = load_recipe("doc_tables", monkeypatch)
     assert tables.stale() == []
     # A figure that is changed by hand is found.
     (tmp_path / "docs").mkdir()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+from helpers import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 WORDS = (
@@ -19,25 +19,14 @@ WORDS = (
 ) * 2
 
 
-def _load(name: str, patch: pytest.MonkeyPatch) -> ModuleType:
-    """A recipe as a module; recipes are programs in a folder, not a package."""
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    patch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def parent(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return _load("g2p_parent", monkeypatch)
+    return load_recipe("g2p_parent", monkeypatch)
 
 
 @pytest.fixture
 def conversion(parent: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return _load("g2p_conversion", monkeypatch)
+    return load_recipe("g2p_conversion", monkeypatch)
 
 
 @pytest.mark.parametrize(

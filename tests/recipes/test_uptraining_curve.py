@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-import runs
 
+import runs
 import texts
+from helpers import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-
-
-def recipe(name: str, patch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    patch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(("optimum", "wanted"), [(0.001, 0.001), (0.0003, 0.00025), (0.009, 0.008)])
@@ -37,13 +25,13 @@ def test_rates_are_tried_until_the_best_has_neighbours(
         asked.append(rate)
         return abs(rate - optimum)
 
-    found = recipe("uptraining_curve", monkeypatch).best_rate([0.002, 0.001], loss)
+    found = load_recipe("uptraining_curve", monkeypatch).best_rate([0.002, 0.001], loss)
     assert found == wanted
     assert {found / 2, found * 2} <= set(asked)
 
 
 def test_rows_are_averaged_over_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    curve = recipe("uptraining_curve", monkeypatch)
+    curve = load_recipe("uptraining_curve", monkeypatch)
     same = {"way": "ours", "num_key_value_heads": 2, "asked": 100, "tokens": 128, "flops": 7}
     rows = [same | {"nats_per_token": loss} for loss in (2.0, 4.0)] + [same | {"asked": 200, "nats_per_token": 9.0}]
     first, second = curve.summarise(rows, 1.0)
@@ -53,13 +41,13 @@ def test_rows_are_averaged_over_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stories_end_at_their_mark_or_begin_with_an_opening(monkeypatch: pytest.MonkeyPatch) -> None:
-    stories = recipe("stories", monkeypatch).stories
+    stories = load_recipe("stories", monkeypatch).stories
     assert stories("a b\n<|endoftext|>\nOne day,\n\nOne day, c\n<|endoftext|>\n") == ["a b", "One day,\n\nOne day, c"]
     assert stories("Once upon a time x\n\ny\n\nOne day, z") == ["Once upon a time x\n\ny", "One day, z"]
 
 
 def test_the_whole_table_on_a_small_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    curve = recipe("uptraining_curve", monkeypatch)
+    curve = load_recipe("uptraining_curve", monkeypatch)
     parent, _ = runs.pair(tmp_path)
     for name, times in (("train", 60), ("held", 12)):
         lines = (json.dumps({"text": f"{number} {texts.TEXT[:400]}"}) for number in range(times))
