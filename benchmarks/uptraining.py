@@ -5,6 +5,10 @@
 Four ways, in turn, ``--rounds`` times: plain Trainer on the parent (its text tokenised before the clock starts),
 ``regroup uptrain`` of the child on cross-entropy, with KL to the parent, and with KL and hidden states. One round more
 warms up and does not count. Times are of whole runs, from the first batch to the last step.
+
+Utilisation is the model's FLOPs (forward and backward, the teacher's forward; nothing that is computed again counts) a
+second over the rate of a large matrix product of the same dtype, measured between rounds: what PyTorch reaches on this
+device, not what its maker states.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Trainer, TrainingArguments
 
+from regroup.bench.machine import timed
 from regroup.data import read_texts, token_windows
 from regroup.models import load, load_tokenizer
 from regroup.record import record, write_record
@@ -55,8 +60,8 @@ def plain(parent: Path, windows: torch.Tensor, steps: int, batch: int, device: s
         return float(trainer.train().metrics["train_runtime"])
 
 
-def ours(child: Path, data: Path, steps: int, batch: int, window: int, **settings: Any) -> float:
-    """Seconds of the training of ``regroup uptrain``, with its reading and tokenising."""
+def ours(child: Path, data: Path, steps: int, batch: int, window: int, **settings: Any) -> tuple[float, int]:
+    """Seconds and FLOPs of the training of ``regroup uptrain``, with its reading and tokenising."""
     with tempfile.TemporaryDirectory() as scratch:
         recipe = Recipe(
             model=str(child),
@@ -72,7 +77,16 @@ def ours(child: Path, data: Path, steps: int, batch: int, window: int, **setting
         )
         done = uptrain(recipe)
         assert done.record is not None
-        return float(done.record["results"]["seconds"])
+        return float(done.record["results"]["seconds"]), int(done.record["results"]["flops"])
+
+
+@torch.inference_mode()
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs a second of a large matrix product, the best of some runs."""
+    size = 2048 if device.type == "cpu" else 8192
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    left @ right
+    return 2 * size**3 / min(timed(lambda: left @ right, device) for _ in range(10))
 
 
 def main(
@@ -91,16 +105,20 @@ def main(
     assert len(windows) == steps * batch, "there is too little text"
     shared: dict[str, Any] = {"device": device, "dtype": dtype}
     taught = {"teacher": str(parent), **shared}
-    ways: dict[str, Callable[[], float]] = {
-        "plain Trainer, the parent": lambda: plain(parent, windows, steps, batch, device, dtype),
+    ways: dict[str, Callable[[], tuple[float, int | None]]] = {
+        "plain Trainer, the parent": lambda: (plain(parent, windows, steps, batch, device, dtype), None),
         "cross-entropy": lambda: ours(child, data, steps, batch, window, **shared),
         "KL": lambda: ours(child, data, steps, batch, window, hidden_weight=0.0, **taught),
         "KL and hidden states": lambda: ours(child, data, steps, batch, window, **taught),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    flops: dict[str, int | None] = {}
+    rates: list[float] = []
+    place = torch.device("cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda")
     for number in range(rounds + 1):
+        rates.append(matrix_rate(place, getattr(torch, dtype)))
         for name, run in ways.items():
-            took = run()
+            took, flops[name] = run()
             if number:
                 seconds[name].append(took)
             Console(stderr=True).print(f"round {number}: {name}: {took:.1f} s")
@@ -113,6 +131,8 @@ def main(
             "fastest": tokens / min(took),
             "time_to_plain": median(a / b for a, b in zip(took, seconds["plain Trainer, the parent"], strict=True)),
             "time_to_cross_entropy": median(a / b for a, b in zip(took, seconds["cross-entropy"], strict=True)),
+            "flops": flops[name],
+            "utilisation": None if (work := flops[name]) is None else work / median(took) / median(rates),
         }
         for name, took in seconds.items()
     ]
@@ -126,10 +146,12 @@ def main(
         "batch": batch,
         "window": window,
         "rounds": rounds,
+        "device": place.type,
         "dtype": dtype,
     }
-    write_record(output, record("uptraining-throughput", configuration, {"ways": rows, "seconds": seconds}))
-    table = Table("way", "tokens/s", "slowest – fastest", "time to plain", "time to cross-entropy")
+    results = {"ways": rows, "seconds": seconds, "matrix_flops_per_second": rates}
+    write_record(output, record("uptraining-throughput", configuration, results))
+    table = Table("way", "tokens/s", "slowest – fastest", "time to plain", "time to cross-entropy", "utilisation")
     for row in rows:
         table.add_row(
             row["way"],
@@ -137,6 +159,7 @@ def main(
             f"{row['slowest']:,.0f} – {row['fastest']:,.0f}",
             f"{row['time_to_plain']:.2f}",
             f"{row['time_to_cross_entropy']:.2f}",
+            "–" if row["utilisation"] is None else f"{row['utilisation']:.0%}",
         )
     Console(stderr=True).print(table)
 

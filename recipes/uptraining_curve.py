@@ -133,13 +133,16 @@ def main(
     bos: Annotated[bool, typer.Option(help="Held-out windows begin with the tokenizer's mark of a beginning.")] = True,
     document_starts: Annotated[bool, typer.Option(help="Windows begin where documents do; otherwise anywhere.")] = True,
     work: Annotated[Path, typer.Option(help="Where results are kept as they come.")] = Path("uptraining-work"),
+    go_on: Annotated[Path | None, typer.Option(help="A record whose runs and learning rates are kept.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o")] = None,
     figure: Annotated[Path | None, typer.Option(help="Where to draw the curves.")] = None,
 ) -> None:
     work.mkdir(parents=True, exist_ok=True)
     bench, base = prepare(parent, train, held_out, window, windows, batch, work, starts=document_starts, bos=bos)
     kept = work / "rows.jsonl"
-    rows: list[dict[str, Any]] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    earlier = earlier_runs(go_on, base) if go_on else {"runs": [], "chosen": {}}
+    rows: list[dict[str, Any]] = list(earlier["runs"])
+    rows += [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
 
     def have(way: Way, heads: int, count: int, rate: float, seed: int) -> dict[str, Any]:
         key = {"way": way.name, "num_key_value_heads": heads, "asked": count, "rate": rate, "seed": seed}
@@ -158,7 +161,7 @@ def main(
     middle = parse_count(choose_at) if choose_at else sorted(budgets)[len(budgets) // 2]
     groups, choices = [int(part) for part in kv_heads.split(",")], [float(part) for part in rates.split(",")]
     # Once for each way, on text of its own.
-    chosen = {
+    chosen = earlier["chosen"] or {
         (way.name, heads): best_rate(
             choices,
             lambda rate, way=way, heads=heads: have(way, heads, middle, rate, 0)["tuning_nats_per_token"],
@@ -195,6 +198,19 @@ def main(
     show(table)
     if figure is not None:
         draw(table, figure)
+
+
+def earlier_runs(path: Path, base: float) -> dict[str, Any]:
+    """Runs and chosen rates of a record on the same texts: their parent's loss tells."""
+    earlier = json.loads(path.read_text())
+    found = earlier["results"]["parent_nats_per_token"]
+    if abs(found - base) > 1e-5:
+        raise SystemExit(f"{path}: the parent has {found:.6f} nats a token there and {base:.6f} here: other texts")
+    chosen = earlier["configuration"]["chosen_rates"]
+    return {
+        "runs": earlier["results"]["runs"],
+        "chosen": {(row["way"], row["num_key_value_heads"]): row["rate"] for row in chosen},
+    }
 
 
 def best_rate(choices: list[float], loss: Callable[[float], float]) -> float:
