@@ -3,7 +3,7 @@
 from .gguf import read_gguf
 from .header import TensorEntry, read_header
 from .reader import Checkpoint, open_checkpoint
-from .source import fetch, headers_of, is_hub_id, remote_headers
+from .source import fetch, fingerprint, headers_of, is_hub_id, remote_headers
 from .writer import ShardFile, staged_folder
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "ShardFile",
     "TensorEntry",
     "fetch",
+    "fingerprint",
     "headers_of",
     "is_hub_id",
     "open_checkpoint",

@@ -3,51 +3,170 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from ..errors import RegroupError
+from .options import check_file
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a hub id.")],
     data: Annotated[
-        Path,
+        Path | None,
         typer.Option(help="Held-out text, JSON lines with text, or for encoder-decoders pairs; perhaps gzipped."),
-    ],
-    teacher: Annotated[str | None, typer.Option(help="The parent: adds KL and top-1 agreement.")] = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
-    windows: Annotated[int | None, typer.Option(min=1, help="Windows or pairs at most.")] = None,
+    ] = None,
+    task: Annotated[Path | None, typer.Option(help="A task's YAML file: answers are generated, or chosen.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, such as arc_easy,piqa.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="With --data: the parent; adds KL and top-1 agreement.")] = None,
+    window: Annotated[int, typer.Option(min=2, help="With --data: tokens a window.")] = 512,
+    windows: Annotated[int | None, typer.Option(min=1, help="With --data: windows or pairs at most.")] = None,
     document_starts: Annotated[
-        bool, typer.Option("--document-starts", help="One window from the start of each long enough document.")
+        bool,
+        typer.Option("--document-starts", help="With --data: one window from the start of each long enough document."),
     ] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Windows or pairs at a time.")] = 8,
+    outputs: Annotated[
+        Path | None,
+        typer.Option(help="With --task: keep each answer here, and go on from it. [default: beside --output]"),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="With --task: another model's outputs, to compare with row by row.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="With --tasks: folder with more task files.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: rows of each task at most.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows, pairs or rows at a time.")] = 8,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the JSON record here.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the JSON record.")] = False,
 ) -> None:
-    """Nats a token, perplexity and bits a byte on held-out text; with --teacher, the distance from the parent."""
-    from ..console import count_progress, out
-    from ..evaluate.run import evaluate as run
+    """Loss on held-out text (--data), answers to a task (--task), or tasks of lm-evaluation-harness (--tasks).
+
+    --data gives nats a token, perplexity and bits a byte; with --teacher, the distance from the parent.
+    """
     from ..record import write_record
 
-    with count_progress("evaluating", None) as progress:
-        record = run(
-            model,
-            data,
-            teacher=teacher,
-            window=window,
-            windows=windows,
-            document_starts=document_starts,
-            batch_size=batch,
-            dtype=dtype,
-            device=device,
-            progress=progress,
-        )
+    _check_options(
+        {"--data": data, "--task": task, "--tasks": tasks},
+        {
+            "--data": {"--teacher": teacher, "--windows": windows, "--document-starts": document_starts or None},
+            "--task": {"--outputs": outputs, "--against": against},
+            "--tasks": {"--include-path": include_path, "--limit": limit},
+        },
+    )
+    if output is not None:
+        check_file(output)
+    shared: dict[str, Any] = {"batch_size": batch, "dtype": dtype, "device": device}
+    if data is not None:
+        from ..console import count_progress
+        from ..evaluate.run import evaluate as run
+
+        with count_progress("evaluating", None) as progress:
+            record = run(
+                model,
+                data,
+                teacher=teacher,
+                window=window,
+                windows=windows,
+                document_starts=document_starts,
+                progress=progress,
+                **shared,
+            )
+    elif task is not None:
+        record = _answers(model, task, outputs, output, against, shared)
+    else:
+        from ..evaluate.harness import evaluate_harness
+
+        assert tasks is not None
+        record = evaluate_harness(model, tasks.split(","), include=include_path, limit=limit, **shared)
     if output is not None:
         write_record(output, record)
     if json:
         write_record(None, record)
+    else:
+        _show(record)
+
+
+def _check_options(ways: dict[str, Any], own: dict[str, dict[str, Any]]) -> None:
+    """One way to evaluate, and no option of another."""
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) != 1:
+        raise RegroupError(
+            "there is no way to evaluate" if not given else "there are several ways to evaluate",
+            expected="one of --data, --task and --tasks",
+            got=", ".join(given) or "none of them",
+        )
+    for way, options in own.items():
+        useless = [name for name, value in options.items() if value is not None]
+        if way != given[0] and useless:
+            raise RegroupError(
+                "an option belongs to another way to evaluate",
+                expected=f"{', '.join(useless)} with {way} alone",
+                got=given[0],
+                remedy="leave it out",
+            )
+
+
+def _answers(
+    model: str, file: Path, outputs: Path | None, output: Path | None, against: Path | None, shared: dict[str, Any]
+) -> dict[str, Any]:
+    from ..console import count_progress
+    from ..evaluate.answers import evaluate_task
+    from ..evaluate.task import Task
+
+    task = Task.load(file)
+    if outputs is None and output is not None:
+        outputs = output.with_suffix(".outputs.jsonl")
+    if outputs is not None:
+        check_file(outputs)
+    done = 0
+    with count_progress(task.name, len(task.rows())) as progress:
+
+        def count(answered: int, _: int) -> None:
+            nonlocal done
+            progress(answered - done)
+            done = answered
+
+        return evaluate_task(model, task, outputs=outputs, against=against, progress=count, **shared)
+
+
+def _show(record: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from ..console import out
+
+    results = record["results"]
+    if record["kind"] == "evaluate/task":
+        compared = record["configuration"]["against"]
+        more = () if compared is None else (f"less {compared}", "95% interval", "p")
+        table = Table("metric", "value", "95% interval", *more, title=f"{results['rows']} rows")
+        for name, found in results["metrics"].items():
+            cells = [
+                name.replace("_", "-"),
+                _figure(found["value"]),
+                f"{_figure(found['low'])} – {_figure(found['high'])}",
+            ]
+            if compared is not None:
+                other = found["difference"]
+                cells += [
+                    f"{other['value']:+.4g}",
+                    f"{other['low']:+.4g} – {other['high']:+.4g}",
+                    f"{other['p']:.3f}",
+                ]
+            table.add_row(*cells)
+        out.print(table)
         return
-    for name, value in record["results"].items():
+    if record["kind"] == "evaluate/harness":
+        table = Table("task", "metric", "value")
+        for task, found in results["tasks"].items():
+            for name, value in found.items():
+                table.add_row(task, name, _figure(value))
+        out.print(table)
+        return
+    for name, value in results.items():
         out.print(f"{name:<24}{value:,}" if isinstance(value, int) else f"{name:<24}{value:.4f}")
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"

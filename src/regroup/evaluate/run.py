@@ -51,8 +51,7 @@ def evaluate(
     Raises:
         RegroupError: anything missing, unreadable or mismatched.
     """
-    if dtype not in _DTYPES:
-        raise RegroupError("the dtype is not known", expected=", ".join(_DTYPES), got=dtype)
+    check_dtype(dtype)
     if not data.is_file():
         raise RegroupError("the data cannot be read", file=data, expected="a file", got="no such file")
     place = device_named(device)
@@ -111,6 +110,16 @@ def evaluate(
         "device": torch.device(place).type,
     }
     return record("evaluate/language-modeling", configuration, results)
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a dtype that weights cannot have.
+
+    Raises:
+        RegroupError: naming those that there are.
+    """
+    if dtype not in _DTYPES:
+        raise RegroupError("the dtype is not known", expected=", ".join(_DTYPES), got=dtype)
 
 
 def load_for_scoring(folder: Path, dtype: str, device: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..checkpoint import Checkpoint, fetch
+from ..checkpoint import Checkpoint, fetch, fingerprint
 from ..data import Batch
 from ..errors import RegroupError
 from ..models import load, load_tokenizer
@@ -35,7 +35,7 @@ from .objective import Objective, keeps_documents_apart, make_objective
 from .processes import world
 from .recipe import Recipe, resolved
 from .stream import held_out_examples, open_stream
-from .teacher import Teacher, fingerprint
+from .teacher import Teacher
 
 
 @dataclass

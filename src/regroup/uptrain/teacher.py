@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,16 +87,3 @@ class Teacher:
         self.cache.write(numbers, counts, known)
         # What was rounded is used at once, so that a run with a full cache learns the same.
         return Lesson(self.cache.read(numbers, counts, targets.device) or known)
-
-
-def fingerprint(folder: Path) -> str:
-    """Tells checkpoints apart: config, and size and first and last megabyte of each weight file."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]

@@ -1,0 +1,85 @@
+"""Prompts as token ids, as a model of either kind reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import RegroupError
+from .task import Row, Task
+
+
+def encode(rows: Sequence[Row], task: Task, tokenizer: Any, model: Any) -> list[list[int]]:
+    """Token ids of each row's prompt.
+
+    An encoder's input is what the tokenizer makes of it, special tokens included. A decoder's begins with the
+    beginning-of-sequence token where the tokenizer puts one, and never ends with a token of the tokenizer's: the answer
+    follows.
+
+    Raises:
+        RegroupError: a prompt without a token, or longer than the model's positions.
+    """
+    if task.source_language is not None:
+        if not hasattr(tokenizer, "src_lang"):
+            raise RegroupError(
+                "the task names a source language, and the tokenizer knows none", got=task.source_language
+            )
+        tokenizer.src_lang = task.source_language
+    seq2seq, most = bool(model.config.is_encoder_decoder), task.max_source_tokens
+    found = []
+    for row in rows:
+        if seq2seq:
+            cut = {"truncation": True, "max_length": most} if most else {}
+            ids = list(tokenizer(row.prompt, verbose=False, **cut)["input_ids"])
+        else:
+            ids = decoder_ids(row.prompt, tokenizer, most)
+        if not ids:
+            raise RegroupError(
+                "a prompt has no tokens", file=task.data, expected="some text", got=repr(row.prompt), remedy="fill it"
+            )
+        found.append(ids)
+    limit = positions(model)
+    longest = max(map(len, found)) + (0 if seq2seq else task.max_new_tokens)
+    if limit is not None and longest > limit:
+        raise RegroupError(
+            "a prompt is longer than the model's positions",
+            file=task.data,
+            expected=f"at most {limit} tokens" + ("" if seq2seq else f", {task.max_new_tokens} new ones included"),
+            got=longest,
+            remedy="set max-source-tokens in the task",
+        )
+    return found
+
+
+def decoder_ids(prompt: str, tokenizer: Any, most: int | None = None) -> list[int]:
+    """A decoder's prompt: its end, after the beginning-of-sequence token where the tokenizer puts one."""
+    bos = tokenizer.bos_token_id
+    starts = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    ids = list(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+    head = [bos] if starts else []
+    return head + (ids[-(most - len(head)) :] if most else ids)
+
+
+def positions(model: Any) -> int | None:
+    """The longest sequence that a model with a fixed number of positions takes, or None."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions"):
+        limit = getattr(config, name, None)
+        # T5's n_positions is a leftover: its positions are relative.
+        if isinstance(limit, int) and config.model_type not in ("t5", "mt5", "umt5"):
+            return limit
+    return None
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (rows, longest) int64 and their mask, filled up on one side."""
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), fill, dtype=torch.int64)
+    mask = torch.zeros((len(rows), length), dtype=torch.int64)
+    for number, row in enumerate(rows):
+        place = slice(length - len(row), length) if left else slice(0, len(row))
+        ids[number, place] = torch.tensor(row, dtype=torch.int64)
+        mask[number, place] = 1
+    return ids, mask
