@@ -131,7 +131,7 @@ def test_paired_differences_see_what_unpaired_intervals_hide() -> None:
     def mean(sums: np.ndarray) -> float:
         return float(sums[0] / sums[1])
 
-    found = paired(*rows, mean)
+    found = paired(rows[0], rows[1], mean)
     assert found.value == pytest.approx(0.05)
     assert found.low == pytest.approx(0.05)
     assert found.p == pytest.approx(2 / 1001)
@@ -145,5 +145,5 @@ def test_p_values_are_as_likely_as_they_say() -> None:
     found = []
     for trial in range(200):
         rows = [np.stack([draw.normal(size=60), np.ones(60)], 1) for _ in range(2)]
-        found.append(paired(*rows, lambda sums: float(sums[0] / sums[1]), seed=trial).p)
+        found.append(paired(rows[0], rows[1], lambda sums: float(sums[0] / sums[1]), seed=trial).p)
     assert 0.01 < np.mean(np.array(found) < 0.05) < 0.11

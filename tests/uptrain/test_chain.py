@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 from transformers import AutoModelForCausalLM
 
+import runs
 import texts
 from helpers import everything, refused, run, tensors
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 
+import runs
 from helpers import assert_same_tensors, everything, tensors
 
 pytestmark = pytest.mark.slow

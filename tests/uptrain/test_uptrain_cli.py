@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import runs
 
+import runs
 from helpers import everything, refused, run
 
 

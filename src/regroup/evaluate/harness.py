@@ -68,8 +68,11 @@ def evaluate_harness(
     folder, place = fetch(model), device_named(device)
     loaded, tokenizer = load_for_scoring(folder, dtype, place), load_tokenizer(folder)
     backend = "seq2seq" if loaded.config.is_encoder_decoder else "causal"
-    wrapped = HFLM(pretrained=loaded, tokenizer=tokenizer, backend=backend, batch_size=batch_size)
-    found: Any = simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False)
+    # Their decorators hide what both take.
+    made: Any = HFLM
+    evaluator: Any = simple_evaluate
+    wrapped = made(pretrained=loaded, tokenizer=tokenizer, backend=backend, batch_size=batch_size)
+    found = evaluator(wrapped, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False)
     results = {
         task: {name: value for name, value in values.items() if _is_figure(value)}
         for task, values in found["results"].items()

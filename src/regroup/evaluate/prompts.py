@@ -58,7 +58,7 @@ def decoder_ids(prompt: str, tokenizer: Any, most: int | None = None) -> list[in
     bos = tokenizer.bos_token_id
     starts = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     ids = list(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
-    head = [bos] if starts else []
+    head = [bos] if bos is not None and starts else []
     return head + (ids[-(most - len(head)) :] if most else ids)
 
 

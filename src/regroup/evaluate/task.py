@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -89,9 +89,10 @@ class Task:
             raise _refused(path, "data", "the file with the rows", got="nothing")
         if values.get("choices") is not None:
             values.setdefault("metrics", ["accuracy"])
-        checked = {key: _checked(path, key, value) for key, value in values.items()}
+        checked: dict[str, Any] = {key: _checked(path, key, value) for key, value in values.items()}
         checked["data"] = path.parent / Path(checked["data"]).expanduser()
-        task = cls(**({"name": path.stem} | checked))
+        checked.setdefault("name", path.stem)
+        task = cls(**checked)
         available = CHOOSING if task.choices else GENERATING
         for metric in task.metrics:
             if metric not in available:
@@ -171,7 +172,7 @@ class Task:
         )
 
 
-def _texts(value: Any) -> bool:
+def _texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
