@@ -67,10 +67,14 @@ def _flops(entry: dict[str, Any] | None) -> str:
 
 
 def throughput(record: dict[str, Any]) -> list[str]:
-    lines = heading("", "tokens/s (slowest – fastest)", "time, to plain Trainer's", "to cross-entropy's")
+    lines = heading(
+        "", "tokens/s (slowest – fastest)", "time, to plain Trainer's", "to cross-entropy's", "of the matrix rate"
+    )
     for way in record["results"]["ways"]:
         speed = f"{way['tokens_per_second']:,.0f} ({way['slowest']:,.0f} – {way['fastest']:,.0f})"
-        lines.append(row(way["way"], speed, f"{way['time_to_plain']:.2f}", f"{way['time_to_cross_entropy']:.2f}"))
+        share = "–" if way.get("utilisation") is None else f"{way['utilisation']:.0%}"
+        ratios = (f"{way[name]:.2f}" for name in ("time_to_plain", "time_to_cross_entropy"))
+        lines.append(row(way["way"], speed, *ratios, share))
     return lines
 
 
@@ -94,10 +98,105 @@ def demo(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def paper_table_1(record: dict[str, Any]) -> list[str]:
+    """Both families' Table 1, one after the other: time, then each measure with its spread over seeds."""
+    lines: list[str] = []
+    for family, names in PAPER_MEASURES.items():
+        titles = [PAPER_TITLES[name] for name in names]
+        lines += [*([""] if lines else []), *heading(family, "ms a sample", "cache, MB", *titles)]
+        for entry in record["results"][family]["table_1"]:
+            time = f"{1e3 * entry['seconds_per_sample']['p50']:.2f}"
+            lines.append(
+                row(
+                    entry["model"],
+                    time,
+                    f"{entry['cache_bytes'] / 1e6:.1f}",
+                    *(_measure(entry, name) for name in names),
+                )
+            )
+    return lines
+
+
+def paper_figure_4(record: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for family, names in PAPER_MEASURES.items():
+        titles = [PAPER_TITLES[name] for name in names]
+        lines += [*([""] if lines else []), *heading(f"{family}, MQA, α = 0.05", *titles)]
+        for entry in record["results"][family]["figure_4"]:
+            lines.append(row(entry["method"], *(_measure(entry, name) for name in names)))
+    return lines
+
+
+def paper_figure_5(record: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for family, names in PAPER_MEASURES.items():
+        found = record["results"][family]["figure_5"]
+        alphas = list(dict.fromkeys(entry["alpha"] for entry in found))
+        title = f"{family}, {PAPER_TITLES[names[0]]}, by α"
+        lines += [*([""] if lines else []), *heading(title, *(f"{alpha:g}" for alpha in alphas))]
+        for method, heads in dict.fromkeys((entry["method"], entry["num_key_value_heads"]) for entry in found):
+            cells = [e for e in found if (e["method"], e["num_key_value_heads"]) == (method, heads)]
+            name = "MQA" if heads == 1 else f"GQA-{heads}"
+            lines.append(row(f"{name}, {method}", *(_measure(entry, names[0]) for entry in cells)))
+    return lines
+
+
+def paper_appendix(record: dict[str, Any]) -> list[str]:
+    """Spread over seeds and spikes of the loss."""
+    lines: list[str] = []
+    for family, names in PAPER_MEASURES.items():
+        spikes = family == "encoder-decoder"
+        more = ("spikes in fine-tuning", "runs that diverged") if spikes else ()
+        lines += [*([""] if lines else []), *heading(family, *(f"spread of {PAPER_TITLES[n]}" for n in names), *more)]
+        for entry in record["results"][family]["appendix_a"]:
+            cells = [_spread(entry, name) for name in names]
+            cells += [f"{sum(entry[name]['seeds']):.0f}" for name in ("spikes", "diverged")] if spikes else []
+            lines.append(row(entry["model"], *cells))
+    return lines
+
+
+def advise_loss(record: dict[str, Any]) -> list[str]:
+    """Predicted and real loss of every plan, and whether plans came in the order that was predicted."""
+    lines: list[str] = []
+    for parent, tau in record["results"]["kendall_tau"].items():
+        lines += [*([""] if lines else []), *heading(f"{parent}, Kendall's τ {tau:.2f}", "sum over layers", "came to")]
+        for plan in record["results"]["plans"]:
+            if plan["parent"] == parent:
+                lines.append(row(plan["plan"], f"{plan['predicted_kl']:.3f}", f"{plan['excess_nats_per_token']:+.3f}"))
+    return lines
+
+
+PAPER_MEASURES = {
+    "encoder-decoder": ("average", "pronunciation", "restoration"),
+    "decoder": ("nats_per_token", "continuation"),
+}
+PAPER_TITLES = {
+    "average": "average, %",
+    "pronunciation": "pronunciation, %",
+    "restoration": "restoration, %",
+    "nats_per_token": "nats a token",
+    "continuation": "continuation, %",
+}
+
+
+def _measure(entry: dict[str, Any], name: str) -> str:
+    places, factor = (3, 1) if name == "nats_per_token" else (1, 100)
+    spread = entry[name]["standard_deviation"]
+    value = f"{factor * entry[name]['mean']:.{places}f}"
+    return value if not spread else f"{value} ± {factor * spread:.{places}f}"
+
+
+def _spread(entry: dict[str, Any], name: str) -> str:
+    places, factor = (3, 1) if name == "nats_per_token" else (1, 100)
+    values = [factor * value for value in entry[name]["seeds"]]
+    return f"{min(values):.{places}f} – {max(values):.{places}f}"
+
+
 TABLES = {
     "uptraining stories": DocTable("docs/uptraining.md", ("uptraining-stories260k.json",), uptraining),
     "uptraining demo": DocTable("docs/uptraining.md", ("uptraining-demo.json",), uptraining),
     "throughput": DocTable("docs/uptraining.md", ("uptraining-throughput.json",), throughput),
+    "advise loss": DocTable("docs/choosing-g.md", ("advise-loss.json",), advise_loss),
     "demo": DocTable("README.md", ("demo.json",), demo),
 }
 

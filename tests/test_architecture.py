@@ -23,12 +23,15 @@ RULES: dict[str, tuple[list[str], set[str]]] = {
     # The plan reads and writes its own JSON file, by a path.
     "plan/*": (["errors", "layout*", "plan*"], TORCH | DISK),
     "bench/roofline.py": (["errors"], TORCH | DISK | {"pathlib"}),
+    "advise/hardware.py": (["errors"], TORCH | DISK | {"pathlib"}),
+    "advise/predict.py": (["bench", "bench.roofline*"], TORCH | DISK | {"pathlib"}),
+    "advise/choose.py": (["errors"], TORCH | DISK | {"pathlib"}),
     "uptrain/budget.py": (["errors"], TORCH | DISK | {"pathlib"}),
     "merge/*": (["errors", "merge*"], {"transformers", "numpy"} | DISK | {"pathlib"}),
     "attention/*": (["errors", "attention*"], DISK | {"pathlib"}),
     "checkpoint/*": (["errors", "checkpoint*"], {"transformers"}),
     "data/*": (["errors", "data*"], {"transformers"}),
-    "report/*": (["errors", "record", "report*"], TORCH),
+    "report/*": (["errors", "record", "report", "report*"], TORCH),
     "errors.py": ([], TORCH | DISK | {"pathlib"}),
 }
 # These reach the disk in rooms that keep from it: a compiler writes what it builds.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from .plan import Plan, allocate, layer_units, make_plan, parse_budget, token_by
 if TYPE_CHECKING:
     from .convert.attention import Settings
     from .convert.calibrate import Calibrated
+    from .convert.sensitivity import Measured
 
 GROUPINGS = ("contiguous", "search")
 REPAIRS = ("none", "output", "distill")
@@ -118,22 +119,9 @@ def plan_checkpoint(
             plan = _divided_by_weights(opened, start, units, budget, full, told)
             plan = grouped(opened, plan, told) if search else plan
         else:
-            from .convert.sensitivity import measure
-            from .devices import device_named
-
-            settings = settings_for(start, repair, choose=method in (None, "auto"), search=search)
-            batches = calibration_batches(calibration, opened.checkpoint.folder, opened.checkpoint.config)
-            with told.calibrating(layout.layers[-1].index + 1) as count:
-                found = measure(
-                    opened.checkpoint,
-                    layout,
-                    start,
-                    choices,
-                    batches,
-                    settings,
-                    device=device_named(device),
-                    progress=count,
-                )
+            found = measured(
+                opened, start, choices, calibration, told, method=method, repair=repair, search=search, device=device
+            )
             costs = [{heads: one.kl for heads, one in found[layer.name].items()} for layer in layout.layers]
             heads = allocate(costs, units, budget, full=full)
             picked = [found[layer.name][number] for layer, number in zip(layout.layers, heads, strict=True)]
@@ -145,6 +133,37 @@ def plan_checkpoint(
     plan = replace(plan, kv_budget=kv_budget)
     plan.check(layout)
     return plan, layout
+
+
+def measured(
+    opened: Source,
+    start: Plan,
+    choices: Mapping[str, Sequence[int]],
+    calibration: CalibrationText,
+    told: Listener,
+    *,
+    method: str | None,
+    repair: str,
+    search: bool,
+    device: str | None,
+) -> dict[str, dict[int, Measured]]:
+    """What each layer loses at each number of KV heads, alone (see ``convert.sensitivity.measure``)."""
+    from .convert.sensitivity import measure
+    from .devices import device_named
+
+    settings = settings_for(start, repair, choose=method in (None, "auto"), search=search)
+    batches = calibration_batches(calibration, opened.checkpoint.folder, opened.checkpoint.config)
+    with told.calibrating(opened.layout.layers[-1].index + 1) as count:
+        return measure(
+            opened.checkpoint,
+            opened.layout,
+            start,
+            choices,
+            batches,
+            settings,
+            device=device_named(device),
+            progress=count,
+        )
 
 
 def searches(grouping: str | None, method: str | None, plan: Plan | str | Path | None) -> bool:

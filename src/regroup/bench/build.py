@@ -113,6 +113,11 @@ def describe(
     )
 
 
+def parameters_of(config: Mapping[str, Any]) -> int:
+    """Parameters that a whole model of this config holds, its encoder's too; shared ones count once."""
+    return sum(p.numel() for p in {id(p): p for p in _on_meta(config, encoder=True).parameters()}.values())
+
+
 def build(model: Model, dtype: str, device: torch.device) -> Any:
     """The model in memory, in evaluation mode: with its weights where they fit it, else with random ones.
 
@@ -150,8 +155,8 @@ def _class_and_config(config: Mapping[str, Any]) -> tuple[Any, Any]:
         raise _unbuildable(name, error) from error
 
 
-def _on_meta(config: Mapping[str, Any]) -> Any:
-    """The model without memory, its encoder without layers."""
+def _on_meta(config: Mapping[str, Any], *, encoder: bool = False) -> Any:
+    """The model without memory, its encoder without layers unless it is asked for."""
     cls, made = _class_and_config(config)
     try:
         with torch.device("meta"), quiet():
@@ -166,7 +171,8 @@ def _on_meta(config: Mapping[str, Any]) -> Any:
             got=cls.__name__,
             remedy="correct architectures in its config.json",
         )
-    _drop_encoder(model)
+    if not encoder:
+        _drop_encoder(model)
     return model
 
 

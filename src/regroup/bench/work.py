@@ -94,7 +94,7 @@ def models_for(source: str, kv_heads: Sequence[int] | None, work: Work, *, layer
         return [describe(config, kv_heads=g, layers=count, folder=folder) for g in wanted]
 
     models = made(layers)
-    _check_positions(models[0], work)
+    check_positions(models[0], work)
     free = free_memory(work.device)
     largest = max(memory_needed(model, work) for model in models)
     if free is None or largest <= free * _SHARE:
@@ -193,7 +193,7 @@ class Roofs:
         }
 
 
-def _check_positions(model: Model, work: Work) -> None:
+def check_positions(model: Model, work: Work) -> None:
     """Refuse more tokens than the model has positions for."""
     config = model.config
     if config.get("model_type") in ("t5", "mt5", "umt5", "bloom") or config.get("alibi"):

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import RegroupError
-from . import bench, convert, demo, evaluate, inspect, plan, uptrain
+from . import advise, bench, convert, demo, evaluate, inspect, plan, report, uptrain
 
 
 class _Verbs(TyperGroup):
@@ -36,7 +36,16 @@ app = typer.Typer(
     add_completion=False,
     help="Turn a multi-head checkpoint into a grouped-query one.",
 )
-for _verb in (inspect.inspect, plan.plan, convert.convert, evaluate.evaluate, uptrain.uptrain, demo.demo):
+for _verb in (
+    inspect.inspect,
+    advise.advise,
+    plan.plan,
+    convert.convert,
+    evaluate.evaluate,
+    uptrain.uptrain,
+    report.report,
+    demo.demo,
+):
     app.command()(_verb)
 app.add_typer(bench.app, name="bench")
 

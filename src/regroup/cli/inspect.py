@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RegroupError
-from .options import Revision, numbers
+from .options import Revision, check_file, numbers
 
 
 def inspect(
@@ -24,6 +24,7 @@ def inspect(
     ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the plots of --similarity.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print plain data; bytes throughout.")] = False,
+    record: Annotated[Path | None, typer.Option(help="Write it as a JSON record, for `regroup report`.")] = None,
     revision: Revision = None,
 ) -> None:
     """Say where the heads are and what the KV cache costs, from headers alone."""
@@ -31,16 +32,24 @@ def inspect(
 
     if output is not None and not similarity:
         raise RegroupError("a folder for plots was given, and nothing to plot", remedy="add --similarity")
+    if record is not None:
+        check_file(record)
     summary = summarize(source, revision=revision)
     chosen = numbers(kv_heads) if kv_heads is not None else _default_groups(summary.layers)
     plots = Path("regroup-similarity") if output is None and not json else output
     compared = _compare(source, summary, plots, revision) if similarity else None
+    facts = summary.to_json(chosen, context=context, batch=batch, encoder_context=encoder_context)
+    if compared is not None:
+        facts["similarity"] = [layer.to_json() for layer in compared]
+    if record is not None:
+        from ..record import record as new_record
+        from ..record import write_record
+
+        name = Path(source).name if Path(source).exists() else source
+        write_record(record, new_record("inspect", {"model": name}, facts | {"source": name}))
     if json:
         import json as library
 
-        facts = summary.to_json(chosen, context=context, batch=batch, encoder_context=encoder_context)
-        if compared is not None:
-            facts["similarity"] = [layer.to_json() for layer in compared]
         typer.echo(library.dumps(facts, indent=2))
         return
     from ..console import err, show_similarity, show_summary

@@ -61,6 +61,20 @@ class Calibration:
     ] = None
     device: Annotated[str | None, typer.Option(help="Where calibration runs; a GPU where there is one.")] = None
 
+    def flags(self) -> str:
+        """The options as they were given, for the command that is advised next; those of a plan need its text."""
+        if self.calibration is None:
+            return ""
+        given = {
+            "--calibration": self.calibration,
+            "--calibration-tokens": self.calibration_tokens,
+            "--calibration-window": self.calibration_window,
+            "--calibration-batch": self.calibration_batch,
+            "--repair": self.repair,
+        }
+        words = [f" {name} {value}" for name, value in given.items() if value is not None]
+        return "".join(words) + (" --document-starts" if self.document_starts else "")
+
     def text(self) -> CalibrationText | None:
         """The text that the options name; options about text that is not there are refused."""
         from ..convert.text import CalibrationText

@@ -73,5 +73,5 @@ def plan(
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(made.dumps(), encoding="utf-8")
-    again = "" if made.predicted_kl is None else f" --calibration {calibration.calibration}"
+    again = "" if made.predicted_kl is None else calibration.flags()
     err.print(f"wrote {output}; carry it out with: regroup convert {source} DST --plan {output}{again}")

@@ -1,0 +1,26 @@
+"""``regroup report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import check_file
+
+
+def report(
+    records: Annotated[list[Path], typer.Argument(help="JSON files that verbs wrote with -o, and plans.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Of the page.")] = "regroup report",
+) -> None:
+    """One page from records: quality, speed, uptraining, memory; it opens offline and loads nothing."""
+    from ..console import err
+    from ..report.page import write_report
+
+    check_file(output)
+    unused = write_report(records, output, title=title)
+    for name in unused:
+        err.print(f"nothing is drawn of {name}", markup=False)
+    err.print(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")

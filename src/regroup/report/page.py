@@ -1,0 +1,129 @@
+"""Sections to one page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..errors import RegroupError
+from . import heads, paper, quality, speed, training
+from .figures import Section
+from .records import Record, read_records
+
+MOST_BYTES = 2_000_000
+_SECTIONS = (
+    heads.models,
+    quality.section,
+    speed.trade_off,
+    training.section,
+    speed.section,
+    heads.similarity,
+    paper.section,
+)
+
+
+def write_report(paths: Sequence[Path], output: Path, *, title: str = "regroup report") -> list[str]:
+    """Make one HTML page of records; it opens offline and loads nothing.
+
+    Args:
+        paths: records that verbs of regroup wrote with ``-o``, and plans.
+        output: the page; it appears when it is complete.
+        title: of the page.
+
+    Returns:
+        Names of the files of which nothing is shown.
+
+    Raises:
+        RegroupError: a file that cannot be read or is no record, nothing to show, or a page that cannot be written.
+    """
+    records = read_records(paths)
+    sections, unused = made_of(records)
+    if not sections:
+        raise RegroupError(
+            "none of the records has anything to draw",
+            got=", ".join(f"{record.file} ({record.kind})" for record in records),
+            remedy="give records of evaluate, uptrain, bench, advise, inspect --record, or plans",
+        )
+    text = render(sections, records, unused, title)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        part = output.with_name(f".{output.name}.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(output)
+    except OSError as error:
+        raise RegroupError("the page cannot be written", file=output, got=error.strerror or str(error)) from error
+    return unused
+
+
+def made_of(records: Sequence[Record]) -> tuple[list[Section], list[str]]:
+    """Sections in their order, and the records that none of them shows."""
+    try:
+        found = [section for make in _SECTIONS if (section := make(records)) is not None]
+        used = {r.file for r in records if any(make([r]) is not None for make in _SECTIONS)}
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        culprit = next((record for record in records if _fails(record)), records[0])
+        raise RegroupError(
+            "a record lacks what its kind has",
+            file=culprit.file,
+            expected=culprit.kind,
+            got=f"{type(error).__name__}: {error}",
+            remedy="make it anew with this version of regroup",
+        ) from error
+    return found, [f"{r.file} ({r.kind})" for r in records if r.file not in used]
+
+
+def _fails(record: Record) -> bool:
+    try:
+        for make in _SECTIONS:
+            make([record])
+    except (KeyError, TypeError, IndexError, AttributeError):
+        return True
+    return False
+
+
+def render(sections: Sequence[Section], records: Sequence[Record], unused: Sequence[str], title: str) -> str:
+    """The page's text.
+
+    Raises:
+        RegroupError: it is larger than a page should be.
+    """
+    from jinja2 import Environment
+
+    template = files(__package__ or "regroup.report").joinpath("page.html.j2").read_text("utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    specs = [figure.chart for section in sections for figure in section.figures if figure.chart is not None]
+    text = environment.from_string(template).render(
+        title=title,
+        sections=sections,
+        records=records,
+        unused=unused,
+        specs=_script_json(specs),
+        library=_library() if specs else "",
+    )
+    size = len(text.encode())
+    if size > MOST_BYTES:
+        raise RegroupError(
+            "the page would be too large to open at once",
+            expected=f"at most {MOST_BYTES / 1e6:g} MB",
+            got=f"{size / 1e6:.1f} MB",
+            remedy="make several pages of fewer records",
+        )
+    return text
+
+
+def _script_json(value: object) -> str:
+    """JSON that cannot end the script that it stands in."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+
+
+@cache
+def _library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script."""
+    import vl_convert
+
+    bundle: Any = vl_convert.javascript_bundle  # its argument may be left out, whatever its stub says
+    return bundle().replace("</script", "<\\/script")

@@ -1,0 +1,176 @@
+"""Predictions against built models, brute force and hand-made numbers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from helpers import run
+from regroup.advise.choose import Prediction, choose, pareto
+from regroup.advise.hardware import KNOWN, named
+from regroup.advise.predict import Heads, Setting, Shape, fit, largest_batch, memory
+from regroup.advise.recovery import curves_of, left_out_error
+from regroup.advise.recovery import fit as fit_recovery
+from regroup.attention.cache import KVCache
+from regroup.bench.build import describe, parameters_of
+from regroup.errors import RegroupError
+from regroup.models import load
+
+Converted = Callable[[str, str], Path]
+Saved = Callable[[str], Path]
+
+FAMILIES = ["llama", "llama_grouped", "qwen2", "gpt2", "opt", "gpt_neox", "mixtral", "t5", "bart"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", ["parent", "some"])
+def test_memory_is_that_of_the_model_and_its_cache(name: str, kind: str, saved: Saved, converted: Converted) -> None:
+    folder = saved(name) if kind == "parent" else converted(name, "some")
+    config = json.loads((folder / "config.json").read_text())
+    shape_of = describe(config, kv_heads=None, layers=None)
+    shape = Shape(parameters_of(config), shape_of.attention, 48, 64, 96, shape_of.is_encoder_decoder)
+    model: Any = load(folder, dtype=torch.float32, progress=False).eval()
+    batch, length, new = 3, 12, 5
+    inputs = tiny.inputs(name, batch, length)
+    cache = KVCache.for_model(model, max_length=(new if shape.encoder_decoder else length))
+    with torch.inference_mode():
+        if shape.encoder_decoder:
+            model.generate(
+                **{k: v for k, v in inputs.items() if not k.startswith("decoder")},
+                max_new_tokens=new,
+                min_new_tokens=new,
+                past_key_values=cache,
+            )
+        else:
+            model(**inputs, past_key_values=cache, use_cache=True)
+    held = {id(p): p for p in model.parameters()}.values()
+    taken = memory(shape, Setting(batch, inputs["input_ids"].shape[1], new, "float32"))
+    assert taken.weights == sum(p.numel() * 4 for p in held)
+    assert taken.cache == cache.nbytes
+
+
+def layer(kv_heads: int, *, kind: str = "self", window: int | None = None) -> Heads:
+    return Heads(8, kv_heads, 16, kind, window)
+
+
+SHAPE = Shape(1000, (layer(8), layer(4, window=10), layer(2, kind="cross")), 32, 64, 50, True)
+
+
+def test_the_largest_batch_fits_and_the_next_does_not() -> None:
+    setting = Setting(1, 100, 20, "bfloat16")
+    for available in (0, 1999, 2000, 50_000, 123_456, 10**7):
+        count = largest_batch(SHAPE, setting, available)
+        fitting = [n for n in range(200) if memory(SHAPE, replace(setting, batch=n)).total <= available]
+        assert count == (max(fitting, default=0) if available < 10**7 else count)
+        if available == 10**7:
+            assert memory(SHAPE, replace(setting, batch=count)).total <= available
+            assert memory(SHAPE, replace(setting, batch=count + 1)).total > available
+
+
+@pytest.mark.parametrize(("devices", "kept"), [(1, 8), (2, 4), (8, 1), (16, 1)])
+def test_a_kv_head_that_is_alone_is_on_every_device(devices: int, kept: int) -> None:
+    shape = replace(SHAPE, attention=(layer(8),), encoder_decoder=False)
+    one = memory(shape, Setting(1, 100, 2, "float32", 1)).cache
+    assert memory(shape, Setting(1, 100, 2, "float32", devices)).cache == one * kept // 8
+
+
+def test_more_kv_heads_and_more_context_never_take_less() -> None:
+    for kv, more in itertools.pairwise((1, 2, 4, 8)):
+        small, large = (replace(SHAPE, attention=(layer(count),)) for count in (kv, more))
+        for context in (1, 7, 500):
+            setting = Setting(2, context, context, "float32")
+            assert memory(small, setting).cache < memory(large, setting).cache
+            assert memory(small, setting).cache < memory(small, replace(setting, new=2 * context)).cache
+
+
+def test_efficiency_is_found_again() -> None:
+    floors = [(1.0, 0.1), (1.0, 0.5), (1.0, 2.0)]
+    found = fit(floors, [1.3 * w + 2.0 * a for w, a in floors])
+    assert (found.weights, found.attention) == (pytest.approx(1.3), pytest.approx(2.0))
+    # One record cannot tell the parts apart, and nothing is faster than its floor.
+    found = fit([(1.0, 1.0)], [3.0])
+    assert (found.weights, found.attention) == (pytest.approx(1.5), pytest.approx(1.5))
+    found = fit(floors, [w + 0.5 * a for w, a in floors])
+    assert found.attention == 1.0
+    assert found.weights >= 1.0
+
+
+def prediction(seconds: float, loss: float | None, *, name: str = "x", cache: int = 1, fits: int = 100) -> Prediction:
+    return Prediction(name, 1, {}, 1, cache, 2, fits, seconds, 0.1, loss=loss)
+
+
+def test_the_front_is_what_brute_force_finds() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        found = [prediction(draw.randrange(5), draw.randrange(5), cache=draw.randrange(3)) for _ in range(6)]
+        wanted = []
+        for one in found:
+            mine = (one.token_seconds, one.cache_bytes)
+            wanted.append(
+                not any(
+                    (other.token_seconds, other.cache_bytes) <= mine
+                    and (other.loss or 0) <= (one.loss or 0)
+                    and ((other.token_seconds, other.cache_bytes), other.loss) != (mine, one.loss)
+                    for other in found
+                )
+            )
+        assert pareto(found) == wanted
+
+
+def test_the_fastest_within_the_limits_is_chosen() -> None:
+    found = [prediction(4, 0.0, name="parent"), prediction(3, 0.1), prediction(2, 0.3, fits=2), prediction(1, 0.9)]
+    assert choose(found, batch=1, max_loss=0.5, max_seconds=None) is found[2]
+    assert choose(found, batch=8, max_loss=0.5, max_seconds=None) is found[1]
+    assert choose(found, batch=1, max_loss=None, max_seconds=None) is found[0]
+    assert choose(found, batch=1, max_loss=None, max_seconds=2.5) is found[2]
+    with pytest.raises(RegroupError, match=r"at best 0\.1 nats a token"):
+        choose(found[1:], batch=1, max_loss=0.05, max_seconds=None)
+    with pytest.raises(RegroupError, match="a batch of 100"):
+        choose(found, batch=101, max_loss=None, max_seconds=None)
+
+
+def test_recovery_is_fitted_and_its_error_is_of_what_was_left_out() -> None:
+    def curve(scale: float, power: float) -> list[tuple[int, float]]:
+        return [(tokens, (1 + tokens / scale) ** -power) for tokens in (0, 10_000, 100_000, 1_000_000)]
+
+    scale, power = fit_recovery([curve(10**4.5, 0.3)])
+    assert scale == pytest.approx(10**4.5, rel=0.06)
+    assert power == pytest.approx(0.3, rel=0.05)
+    assert left_out_error([[curve(10**4.5, 0.3)], [curve(10**4.5, 0.3)]]) == pytest.approx(1.0, abs=0.01)
+    assert left_out_error([[curve(10**4.5, 0.3)], [curve(10**4.5, 0.6)]]) > 1.2
+
+
+def test_only_our_way_counts_and_shares_begin_at_one() -> None:
+    rows = [
+        {"way": way, "num_key_value_heads": 2, "tokens": tokens, "excess_nats_per_token": excess}
+        for way, tokens, excess in (("x (ours)", 0, 0.4), ("x (ours)", 100, 0.1), ("mean", 0, 3.0), ("mean", 100, 2.0))
+    ]
+    assert curves_of({"results": {"table": rows}}) == [[(0, 1.0), (100, 0.25)]]
+
+
+def test_known_hardware_is_found_by_name_and_other_is_refused() -> None:
+    assert named("H100") is KNOWN["h100"]
+    assert named("A100_80GB").memory == 80 * 10**9
+    with pytest.raises(RegroupError, match="h100"):
+        named("h10")
+    with pytest.raises(RegroupError, match="int8 on l4"):
+        named("l4").rate("int8")
+
+
+def test_a_config_alone_gets_memory_and_time(saved: Saved) -> None:
+    folder = saved("llama")
+    status, out, message = run(
+        "advise", folder / "config.json", "--hardware", "l4", "--context", 32, "--batch", 4, "--dtype", "float32"
+    )
+    assert status == 0, message
+    assert "times are floors" in out
+    assert "loss is not known" in out

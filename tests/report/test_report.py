@@ -1,0 +1,244 @@
+"""The page: what it holds, that it loads nothing and escapes everything, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import refused, run
+from regroup.report.heads import _cache, _short, _some
+from regroup.report.page import made_of, render
+from regroup.report.records import read_records
+
+RECORDS = sorted((Path(__file__).parents[2] / "benchmarks/records").glob("*.json"))
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def record(kind: str, configuration: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    machine = {"processor": "Z80", "threads": 1}
+    return {
+        "kind": kind,
+        "format": 1,
+        "date": "2026-01-02T03:04:05Z",
+        "configuration": configuration,
+        "results": results,
+        "versions": {"torch": "2.0"},
+        "machine": machine,
+    }
+
+
+def layer(name: str, heads: int, *, window: int | None = None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "kind": "self",
+        "num_attention_heads": 4,
+        "num_key_value_heads": heads,
+        "head_dim": 8,
+        "window": window,
+    }
+
+
+def inspected(model: str = "tiny") -> dict[str, Any]:
+    pairs = [[0.0, 0.25], [0.25, 0.0]]
+    alike = {"pairs": pairs, "contiguous": {"1": 0.2}}
+    return record(
+        "inspect",
+        {"model": model},
+        {
+            "source": model,
+            "family": "llama",
+            "parameters": 1_000_000,
+            "layers": [layer("model.layers.0.self_attn", 4), layer("model.layers.1.self_attn", 2)],
+            "similarity": [{"name": "model.layers.0.self_attn", "num_key_value_heads": 2, "key": alike, "value": None}],
+        },
+    )
+
+
+def answered(model: str, value: float) -> dict[str, Any]:
+    found = {"value": value, "low": value - 0.1, "high": value + 0.1, "lower_is_better": False}
+    done = {"model": model, "task": "qa", "digest": "d", "against": None}
+    return record("evaluate/task", done, {"rows": 3, "metrics": {"f1": found}})
+
+
+def write(folder: Path, *values: dict[str, Any]) -> list[Path]:
+    paths = [folder / f"record-{number}.json" for number in range(len(values))]
+    for path, value in zip(paths, values, strict=True):
+        path.write_text(json.dumps(value), encoding="utf-8")
+    return paths
+
+
+def text_of(*values: dict[str, Any], folder: Path) -> str:
+    records = read_records(write(folder, *values))
+    sections, unused = made_of(records)
+    return render(sections, records, unused, "title")
+
+
+def own(page: str) -> str:
+    """A page without the library's script, which has markup in its strings."""
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.S)
+    return page.replace(max(scripts, key=len), "")
+
+
+def test_figures_are_those_of_the_records(tmp_path: Path) -> None:
+    page = text_of(inspected(), answered("parent", 0.5), answered("child", 0.25), folder=tmp_path)
+    # 2 · (4 + 2) heads · 8 · 2 bytes a token.
+    assert "192 B" in page
+    assert "<td>0.500</td>" in page
+    assert "<td>0.250</td>" in page
+    assert "2026-01-02" in page
+    assert "Z80, 1 thread" in page
+    assert page.count("<figure>") == 5  # facts, memory, G by layer, key maps, f1
+
+
+def test_a_section_without_records_is_absent(tmp_path: Path) -> None:
+    page = text_of(answered("parent", 0.5), folder=tmp_path)
+    assert 'id="quality"' in page
+    assert 'id="models"' not in page
+    assert 'id="uptraining"' not in page
+
+
+def test_every_record_that_is_committed_makes_a_page(tmp_path: Path) -> None:
+    output = tmp_path / "report.html"
+    status, _, message = run("report", *RECORDS, "-o", output)
+    assert status == 0, message
+    assert 10_000 < output.stat().st_size < 2_000_000
+    page = output.read_text(encoding="utf-8")
+    charts = len(re.findall(r"data-chart=", page))
+    specs = json.loads(re.search(r'id="specs">(.*?)</script>', page, re.S)[1])  # type: ignore[index]
+    assert charts == len(specs) > 8
+
+
+def test_nothing_is_loaded_from_anywhere(tmp_path: Path) -> None:
+    page = own(text_of(inspected(), answered("m", 0.5), folder=tmp_path))
+    assert not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=", page)
+    assert "@import" not in page
+    assert "default-src 'none'" in page
+
+
+EVIL = "<\\script><script>alert(1)<\\script><img src=x onerror=alert(2)>"
+
+
+def test_text_of_records_is_never_markup(tmp_path: Path) -> None:
+    page = own(text_of(inspected(EVIL), answered(EVIL, 0.5), folder=tmp_path))
+    assert "<script>alert" not in page
+    assert "<img" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    # It is still shown: in the charts' data as text.
+    assert "\\u003cscript>alert(1)" in page
+
+
+def test_memory_stops_at_a_window() -> None:
+    layers = [layer("a", 4), layer("b", 2, window=100)]
+    for context in (1, 50, 100, 101, 5000):
+        wanted = sum(
+            2 * heads * 8 * 2 for heads, kept in ((4, 10**9), (2, 100)) for token in range(context) if token < kept
+        )
+        assert _cache(layers, context) == wanted
+
+
+def test_names_are_shortened_by_whole_words() -> None:
+    assert _short(["model.layers.1.self_attn", "model.layers.12.self_attn"]) == ["1", "12"]
+    assert _short(["d.0.self", "d.0.cross", "d.1.self"]) == ["0.self", "0.cross", "1.self"]
+    assert _short(["one.name"]) == ["one.name"]
+
+
+def test_many_heads_are_drawn_of_some_layers() -> None:
+    layers = [{"name": str(number), "num_key_value_heads": 32} for number in range(40)]
+    chosen = [int(one["name"]) for one in _some(layers)]
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == 6000 // 32**2
+    assert _some(layers[:3]) == layers[:3]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", ("not valid JSON",)),
+        ("[]", ("not a record", "list")),
+        ('{"kind": "demo"}', ("not a record", "kind")),
+        (json.dumps(record("demo", {}, {}) | {"format": 2}), ("another format", "format 1")),
+        (json.dumps(record("demo", {}, {})), ("lacks what its kind has", "demo", "rows")),
+        (json.dumps(record("demo", {}, {"rows": 3})), ("lacks what its kind has", "record.json")),
+        (json.dumps(record("nothing/known", {}, {})), ("anything to draw", "nothing/known")),
+    ],
+)
+def test_what_is_no_record_is_refused(content: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    path, output = tmp_path / "record.json", tmp_path / "report.html"
+    path.write_text(content, encoding="utf-8")
+    message = refused("report", path, "-o", output)
+    for word in words:
+        assert word in message
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_unknown_kind_beside_others_is_named(tmp_path: Path) -> None:
+    paths = write(tmp_path, answered("m", 0.5), record("nothing/known", {}, {}))
+    status, _, message = run("report", *paths, "-o", tmp_path / "report.html")
+    assert status == 0
+    assert "nothing is drawn of record-1.json (nothing/known)" in message
+    assert "record-1.json (nothing/known)" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_too_much_for_a_page_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regroup.report.page.MOST_BYTES", 10_000)
+    (path,) = write(tmp_path, answered("m", 0.5))
+    assert "too large" in refused("report", path, "-o", tmp_path / "report.html")
+
+
+def test_inspect_writes_a_record_that_the_page_shows(tmp_path: Path) -> None:
+    import tiny
+
+    parent = tiny.save("llama", tmp_path / "parent")
+    kept = tmp_path / "inspect.json"
+    status, _, message = run("inspect", parent, "--similarity", "-o", tmp_path / "plots", "--record", kept)
+    assert status == 0, message
+    (found,) = read_records([kept])
+    sections, unused = made_of([found])
+    assert [section.name for section in sections] == ["models", "similarity"]
+    assert unused == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+@pytest.mark.parametrize("size", ["1280,900", "390,844"])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_browser_draws_every_figure_without_complaint(size: str, theme: str, tmp_path: Path) -> None:
+    paths = [*RECORDS, *write(tmp_path, inspected(), answered("m", 0.5))]
+    output = tmp_path / "report.html"
+    status, _, _ = run("report", *paths, "-o", output)
+    assert status == 0
+    assert CHROMIUM is not None
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--window-size={size}",
+        f"--blink-settings=preferredColorScheme={0 if theme == 'dark' else 1}",
+        "--virtual-time-budget=30000",
+        "--dump-dom",
+        output.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    assert "CONSOLE" not in done.stderr
+    dom = done.stdout
+    charts = len(re.findall(r'<div class="chart[^"]*" data-chart=', dom))
+    assert charts > 10
+    assert f'data-drawn="{charts}"' in dom
+    assert f'data-theme="{theme}"' in dom
+    drawings = re.findall(r'<svg[^>]* class="marks".*?</svg>', dom, re.S)
+    assert len(drawings) == charts
+    for drawing in drawings:
+        marks = re.findall(r'class="mark-(?:symbol|rect|line|rule)[^>]*>.*?<path[^>]* d="M', drawing, re.S)
+        assert marks, drawing[:300]
+    if size.startswith("390"):
+        # No chart is wider than the screen, which Chromium makes 500 wide at least.
+        widths = [float(width) for width in re.findall(r'<svg[^>]* class="marks" width="([\d.]+)"', dom)]
+        assert max(widths) < 500
