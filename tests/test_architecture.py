@@ -163,7 +163,11 @@ def test_reader_and_layout_meet_in_few_places() -> None:
         )
     ]
     assert "convert/stream.py" in joined
-    assert [file for file in joined if not file.startswith("convert/")] == ["inspection.py", "opening.py"]
+    assert [file for file in joined if not file.startswith("convert/")] == [
+        "inspection.py",
+        "opening.py",
+        "verification.py",
+    ]
 
 
 def test_transformers_classes_are_patched_in_models_alone() -> None:

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import RegroupError
-from . import advise, bench, convert, demo, evaluate, inspect, plan, report, uptrain
+from . import advise, bench, convert, demo, evaluate, inspect, plan, report, uptrain, verify
 
 
 class _Verbs(TyperGroup):
@@ -41,6 +41,7 @@ for _verb in (
     advise.advise,
     plan.plan,
     convert.convert,
+    verify.verify,
     evaluate.evaluate,
     uptrain.uptrain,
     report.report,
