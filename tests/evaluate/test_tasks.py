@@ -18,7 +18,7 @@ from regroup.errors import RegroupError
 from regroup.evaluate.answers import evaluate_task
 from regroup.evaluate.generate import answer, settings
 from regroup.evaluate.outputs import read
-from regroup.evaluate.prompts import encode
+from regroup.evaluate.prompts import decoder_ids, encode, last
 from regroup.evaluate.task import Row, Task
 from regroup.models import load, load_tokenizer
 
@@ -259,6 +259,17 @@ def test_bad_tasks_are_refused(changes: dict[str, Any], words: tuple[str, ...], 
     for word in words:
         assert word in message
     assert not (tmp_path / "record.json").exists()
+    assert not (tmp_path / "record.outputs.jsonl").exists()
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 100])
+def test_a_decoder_keeps_the_end_of_a_long_prompt(most: int) -> None:
+    tokenizer = texts.tokenizer()
+    whole = decoder_ids(texts.TEXT[:60], tokenizer)
+    assert decoder_ids(texts.TEXT[:60], tokenizer, most) == whole[max(0, len(whole) - most) :]
+    # With a beginning-of-sequence token, which stays.
+    for count in (1, 2, 5):
+        assert last([1], [7, 8, 9, 10], count) == [1, 7, 8, 9, 10][:1] + [7, 8, 9, 10][max(0, 4 - (count - 1)) :]
 
 
 def test_options_of_other_ways_are_refused(tmp_path: Path) -> None:

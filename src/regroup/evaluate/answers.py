@@ -19,7 +19,7 @@ from . import choices, generate
 from .bootstrap import LEVEL, RESAMPLES, interval, paired
 from .metrics import GENERATING
 from .outputs import Outputs, read
-from .prompts import encode
+from .prompts import check_positions, encode
 from .run import check_dtype, load_for_scoring
 from .task import Row, Task
 
@@ -156,7 +156,9 @@ def _chosen(
     for number, found in pairs.items():
         if not all(context and wanted for context, wanted in found):
             raise RegroupError("a prompt or a choice has no tokens", file=task.data, got=f"row {number + 1}")
-    order = sorted(missing, key=lambda number: (-max(len(c) + len(w) for c, w in pairs[number]), number))
+    longest = {number: max(len(c) + (0 if seq2seq else len(w)) for c, w in pairs[number]) for number in missing}
+    check_positions(model, task, max(longest.values()), "" if seq2seq else ", the choice included")
+    order = sorted(missing, key=lambda number: (-longest[number], number))
     for first in range(0, len(order), batch_size):
         part = order[first : first + batch_size]
         scores = iter(choices.log_likelihoods(model, [pair for number in part for pair in pairs[number]], start))

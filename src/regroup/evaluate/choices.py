@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .prompts import decoder_ids, padded
+from .prompts import decoder_ids, last, padded
 
 
 def choice_ids(
@@ -30,8 +30,8 @@ def choice_ids(
         context = decoder_ids(kept, tokenizer)
         whole = decoder_ids(kept + spaces + choice, tokenizer)
         continuation = whole[len(context) :]
-        if most and len(context) > most:
-            context = context[:1] + context[-(most - 1) :] if whole[:1] == [tokenizer.bos_token_id] else context[-most:]
+        head = context[:1] if context[:1] == [tokenizer.bos_token_id] else []
+        context = last(head, context[len(head) :], most)
         found.append((context, continuation))
     return found
 

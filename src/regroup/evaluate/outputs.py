@@ -25,6 +25,7 @@ class Outputs:
 
     def __init__(self, path: Path | None, facts: dict[str, Any]) -> None:
         self._path = path
+        self._head = ""
         self.rows: dict[int, dict[str, Any]] = {}
         if path is None:
             return
@@ -42,11 +43,8 @@ class Outputs:
             with path.open("r+b") as file:
                 file.truncate(good)
             return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"format": _FORMAT, **facts}) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise RegroupError("the outputs cannot be written", file=path, got=error.strerror or str(error)) from error
+        # Written with the first answers: what is refused before leaves no file.
+        self._head = json.dumps({"format": _FORMAT, **facts}) + "\n"
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Keep answers; each has ``row``, the number of its row."""
@@ -55,8 +53,10 @@ class Outputs:
         if self._path is None:
             return
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                file.write(self._head + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            self._head = ""
         except OSError as error:
             raise RegroupError(
                 "the outputs cannot be written", file=self._path, got=error.strerror or str(error)

@@ -40,16 +40,8 @@ def encode(rows: Sequence[Row], task: Task, tokenizer: Any, model: Any) -> list[
                 "a prompt has no tokens", file=task.data, expected="some text", got=repr(row.prompt), remedy="fill it"
             )
         found.append(ids)
-    limit = positions(model)
-    longest = max(map(len, found)) + (0 if seq2seq else task.max_new_tokens)
-    if limit is not None and longest > limit:
-        raise RegroupError(
-            "a prompt is longer than the model's positions",
-            file=task.data,
-            expected=f"at most {limit} tokens" + ("" if seq2seq else f", {task.max_new_tokens} new ones included"),
-            got=longest,
-            remedy="set max-source-tokens in the task",
-        )
+    new = 0 if seq2seq else task.max_new_tokens
+    check_positions(model, task, max(map(len, found)) + new, f", {new} new ones included" if new else "")
     return found
 
 
@@ -58,8 +50,29 @@ def decoder_ids(prompt: str, tokenizer: Any, most: int | None = None) -> list[in
     bos = tokenizer.bos_token_id
     starts = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     ids = list(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
-    head = [bos] if bos is not None and starts else []
-    return head + (ids[-(most - len(head)) :] if most else ids)
+    return last([bos] if bos is not None and starts else [], ids, most)
+
+
+def last(head: list[int], ids: list[int], most: int | None) -> list[int]:
+    """``head`` and as many of the last ids as make ``most`` with it."""
+    return head + (ids if most is None else ids[max(0, len(ids) - max(0, most - len(head))) :])
+
+
+def check_positions(model: Any, task: Task, longest: int, what: str) -> None:
+    """Refuse sequences that are longer than a model with a fixed number of positions takes.
+
+    Raises:
+        RegroupError: saying how many tokens there may be, and of what.
+    """
+    limit = positions(model)
+    if limit is not None and longest > limit:
+        raise RegroupError(
+            "a prompt is longer than the model's positions",
+            file=task.data,
+            expected=f"at most {limit} tokens{what}",
+            got=longest,
+            remedy="set max-source-tokens in the task",
+        )
 
 
 def positions(model: Any) -> int | None:
