@@ -9,10 +9,7 @@ import altair as alt
 from .figures import Figure, Section, Table, bars, number
 from .records import Record
 
-_MEASURES = (
-    ("encoder-decoder", "average", "right answers, average share"),
-    ("decoder", "nats_per_token", "nats a token"),
-)
+_LOSS = "held-out loss, nats a token"
 
 
 def section(records: Sequence[Record]) -> Section | None:
@@ -21,12 +18,14 @@ def section(records: Sequence[Record]) -> Section | None:
     for record in records:
         if record.kind != "paper":
             continue
-        for family, measure, title in _MEASURES:
+        for family in ("encoder-decoder", "decoder"):
             if family not in record.results:
                 continue
-            for key, name, words in (
-                ("figure_4", "method", "Figure 4: ways to merge to one KV head"),
-                ("appendix_a", "model", "Appendix A: spread over seeds"),
+            tuned = family == "encoder-decoder"
+            spread_of = ("average", "right answers, average share") if tuned else ("nats_per_token", _LOSS)
+            for key, name, words, (measure, title) in (
+                ("figure_4", "method", "Figure 4: ways to merge to one KV head", ("nats_per_token", _LOSS)),
+                ("appendix_a", "model", "Appendix A: spread over seeds", spread_of),
             ):
                 rows = []
                 for row in record.results[family][key]:

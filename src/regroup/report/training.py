@@ -104,7 +104,7 @@ def _proportions(record: Record) -> list[Figure]:
     """Figure 5, of both families."""
     made = []
     for family, measure, title in (
-        ("encoder-decoder", "average", "right answers, average share"),
+        ("encoder-decoder", "nats_per_token", "held-out loss, nats a target token"),
         ("decoder", "nats_per_token", "held-out loss, nats a token"),
     ):
         if family not in record.results:
