@@ -111,7 +111,6 @@ def pair(
             case: dict[str, Any] = {
                 "prompt": prompt,
                 "batch": batch,
-                "floor_ms": 1e3 * statistics.median(ceiling.seconds for ceiling in floors),
                 "bandwidth_bytes_per_second": statistics.median(ceiling.bandwidth for ceiling in floors),
                 "token_ms": {
                     name: {key: 1e3 * value for key, value in quantiles(values).items()}
@@ -120,7 +119,6 @@ def pair(
                 "steps": len(seconds["regroup"]),
             }
             case["regroup_is_faster_by"] = case["token_ms"][engine]["p50"] / case["token_ms"]["regroup"]["p50"]
-            case["regroup_share_of_the_floor"] = case["floor_ms"] / case["token_ms"]["regroup"]["p50"]
             found["cases"].append(case)
             keep(found)
             print(json.dumps(case), file=sys.stderr)

@@ -45,8 +45,9 @@ def ms(value: float) -> str:
 
 def conditions(record: Record) -> str:
     machine, versions = record["machine"], record["versions"]
+    instructions = f" with {machine['instructions']}" if "instructions" in machine else ""
     return (
-        f"{machine['processor']}, {machine['threads']} threads, torch {versions['torch']}, transformers "
+        f"{machine['processor']}{instructions}, {machine['threads']} threads, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, {record['date'][:10]}"
     )
 
@@ -137,14 +138,14 @@ def _share_goal(what: str, shares: list[float], least: float) -> str:
     return goal(what, found, min(shares) >= least)
 
 
-def operator(record: Record) -> list[str]:
+def operator(record: Record, title: str = "The operator", file: str = "attention-cpu") -> list[str]:
     found = [shape for shape in record["results"]["shapes"] if "ways" in shape]
     shapes = [shape for shape in found if (shape["other_processes_share_of_cpu"] or 0) <= DISTURBED]
     done = record["configuration"]
     whole = math.prod(len(done[name]) for name in ("kv_heads", "batch", "context", "dtype"))
     left_out = [shape for shape in record["results"]["shapes"] if "left_out" in shape]
     return [
-        "## The operator",
+        f"## {title}",
         "",
         "One decoding step of one layer, 32 query heads of 128, milliseconds, medians of runs in turns. `regroup` is the",
         "choice of `backend=\"auto\"`, with \"cpu\" the compiled kernel and with \"packed\" PyTorch alone; `enable_gqa` is",
@@ -154,7 +155,7 @@ def operator(record: Record) -> list[str]:
         "",
         "```",
         "regroup bench attention --batch 1,8,32 --context 1024,4096,16384 --dtype float32,bfloat16 \\",
-        "  --work pieces.jsonl -o benchmarks/records/attention-cpu.json",
+        f"  --work pieces.jsonl -o benchmarks/records/{file}.json",
         "```",
         "",
         *operator_goals(shapes),
@@ -181,7 +182,7 @@ def _reading(case: Record, dtype: str) -> float:
     return 1e3 * (weights + cache) * (4 if dtype == "float32" else 2) / case["bandwidth_bytes_per_second"]
 
 
-def engines(record: Record) -> list[str]:
+def engines(record: Record, title: str = "Beside other engines") -> list[str]:
     rows, failed = [], []
     cases: dict[tuple[str, str, int, int], Record] = {}
     for pair in record["results"]["pairs"]:
@@ -241,7 +242,7 @@ def engines(record: Record) -> list[str]:
             )
         )
     return [
-        "## Beside other engines",
+        f"## {title}",
         "",
         "A Llama shape of 1.1B parameters (hidden 2048, 22 layers, 32 heads of 64, G = 4, random weights), milliseconds a",
         "step. Each row is a run of two engines in turns, so that both meet the same machine: compare within rows. Weights,",
@@ -301,7 +302,7 @@ def t5(record: Record) -> list[str]:
         "## T5-Large's decoder",
         "",
         "16 heads, 2048 encoded tokens, float32, random weights, milliseconds a step; the encoder is not run. `allowed` is",
-        f"the ratio of the floors, `share` how much of it is reached. {conditions(record)}.",
+        "the ratio of the floors, `share` how much of it is reached.",
         "",
         "```",
         "regroup bench decode t5-large.json --kv-heads 16,8,4,1 --batch 8 --prompt 2048 --baseline -o RECORD",
@@ -311,7 +312,7 @@ def t5(record: Record) -> list[str]:
     rows, tables = [], []
     for part in record["results"]["runs"]:
         batch = part["configuration"]["batch"]
-        tables += [f"Batch {batch}, {_layers(part)}:", "", *by_groups(part)]
+        tables += [f"Batch {batch}, {_layers(part)}; {conditions(part)}:", "", *by_groups(part)]
         for model in part["results"]["models"]:
             if (allowed := model.get("floor_speedup_over_mha")) is None or model["kv_heads"] == 16:
                 continue
@@ -342,9 +343,25 @@ def llama(record: Record) -> list[str]:
     ]
 
 
+def engines_avx2(record: Record) -> list[str]:
+    """The same on a processor that PyTorch's packed products were not made for."""
+    return [
+        *engines(record, "Beside other engines, without AVX-512"),
+        "This processor has AVX2 alone. PyTorch's packed linear layers leave much of it unused there, in bfloat16 most of",
+        "all, which they emulate: `prepare_for_inference` helps less, and llama.cpp is faster.",
+        "",
+    ]
+
+
+def operator_avx2(record: Record) -> list[str]:
+    return operator(record, "The operator, without AVX-512", "attention-cpu-avx2")
+
+
 SECTIONS = {
     "attention-cpu.json": operator,
+    "attention-cpu-avx2.json": operator_avx2,
     "decode-engines.json": engines,
+    "decode-engines-avx2.json": engines_avx2,
     "decode-t5-large.json": t5,
     "decode-llama-1b.json": llama,
 }
@@ -355,7 +372,8 @@ def page() -> str:
     lines = [
         "# How fast decoding is",
         "",
-        "Figures of one machine, by `regroup bench` and `benchmarks/`; this page is made from their records",
+        "Figures of two machines, one with AVX-512 and one without, by `regroup bench` and `benchmarks/`; this page is made",
+        "from their records",
         "([benchmarks/records](../benchmarks/records)) by `python benchmarks/report.py`. The floor of a step is the larger",
         "of the bytes that it reads over the bandwidth of reading, and of its FLOPs over the rate of a matrix product of",
         "that shape, both measured in turns with what is compared: memory is shared with other machines, and its speed",

@@ -47,6 +47,7 @@ def machine() -> dict[str, Any]:
         "processor": _first_value("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
     }
     if (memory := _first_value("/proc/meminfo", "MemTotal")) is not None:

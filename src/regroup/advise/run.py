@@ -12,6 +12,7 @@ from ..bench.roofline import Cost
 from ..bench.work import Roofs, Work, check_positions, free_memory, step_costs
 from ..convert.config import child_config
 from ..convert.text import CalibrationText
+from ..devices import device_named
 from ..errors import RegroupError
 from ..layout import Layout, detect
 from ..opening import Source, open_source
@@ -108,8 +109,8 @@ def advise(
             "what is left after uptraining follows from what was lost, which needs text",
             remedy="add --calibration FILE, or leave the uptraining out",
         )
-    own = "cpu" if hardware_name == THIS and device is None else device or "cpu"
-    work = Work(batch, context, max(2, new), dtype, own if hardware_name == THIS else "cpu")
+    own = str(device_named(device)) if hardware_name == THIS else "cpu"
+    work = Work(batch, context, max(2, new), dtype, own)
     known = None if hardware_name == THIS else hardware.named(hardware_name)
     config, folder = read_config(source, revision=revision)
     setting = Setting(batch, context, new, dtype, tensor_parallel)
