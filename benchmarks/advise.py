@@ -19,7 +19,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from regroup.advise.run import advise, plans_of
+from regroup.advise.candidates import plans_of
+from regroup.advise.run import advise
 from regroup.bench.decode import benchmark
 from regroup.bench.work import Roofs, Work, models_for
 from regroup.convert.text import CalibrationText

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,16 @@ from typing import Any
 from ..bench.build import Model, describe, parameters_of, read_config
 from ..bench.roofline import Cost
 from ..bench.work import Roofs, Work, check_positions, free_memory, step_costs
-from ..convert.config import child_config
 from ..convert.text import CalibrationText
 from ..devices import device_named
 from ..errors import RegroupError
-from ..layout import Layout, detect
-from ..opening import Source, open_source
-from ..plan import Plan, allocate, allowed_kv_heads, layer_units, token_bytes
-from ..planning import Listener, check_text_options, choose_plan, grouped, measured
+from ..layout import detect
+from ..opening import open_source
+from ..plan import Plan
+from ..planning import Listener, check_text_options, grouped
 from ..record import record
 from . import hardware
+from .candidates import Candidate, candidates, from_config
 from .choose import Prediction, choose, pareto
 from .measured import Bench, Machine, efficiency_of
 from .predict import Efficiency, Heads, Setting, Shape, first_token_seconds, largest_batch, memory, step_seconds
@@ -47,15 +47,6 @@ class Advice:
     plan: Plan | None
     assumptions: list[str]
     record: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    name: str
-    config: dict[str, Any]
-    plan: Plan | None
-    kl: float | None = None
-    energy: float | None = None
 
 
 def advise(
@@ -122,10 +113,10 @@ def advise(
     if folder is None:
         if calibration is not None:
             raise RegroupError("the source has no weights to measure a loss with", file=source, got="a config alone")
-        found = _from_config(config, tensor_parallel)
+        found = from_config(config, tensor_parallel)
     else:
         with open_source(source, revision=revision) as opened:
-            found = _candidates(opened, config, calibration, told, tensor_parallel, repair, device)
+            found = candidates(opened, config, calibration, told, tensor_parallel, repair, device)
     available = memory_bytes or int(0.9 * (known.memory if known else free_memory(own) or 0))
     recovery = Recovery.load()
     predictions = [
@@ -164,99 +155,8 @@ def advise(
     return Advice(predictions, front, chosen, plan, lines, record("advise", asked, results))
 
 
-def plans_of(
-    source: str, calibration: CalibrationText, *, repair: str = "output", device: str | None = None
-) -> dict[str, Plan]:
-    """The plan of every candidate, by name, with the KL that is expected of it."""
-    config, _ = read_config(source)
-    with open_source(source) as opened:
-        found = _candidates(opened, config, calibration, Listener(), 1, repair, device)
-    return {candidate.name: candidate.plan for candidate in found if candidate.plan is not None}
-
-
-def _uniform(layout: Layout, tensor_parallel: int) -> list[int]:
-    """Numbers of KV heads that every layer may have, most first; the parent's own is left out."""
-    allowed = [set(allowed_kv_heads(layer, tensor_parallel)) for layer in layout.layers]
-    present = {layer.num_key_value_heads for layer in layout.layers}
-    return sorted(set.intersection(*allowed) - (present if len(present) == 1 else set()), reverse=True)
-
-
-def _from_config(config: Mapping[str, Any], tensor_parallel: int) -> list[_Candidate]:
-    layout = detect(config)
-    found = [_Candidate("the parent", dict(config), None)]
-    for heads in _uniform(layout, tensor_parallel):
-        plan = choose_plan(
-            layout, None, kv_heads=heads, layers=None, method=None, tensor_parallel=tensor_parallel, seed=None
-        )
-        found.append(_Candidate(f"G = {heads}", child_config(dict(config), layout, plan), plan))
-    return found
-
-
-def _candidates(
-    opened: Source,
-    config: Mapping[str, Any],
-    calibration: CalibrationText | None,
-    told: Listener,
-    tensor_parallel: int,
-    repair: str,
-    device: str | None,
-) -> list[_Candidate]:
-    """The parent, each uniform G, and for each the plan by layer that loses least within the same cache."""
-    layout = opened.layout
-    start = choose_plan(layout, None, kv_heads=None, layers={}, method=None, tensor_parallel=None, seed=None)
-    start = replace(start, tensor_parallel=tensor_parallel)
-    units = [layer_units(layer, tensor_parallel=tensor_parallel) for layer in layout.layers]
-    choices = {layer.name: sorted(unit) for layer, unit in zip(layout.layers, units, strict=True)}
-    wants: list[dict[int, Any]]
-    if calibration is None:
-        from ..convert.sensitivity import guess
-
-        with told.searching(len(layout.layers)) as count:
-            lost = guess(opened.checkpoint, layout, choices, progress=count)
-        costs = [{heads: lost[layer.name][heads] for heads in choices[layer.name]} for layer in layout.layers]
-        wants = [
-            {heads: replace(want, num_key_value_heads=heads) for heads in choices[want.name]} for want in start.layers
-        ]
-    else:
-        one = measured(
-            opened, start, choices, calibration, told, method=None, repair=repair, search=True, device=device
-        )
-        costs = [{heads: found.kl for heads, found in one[layer.name].items()} for layer in layout.layers]
-        wants = [
-            {heads: replace(found.want, predicted_kl=found.kl) for heads, found in one[layer.name].items()}
-            for layer in layout.layers
-        ]
-
-    def candidate(name: str, heads: Sequence[int]) -> _Candidate:
-        total = sum(cost[g] for cost, g in zip(costs, heads, strict=True))
-        plan = replace(start, layers=tuple(want[g] for want, g in zip(wants, heads, strict=True)))
-        plan = plan if calibration is None else replace(plan, predicted_kl=total)
-        made = child_config(dict(config), layout, plan)
-        if calibration is None:
-            return _Candidate(name, made, plan, energy=total / len(heads))
-        return _Candidate(name, made, plan, kl=total)
-
-    found = [
-        _Candidate(
-            "the parent",
-            dict(config),
-            None,
-            kl=None if calibration is None else 0.0,
-            energy=0.0 if calibration is None else None,
-        )
-    ]
-    for heads in _uniform(layout, tensor_parallel):
-        same = [heads] * len(layout.layers)
-        found.append(candidate(f"G = {heads}", same))
-        budget = sum(token_bytes(layer, heads) for layer in layout.layers)
-        by_layer = allocate(costs, units, budget)
-        if by_layer != same:
-            found.append(candidate(f"by layer, as G = {heads}", by_layer))
-    return found
-
-
 def _predict(
-    candidate: _Candidate,
+    candidate: Candidate,
     parent: Model,
     setting: Setting,
     work: Work,
