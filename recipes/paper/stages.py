@@ -108,15 +108,17 @@ def pretrain(bench: Bench, family: str, which: str) -> None:
         return
     new = bench.work / "new" / f"{family}-{which}"
     shutil.rmtree(new, ignore_errors=True)
+    # Of what is timed, and of the passages whose continuation is asked for.
+    positions = max(2 * scale.decode_prompt, 256)
     shape = scale.small if which == "small" else scale.large
     if which == "scratch":
         many = new.with_name(new.name + "-heads")
         shutil.rmtree(many, ignore_errors=True)
-        write_new(family, shape, bench.texts.tokenizer, many, positions=2 * scale.decode_prompt)
+        write_new(family, shape, bench.texts.tokenizer, many, positions=positions)
         # The first of random heads is a random head: what a model with one KV head begins with.
         convert_checkpoint(many, new, kv_heads=1, method="first")
     else:
-        write_new(family, shape, bench.texts.tokenizer, new, positions=2 * scale.decode_prompt)
+        write_new(family, shape, bench.texts.tokenizer, new, positions=positions)
     schedule: dict[str, Any] = {"learning_rate": scale.pretraining_rate}
     if family == "encoder-decoder":
         schedule = {"schedule": "inverse-sqrt", "original_steps": 1}
