@@ -16,7 +16,7 @@ import regroup
 import tiny
 from regroup.attention import interface
 from regroup.attention.cache import KVCache
-from regroup.attention.prepare import unavailable
+from regroup.attention.linear_layers import fast_layer
 from regroup.errors import RegroupError
 
 Converted = Callable[[str, str], Path]
@@ -275,8 +275,9 @@ def test_compiled_text_is_the_same(packed: bool) -> None:
     model, inputs = tiny.build("llama_grouped"), prompt("llama_grouped", padded=False)
     wanted = write(model, inputs, "eager")
     if packed:
-        if (reason := unavailable(torch.float32)) is not None:
-            pytest.skip(reason)
+        layer, why = fast_layer(torch.float32)
+        if layer is None:
+            pytest.skip(why)
         regroup.prepare_for_inference(model)
     graphs = []
 

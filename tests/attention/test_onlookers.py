@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from regroup.attention import cpu_build, explain, grouped_query_attention
-from regroup.attention.call import constant
+from regroup.attention.onlookers import constant
 from regroup.errors import RegroupError
 
 

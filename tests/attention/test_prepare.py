@@ -1,4 +1,4 @@
-"""``prepare_for_inference``: the same text from packed weights, and the unpacked ones are gone."""
+"""``prepare_for_inference``: the same text from both kinds of fast layers; packed ones keep no second weight."""
 
 from __future__ import annotations
 
@@ -15,27 +15,49 @@ from torch import nn
 
 import regroup
 import tiny
-from regroup.attention import prepare
+from regroup.attention import cpu_linear, linear_layers, prepare
 from regroup.attention.cache import KVCache
-from regroup.attention.prepare import PackedLinear, prepare_for_inference, unavailable
+from regroup.attention.linear_layers import DirectLinear, PackedLinear, fast_layer, unavailable
+from regroup.attention.prepare import prepare_for_inference
 from regroup.errors import RegroupError
 
-pytestmark = pytest.mark.skipif(
-    unavailable(torch.float32) is not None, reason=f"weights cannot be packed here: {unavailable(torch.float32)}"
-)
+
+def take(layer: type[nn.Module], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let models be prepared with one kind of layer, or skip where it cannot be had."""
+    why = unavailable(dtype) if layer is PackedLinear else cpu_linear.missing()
+    if why is not None:
+        pytest.skip(why)
+    monkeypatch.setattr(prepare, "fast_layer", lambda dtype: (layer, "a test wants it"))
+
+
+@pytest.fixture(params=[DirectLinear, PackedLinear])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[nn.Module]:
+    take(request.param, torch.float32, monkeypatch)
+    return request.param
+
+
+@pytest.fixture
+def packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    take(PackedLinear, torch.float32, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 40), (8, 40), (2, 3, 40), (2, 1, 40)])
+@pytest.mark.parametrize("shape", [(1, 40), (8, 40), (2, 3, 40), (2, 1, 40), (3, 50, 40)])
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [DirectLinear, PackedLinear])
 @torch.no_grad()
-def test_a_packed_layer_is_the_layer(dtype: torch.dtype, shape: tuple[int, ...], bias: bool) -> None:
-    if unavailable(dtype) is not None:
-        pytest.skip(str(unavailable(dtype)))
+def test_a_fast_layer_is_the_layer(
+    kind: type[DirectLinear | PackedLinear],
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    bias: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    take(kind, dtype, monkeypatch)
     torch.manual_seed(0)
     layer = nn.Linear(40, 24, bias=bias).to(dtype)
     states = torch.randn(*shape).to(dtype)
-    packed = PackedLinear(layer.weight, layer.bias)
+    packed = kind(layer.weight, layer.bias)
     exact = nn.functional.linear(states.double(), layer.weight.double(), layer.bias.double() if bias else None)
     own, ours = ((found.double() - exact).abs().max() for found in (layer(states), packed(states)))
     assert packed(states).shape == (*shape[:-1], 24)
@@ -46,25 +68,26 @@ def test_a_packed_layer_is_the_layer(dtype: torch.dtype, shape: tuple[int, ...],
     torch.testing.assert_close(packed(wide), layer(wide), atol=2e-2 if dtype != torch.float32 else 1e-5, rtol=1e-2)
 
 
-def test_a_bias_with_gaps_is_read_right() -> None:
+@torch.no_grad()
+def test_a_bias_with_gaps_is_read_right(either: type[DirectLinear | PackedLinear]) -> None:
     """oneDNN's operator reads it as if it had none."""
     torch.manual_seed(0)
     weight, states = torch.randn(12, 7), torch.randn(2, 7)
-    packed = PackedLinear(weight, weight[:, 0])
+    packed = either(weight, weight[:, 0])
     torch.testing.assert_close(packed(states), nn.functional.linear(states, weight, weight[:, 0]))
 
 
 @pytest.mark.parametrize("name", ["llama_bias", "gemma2", "phi3", "gpt2", "t5", "t5_v1_1", "bart", "bloom", "falcon"])
-def test_text_stays_the_same(name: str) -> None:
+def test_text_stays_the_same(name: str, either: type[nn.Module]) -> None:
     inputs = tiny.inputs(name, 2, 8)
     inputs.pop("decoder_input_ids", None)
     settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     stock: Any = tiny.build(name)
     wanted = stock.generate(**inputs, **settings)
     model: Any = prepare_for_inference(tiny.build(name))
-    assert any(isinstance(module, PackedLinear) for module in model.modules())
+    assert any(isinstance(module, either) for module in model.modules())
     assert {type(m).__name__ for m in model.modules() if type(m).__name__.endswith(("Linear", "Conv1D"))} == {
-        "PackedLinear"
+        either.__name__
     }
     if name not in ("bloom", "falcon"):
         regroup.register()
@@ -73,7 +96,7 @@ def test_text_stays_the_same(name: str) -> None:
     assert torch.equal(found, wanted)
 
 
-def test_a_wrong_weight_shows() -> None:
+def test_a_wrong_weight_shows(either: type[nn.Module]) -> None:
     inputs = tiny.inputs("llama", 2, 8)
     model: Any = tiny.build("llama")
     wanted = model(**inputs).logits
@@ -82,6 +105,7 @@ def test_a_wrong_weight_shows() -> None:
     assert not torch.allclose(prepare_for_inference(model)(**inputs).logits, wanted, atol=1e-2)
 
 
+@pytest.mark.usefixtures("packing")
 def test_unpacked_weights_are_freed_and_shared_ones_stay_shared() -> None:
     model: Any = tiny.build("llama")
     old = [weakref.ref(module.weight) for module in model.modules() if isinstance(module, nn.Linear)]
@@ -95,7 +119,8 @@ def test_unpacked_weights_are_freed_and_shared_ones_stay_shared() -> None:
     assert tied.get_input_embeddings().weight.shape == (tiny.VOCAB_SIZE, 48)
 
 
-def test_a_prepared_model_is_not_saved_or_trained(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("packing")
+def test_a_packed_model_is_not_saved_or_trained(tmp_path: Path) -> None:
     model: Any = prepare_for_inference(tiny.build("llama"))
     with pytest.raises(RegroupError, match="cannot be saved"):
         model.save_pretrained(tmp_path / "saved")
@@ -106,14 +131,16 @@ def test_a_prepared_model_is_not_saved_or_trained(tmp_path: Path) -> None:
         layer(torch.zeros(1, layer.in_features, dtype=torch.bfloat16))
 
 
+@pytest.mark.usefixtures("packing")
 @pytest.mark.parametrize("act", [copy.deepcopy, pickle.dumps])
-def test_a_prepared_model_is_not_copied(act: Callable[[Any], Any]) -> None:
+def test_a_packed_model_is_not_copied(act: Callable[[Any], Any]) -> None:
     with pytest.raises(RegroupError, match="cannot be copied"):
         act(prepare_for_inference(nn.Sequential(nn.Linear(16, 16))))
 
 
+@pytest.mark.usefixtures("packing")
 @torch.no_grad()
-def test_a_prepared_model_is_not_moved_or_converted() -> None:
+def test_a_packed_model_is_not_moved_or_converted() -> None:
     model: Any = prepare_for_inference(nn.Sequential(nn.Linear(16, 16)))
     states = torch.randn(2, 16)
     wanted = model(states)
@@ -126,18 +153,18 @@ def test_a_prepared_model_is_not_moved_or_converted() -> None:
 
 
 @torch.no_grad()
-def test_a_second_time_packs_what_has_come_since() -> None:
+def test_a_second_time_takes_what_has_come_since(either: type[nn.Module]) -> None:
     model: Any = prepare_for_inference(nn.Sequential(nn.Linear(16, 16), nn.ReLU()))
     first = model[0]
     assert prepare_for_inference(model) is model
     model.append(nn.Linear(16, 4))
     prepare_for_inference(model)
-    assert isinstance(model[2], PackedLinear)
+    assert isinstance(model[2], either)
     assert model[0] is first
 
 
 @torch.no_grad()
-def test_layers_that_do_more_are_left_alone() -> None:
+def test_layers_that_do_more_are_left_alone(either: type[nn.Module]) -> None:
     """A hook, another ``forward``, and a parent that reads the weight past the layer."""
     layer: Any = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
     seen: list[Any] = []
@@ -152,13 +179,13 @@ def test_layers_that_do_more_are_left_alone() -> None:
     prepare_for_inference(model)
     assert torch.allclose(model(states), wanted, atol=1e-5)
     assert len(seen) == 2
-    assert [type(module) is PackedLinear for module in layer] == [False, False, False, True]
+    assert [type(module) is either for module in layer] == [False, False, False, True]
 
 
-def test_what_cannot_be_packed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_prepared_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RegroupError, match="no plain linear layer"):
         prepare_for_inference(nn.Sequential(nn.ReLU()))
-    with pytest.raises(RegroupError, match="float64 is not packed"):
+    with pytest.raises(RegroupError, match="float64 is not served"):
         prepare_for_inference(nn.Sequential(nn.Linear(4, 4)).double())
     with pytest.raises(RegroupError, match="CPUs alone"):
         prepare_for_inference(nn.Sequential(nn.Linear(4, 4, device="meta")))
@@ -170,11 +197,52 @@ def test_what_cannot_be_packed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare_for_inference(nn.Sequential(empty))
     model = nn.Linear(4, 4)
     holder = nn.Sequential(model)
+    monkeypatch.setattr(cpu_linear, "missing", lambda: "there is no compiler")
     monkeypatch.setattr(PackedLinear, "forward", lambda self, states: states.new_zeros(*states.shape[:-1], 48))
     with pytest.raises(RegroupError, match="other results"):
         prepare_for_inference(holder)
     assert holder[0] is model
     assert model.weight.requires_grad
-    monkeypatch.setattr(prepare, "DTYPES", ())
-    with pytest.raises(RegroupError, match="no linear layer can be packed"):
+    monkeypatch.setattr(linear_layers, "DTYPES", ())
+    with pytest.raises(RegroupError, match="no linear layer can be made faster"):
         prepare_for_inference(holder)
+
+
+def test_which_layer_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel where it is best or alone, oneDNN's layout elsewhere, neither where there is neither."""
+    for best, missing, without, wanted in (
+        (True, None, None, DirectLinear),
+        (False, None, None, PackedLinear),
+        (False, None, "no oneDNN", DirectLinear),
+        (False, "no compiler", None, PackedLinear),
+        (False, "no compiler", "no oneDNN", None),
+    ):
+        monkeypatch.setattr(cpu_linear, "is_best", lambda best=best: best)
+        monkeypatch.setattr(cpu_linear, "missing", lambda missing=missing: missing)
+        monkeypatch.setattr(linear_layers, "unavailable", lambda dtype, without=without: without)
+        layer, why = fast_layer(torch.bfloat16)
+        assert layer is wanted
+        for reason in (missing, without):
+            assert layer is not None or (reason is not None and reason in why)
+
+
+def test_a_model_with_the_kernel_is_saved_copied_and_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(DirectLinear, torch.float32, monkeypatch)
+    inputs = tiny.inputs("llama", 2, 8)
+    model: Any = tiny.build("llama")
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+    weight = model.model.layers[0].mlp.up_proj.weight
+    prepare_for_inference(model)
+    assert model.model.layers[0].mlp.up_proj.weight is weight
+    model.save_pretrained(tmp_path / "saved")
+    again: Any = type(model).from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(copy.deepcopy(model)(**inputs).logits, wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.double()(**inputs).logits.float(), wanted, atol=1e-5, rtol=1e-5)
+    layer = DirectLinear(torch.randn(4, 4), None)
+    states = torch.randn(2, 4, requires_grad=True)
+    layer(states).sum().backward()
+    assert states.grad is not None
+    torch.testing.assert_close(states.grad, layer.weight.sum(0).expand(2, 4))

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch.autograd import forward_ad
+from torch import Tensor
 
 from ..errors import RegroupError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A window as wide as any context, and as kernels count.
 _WIDEST = 1 << 62
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def constant(function: Function) -> Function:
-    """What ``torch.compiler.assume_constant_result`` does, which would import the compiler: seconds for everybody."""
-    function.__dict__["_dynamo_marked_constant"] = True
-    return function
 
 
 @dataclass(frozen=True)
@@ -142,24 +130,6 @@ class Call:
             near = columns > rows - self.window
             seen = near if seen is None else seen & near
         return seen
-
-
-def hidden_from_kernels(call: Call) -> str | None:
-    """Why a kernel that is given addresses would miss what the tensors of a call are, or None.
-
-    Under ``torch.compile`` the kernel is an operator of the graph, and the tensors are made plain before it runs.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    # Neither is public: torch.func's transformations (vmap, jvp), and forward-mode differentiation.
-    if _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return "torch.func or forward-mode differentiation is at work, and follows PyTorch's own operators alone"
-    for tensor in call.tensors:
-        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
-            return f"a {type(tensor).__name__} may hold its numbers elsewhere"
-        if tensor.is_neg():
-            return "a tensor is a view that is negated when it is read"
-    return None
 
 
 def _shape(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Builds the CPU kernel with the compiler that is present, once for each machine, and loads it.
+"""Builds the CPU kernels with the compiler that is present, once for each machine, and loads them.
 
 The one file of this room that reaches the disk. The library lies in the user's cache (``$XDG_CACHE_HOME`` or
 ``~/.cache``, below ``regroup/``) under a name made of everything that it depends on; it is built under another name
@@ -22,9 +22,11 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = ("cpu_decode.cpp", "cpu_vectors.h")
+_SOURCES = ("cpu_decode.cpp", "cpu_linear.cpp", "cpu_vectors.h")
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared")
 _SECONDS = 120
+# What the library says of the processor that it is built for (regroup_features in cpu_decode.cpp).
+PAIRS, HALVES, WIDE, AVX2 = 1, 2, 4, 8
 _INSTALL = "install a C++ compiler (Debian, Ubuntu: apt-get install g++), or name one in $CXX"
 
 
@@ -115,7 +117,8 @@ def _compile(command: list[str], target: Path) -> str | None:
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=".part")
     os.close(handle)
     try:
-        done = _finished([*command, str(folder / _SOURCES[0]), "-o", name])
+        sources = [str(folder / file) for file in _SOURCES if file.endswith(".cpp")]
+        done = _finished([*command, *sources, "-o", name])
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             return lines[0].strip() if lines else f"exit code {done.returncode}"
@@ -138,7 +141,7 @@ def _load(command: list[str]) -> Built:
         [*full, _finished([*command, "--version"]).stdout, _processor(), torch.__version__]
         + [(folder / name).read_text(encoding="utf-8") for name in _SOURCES]
     )
-    name = f"cpu_decode-{hashlib.sha256(text.encode()).hexdigest()[:20]}.so"
+    name = f"cpu-{hashlib.sha256(text.encode()).hexdigest()[:20]}.so"
     try:
         target = cache_folder() / name
         _make_private(target.parent)
@@ -152,7 +155,7 @@ def _load(command: list[str]) -> Built:
 
 @functools.cache
 def build() -> Built:
-    """The kernel of this machine, built when first asked for (some seconds), then from the cache. Never raises."""
+    """The kernels of this machine, built when first asked for (some seconds), then from the cache. Never raises."""
     if os.name != "posix":
         return Built(None, "it is built on POSIX systems alone")
     command = find_compiler()
@@ -164,6 +167,13 @@ def build() -> Built:
         return _load(command)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return Built(None, f"it could not be built: {error}; {_INSTALL}")
+
+
+def features() -> int:
+    """What the built kernels can use: a sum of :data:`PAIRS` (bfloat16 products), :data:`HALVES` (float16),
+    :data:`WIDE` (AVX-512) and :data:`AVX2` (that, and nothing wider); 0 where there are no kernels."""
+    library = build().library
+    return 0 if library is None else library.regroup_features()
 
 
 @functools.cache

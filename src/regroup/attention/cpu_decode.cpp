@@ -23,6 +23,7 @@ namespace {
 
 constexpr int BLOCK = 128;       // keys, at most
 constexpr int PANEL = 2 * WIDTH;  // query rows that `outer` works on at once
+constexpr int MOST_KEYS = 8;      // keys that it works on at once, at most
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 INLINE long up(long n, long to) { return (n + to - 1) / to * to; }
@@ -79,10 +80,14 @@ INLINE void dots(const float* q, long q_row, const float* const* keys, long unit
         for (long i = 0; i < fetches; i++) ahead.fetch();
         vec k[4];
         UNROLL
-        for (int j = 0; j < 4; j++) k[j] = load(keys[j] + d);
+        for (int j = 0; j < 4; j++) {
+            k[j] = load(keys[j] + d);
+            if (N > 1) IN_REGISTER(k[j]);
+        }
         UNROLL
         for (int r = 0; r < N; r++) {
             vec x = load(q + r * q_row + d);
+            IN_REGISTER(x);
             UNROLL
             for (int j = 0; j < 4; j++) sum[r][j] = Op::add_product(sum[r][j], x, k[j]);
         }
@@ -99,10 +104,11 @@ INLINE void dots(const float* q, long q_row, const float* const* keys, long unit
     for (int r = 0; r < N; r++) sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], s + r * s_row);
 }
 
-// Scores of N vectors of rows and KEYS keys, keys spread over the lanes: s[key][row]. The query is (units, rows).
+// Scores of N vectors of rows and a block of keys, keys spread over the lanes: s[key][row]. The query is (units, rows).
 template <class Op, int N>
 INLINE void outer(const float* q, long q_row, const float* k, long k_row, long units, float* s, long s_row,
                   Ahead& ahead, long fetches) {
+    constexpr int KEYS = keys(N);
     vec sum[KEYS][N];
     UNROLL
     for (int j = 0; j < KEYS; j++)
@@ -113,10 +119,14 @@ INLINE void outer(const float* q, long q_row, const float* k, long k_row, long u
         for (long i = 0; i < fetches; i++) ahead.fetch();
         vec x[N];
         UNROLL
-        for (int r = 0; r < N; r++) x[r] = load(q + d * q_row + r * WIDTH);
+        for (int r = 0; r < N; r++) {
+            x[r] = load(q + d * q_row + r * WIDTH);
+            IN_REGISTER(x[r]);
+        }
         UNROLL
         for (int j = 0; j < KEYS; j++) {
             vec y = splat((j < 4 ? k : k4)[(j & 3) * k_row + d]);
+            IN_REGISTER(y);
             UNROLL
             for (int r = 0; r < N; r++) sum[j][r] = Op::add_product(sum[j][r], x[r], y);
         }
@@ -144,9 +154,13 @@ INLINE void weigh(const float* p, long p_row, const float* v, long v_row, long k
         UNROLL
         for (int c = 0; c < M - 1; c++) x[c] = load(row + c * WIDTH);
         x[M - 1] = WHOLE ? load(row + (M - 1) * WIDTH) : load_part(row + (M - 1) * WIDTH, part);
+        if (N > 1)
+            UNROLL
+            for (int c = 0; c < M; c++) IN_REGISTER(x[c]);
         UNROLL
         for (int r = 0; r < N; r++) {
             vec y = splat(p[r * p_row + j]);
+            IN_REGISTER(y);
             UNROLL
             for (int c = 0; c < M; c++) sum[r][c] = Op::add_product(sum[r][c], y, x[c]);
         }
@@ -156,9 +170,6 @@ INLINE void weigh(const float* p, long p_row, const float* v, long v_row, long k
         UNROLL
         for (int c = 0; c < M; c++) store(out + r * out_row + c * WIDTH, sum[r][c]);
 }
-
-// Vectors of a value row that one pass sums: one or two rows leave room for twice as many.
-constexpr int strip(int rows) { return rows <= 2 && STRIP == 4 ? 2 * STRIP : STRIP; }
 
 // `weigh` for so many vectors, found by counting down from the most that there may be.
 template <class Op, int N, int M = strip(N)>
@@ -247,7 +258,7 @@ struct Work {
         size = c.type == FLOAT ? 4 : 2;
         rows = c.heads / c.groups * c.queries;
         wide = rows > 3 * WIDTH / 4;
-        rows_up = wide ? up(rows, WIDTH) : rows < ROWS ? (rows == 3 ? 4 : rows) : up(rows, ROWS);
+        rows_up = wide ? up(rows, WIDTH) : rows <= 2 ? rows : up(rows, DOTS);
         units = pairs ? c.head_dim / 2 : c.head_dim;
         units_up = up(units, WIDTH);
         width_up = up(c.value_dim, WIDTH);
@@ -327,31 +338,33 @@ struct Work {
         }
     }
 
+    // scratch (n and a few, PANEL) = products of n keys with N vectors of rows.
+    template <int N>
+    void score_panel(const float* q, const float* k, long k_row, long n, float* scratch, Ahead& ahead,
+                     long fetches) const {
+        constexpr long KEYS = keys(N);
+        const long whole = n / KEYS * KEYS;
+        for (long j = 0; j < whole; j += KEYS)
+            outer<Op, N>(q, rows_up, k + j * k_row, k_row, units, scratch + j * PANEL, PANEL, ahead, fetches);
+        if (whole == n) return;
+        // What is left of the block is copied to a whole group: a row of the cache may end where memory ends.
+        float* rest = scratch + (BLOCK + MOST_KEYS) * PANEL;
+        for (long j = 0; j < KEYS; j++)
+            std::memcpy(rest + j * units_up, k + (whole + j % (n - whole)) * k_row, 4 * units);
+        outer<Op, N>(q, rows_up, rest, units_up, units, scratch + whole * PANEL, PANEL, ahead, fetches);
+    }
+
     // s (rows_up, BLOCK) = products of all rows with n keys; beyond n it is undefined.
     void score(const float* q, const float* k, long k_row, long n, float* s, float* scratch, Ahead ahead) const {
         if (wide) {
-            long whole = n / KEYS * KEYS, panels = (rows_up + PANEL - 1) / PANEL;
-            long fetches = ahead.per(panels * ((n + KEYS - 1) / KEYS) * units);
+            long panels = (rows_up + PANEL - 1) / PANEL;
+            long fetches = ahead.per(panels * ((n + keys(2) - 1) / keys(2)) * units);
             for (long r = 0; r < rows_up; r += PANEL) {
-                bool two = rows_up - r >= PANEL;
-                for (long j = 0; j < whole; j += KEYS) {
-                    float* to = scratch + j * PANEL;
-                    if (two)
-                        outer<Op, 2>(q + r, rows_up, k + j * k_row, k_row, units, to, PANEL, ahead, fetches);
-                    else
-                        outer<Op, 1>(q + r, rows_up, k + j * k_row, k_row, units, to, PANEL, ahead, fetches);
-                }
-                // What is left of the block is copied to a whole group: a row of the cache may end where memory ends.
-                if (whole < n) {
-                    float* rest = scratch + BLOCK * PANEL;
-                    for (long j = 0; j < KEYS; j++)
-                        std::memcpy(rest + j * units_up, k + (whole + j % (n - whole)) * k_row, 4 * units);
-                    float* to = scratch + whole * PANEL;
-                    if (two)
-                        outer<Op, 2>(q + r, rows_up, rest, units_up, units, to, PANEL, ahead, fetches);
-                    else
-                        outer<Op, 1>(q + r, rows_up, rest, units_up, units, to, PANEL, ahead, fetches);
-                }
+                const bool two = rows_up - r >= PANEL;
+                if (two)
+                    score_panel<2>(q + r, k, k_row, n, scratch, ahead, fetches);
+                else
+                    score_panel<1>(q + r, k, k_row, n, scratch, ahead, fetches);
                 for (long x = 0; x < (two ? PANEL : WIDTH); x += WIDTH)
                     for (long j = 0; j < n; j += WIDTH)
                         transpose(scratch + j * PANEL + x, PANEL, s + (r + x) * BLOCK + j, BLOCK);
@@ -363,8 +376,8 @@ struct Work {
             const float* keys[4];
             for (long i = 0; i < 4; i++) keys[i] = k + std::min(j + i, n - 1) * k_row;
             long r = 0, now = fetches;
-            for (; r + ROWS <= rows_up; r += ROWS, now = 0)
-                dots<Op, ROWS>(q + r * units_up, units_up, keys, units, s + r * BLOCK + j, BLOCK, ahead, now);
+            for (; DOTS > 2 && r + DOTS <= rows_up; r += DOTS, now = 0)
+                dots<Op, DOTS>(q + r * units_up, units_up, keys, units, s + r * BLOCK + j, BLOCK, ahead, now);
             for (; r + 2 <= rows_up; r += 2, now = 0)
                 dots<Op, 2>(q + r * units_up, units_up, keys, units, s + r * BLOCK + j, BLOCK, ahead, now);
             for (; r < rows_up; r++, now = 0)
@@ -502,8 +515,8 @@ struct Work {
     void run() {
         static thread_local Room room;
         const long q_floats = up(wide ? rows_up * units : rows_up * units_up, 16);
-        const long line_floats = units_up + c.head_dim, rest_floats = KEYS * units_up;
-        const long scratch_floats = wide ? BLOCK * PANEL + rest_floats : 0;
+        const long line_floats = units_up + c.head_dim, rest_floats = MOST_KEYS * units_up;
+        const long scratch_floats = wide ? (BLOCK + MOST_KEYS) * PANEL + rest_floats : 0;
         const long key_floats = raw ? 0 : BLOCK * units_up, value_floats = raw && !pairs ? 0 : BLOCK * width_up;
         float* q = room.take(q_floats + up(line_floats, 16) + rows_up * (BLOCK + width_up) + up(3 * rows_up, 16) +
                              scratch_floats + key_floats + value_floats);
@@ -590,13 +603,18 @@ void attend(const RegroupCall& call) {
 
 extern "C" {
 
-// 1: bfloat16 products in the processor. 2: float16 can be converted.
+// 1: bfloat16 products in the processor. 2: float16 can be converted. 4: AVX-512. 8: AVX2 with FMA, and no AVX-512.
 int regroup_features() {
+    int found = HALVES ? 2 : 0;
 #if defined(__AVX512BF16__)
-    return 1 | (HALVES ? 2 : 0);
-#else
-    return HALVES ? 2 : 0;
+    found |= 1;
 #endif
+#if defined(__AVX512F__)
+    found |= 4;
+#elif defined(__AVX2__) && defined(__FMA__)
+    found |= 8;
+#endif
+    return found;
 }
 
 void regroup_decode(const RegroupCall* call) {

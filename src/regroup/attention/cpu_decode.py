@@ -11,13 +11,13 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .call import Call, constant, hidden_from_kernels
-from .cpu_build import build, parallel
+from .call import Call
+from .cpu_build import AVX2, HALVES, build, features, parallel
+from .onlookers import constant, hidden_from_kernels, is_recorded
 
 # Query positions: beyond them attention is a matrix product for which there are better kernels.
 MAX_QUERIES = 64
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
-_HALVES = 2  # of regroup_features
 
 
 class _Call(ctypes.Structure):
@@ -45,8 +45,13 @@ def _missing() -> str | None:
 
 @constant
 def _features() -> int:
-    library = build().library
-    return 0 if library is None else library.regroup_features()
+    return features()
+
+
+@constant
+def has_short_vectors() -> bool:
+    """Whether this processor has AVX2 and nothing wider."""
+    return bool(features() & AVX2)
 
 
 def _in_rows(tensor: Tensor) -> bool:
@@ -69,13 +74,13 @@ def reason(call: Call) -> str | None:
     for name, extra in (("mask", call.mask), ("bias", call.bias)):
         if extra is not None and extra.dtype not in _TYPES:
             return f"a {name} of {extra.dtype} is not served"
-    hidden = hidden_from_kernels(call)
+    hidden = hidden_from_kernels(call.tensors)
     if hidden is not None:
         return hidden
     missing = _missing()
     if missing is not None:
         return f"the compiled kernel is missing: {missing}"
-    if call.query.dtype == torch.float16 and not _features() & _HALVES:
+    if call.query.dtype == torch.float16 and not _features() & HALVES:
         return "this processor does not convert float16"
     return None
 
@@ -150,11 +155,6 @@ def _(
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
-def _is_recorded() -> bool:
-    """Whether ``torch.jit.trace`` or a dispatch mode (``make_fx``, a profiler of operators) looks on."""
-    return torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
-
-
 def run(call: Call) -> Tensor:
     """Attention by the compiled kernel, with sums in float32 (bfloat16 products where the processor has them).
 
@@ -165,5 +165,5 @@ def run(call: Call) -> Tensor:
     """
     arguments = (call.query, call.key, call.value, call.mask, call.bias, call.is_causal, call.scale)
     # The dispatcher costs as much as a short context does; only who records operators needs to see one.
-    op = _op if torch.compiler.is_compiling() or _is_recorded() else _decode
+    op = _op if is_recorded() else _decode
     return op(*arguments, call.window, call.softcap)

@@ -14,14 +14,16 @@
 #if defined(__AVX512F__)
 
 constexpr int WIDTH = 16;  // floats in a vector
-constexpr int STRIP = 4;   // vectors of a value row that one pass sums, for ROWS rows
-constexpr int ROWS = 4;    // query rows that a register block of `dots` and `weigh` holds
-constexpr int KEYS = 8;    // keys that a register block of `outer` holds
+constexpr int DOTS = 4;    // query rows that a register block of `dots` holds, with four keys
+constexpr int ROWS = 4;    // query rows that a register block of `weigh` holds
+constexpr int strip(int rows) { return rows <= 2 ? 8 : 4; }  // and vectors of a value row
+constexpr int keys(int) { return 8; }  // keys that a register block of `outer` holds, with so many vectors of rows
 typedef __m512 vec;
 INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
 INLINE vec load_part(const float* p, int n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 INLINE void store(float* p, vec v) { _mm512_storeu_ps(p, v); }
 INLINE vec splat(float x) { return _mm512_set1_ps(x); }
+INLINE vec fused(vec a, vec b, vec sum) { return _mm512_fmadd_ps(a, b, sum); }
 
 // The sums of four vectors, as four floats.
 INLINE void sum4(vec a, vec b, vec c, vec d, float* out) {
@@ -75,7 +77,10 @@ INLINE void transpose(const float* from, long from_row, float* to, long to_row) 
 
 #elif defined(__AVX2__) && defined(__FMA__)
 
-constexpr int WIDTH = 8, STRIP = 2, ROWS = 2, KEYS = 4;  // half as many registers
+// Half as many registers; eight sums or more keep both multipliers busy, each of which takes four or five cycles.
+constexpr int WIDTH = 8, DOTS = 2, ROWS = 4;
+constexpr int strip(int rows) { return 8 / rows; }
+constexpr int keys(int vectors) { return vectors == 2 ? 6 : 8; }
 typedef __m256 vec;
 INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
 INLINE vec load_part(const float* p, int n) {
@@ -84,18 +89,40 @@ INLINE vec load_part(const float* p, int n) {
 }
 INLINE void store(float* p, vec v) { _mm256_storeu_ps(p, v); }
 INLINE vec splat(float x) { return _mm256_set1_ps(x); }
+// By name: for some processors compilers take chains of a * b + c apart where they see fit.
+INLINE vec fused(vec a, vec b, vec sum) { return _mm256_fmadd_ps(a, b, sum); }
 INLINE void sum4(vec a, vec b, vec c, vec d, float* out) {
     vec all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
 INLINE void transpose(const float* from, long from_row, float* to, long to_row) {
-    for (int i = 0; i < WIDTH; i++)
-        for (int j = 0; j < WIDTH; j++) to[i * to_row + j] = from[j * from_row + i];
+    vec a[8], b[8];
+    UNROLL
+    for (int i = 0; i < 8; i++) a[i] = load(from + i * from_row);
+    UNROLL
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    UNROLL
+    for (int i = 0; i < 8; i += 4) {
+        a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+        a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+        a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+        a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+    }
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+        store(to + i * to_row, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        store(to + (i + 4) * to_row, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
 }
 
 #else
 
-constexpr int WIDTH = 4, STRIP = 4, ROWS = 4, KEYS = 8;
+constexpr int WIDTH = 4, DOTS = 4, ROWS = 4;
+constexpr int strip(int rows) { return rows <= 2 ? 8 : 4; }
+constexpr int keys(int) { return 8; }
 typedef float vec __attribute__((vector_size(16)));
 INLINE vec load(const float* p) {
     vec v;
@@ -109,6 +136,7 @@ INLINE vec load_part(const float* p, int n) {
 }
 INLINE void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 INLINE vec splat(float x) { return vec{x, x, x, x}; }
+INLINE vec fused(vec a, vec b, vec sum) { return sum + a * b; }
 INLINE void sum4(vec a, vec b, vec c, vec d, float* out) {
     out[0] = (a[0] + a[1]) + (a[2] + a[3]);
     out[1] = (b[0] + b[1]) + (b[2] + b[3]);
@@ -120,6 +148,13 @@ INLINE void transpose(const float* from, long from_row, float* to, long to_row) 
         for (int j = 0; j < WIDTH; j++) to[i * to_row + j] = from[j * from_row + i];
 }
 
+#endif
+
+// What is used several times is read once: where registers are few, compilers would rather read it at each use.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define IN_REGISTER(v) asm("" : "+x"(v))
+#else
+#define IN_REGISTER(v) (void)(v)
 #endif
 
 #if !defined(__AVX512F__)
@@ -145,7 +180,7 @@ INLINE float total(const float* x, int n) {
 
 // What is multiplied and summed: floats, or pairs of bfloat16 in the room of a float.
 struct Floats {
-    static INLINE vec add_product(vec sum, vec a, vec b) { return sum + a * b; }
+    static INLINE vec add_product(vec sum, vec a, vec b) { return fused(a, b, sum); }
 };
 #if defined(__AVX512BF16__)
 struct Pairs {

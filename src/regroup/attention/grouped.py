@@ -7,10 +7,13 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import RegroupError
+from . import cpu_decode
 from .call import Call, make_call
+from .packed import is_fused
 
 _FILES = {
     "reference": "reference",
@@ -25,6 +28,8 @@ _MODULES: dict[str, ModuleType] = {name: import_module(f".{file}", __package__) 
 BACKENDS = ("auto", *_MODULES)
 # Queries beyond which attention is a matter of arithmetic, not of reading the KV heads: prefill.
 _PREFILL = 64
+# Query rows of a KV head from which decoding is a matter of arithmetic on processors with short vectors.
+_MANY_ROWS = 32
 # Bytes of keys and values below which the compiled CPU kernel gains nothing.
 _CPU_BYTES = 1 << 16
 
@@ -54,6 +59,8 @@ def _preferred(call: Call) -> list[tuple[str, str]]:
     decodes = length <= _PREFILL
     found = []
     if decodes and device == "cpu" and not call.needs_grad and _held(call) >= _CPU_BYTES:
+        if _multiplies(call):
+            found.append(("packed", "so many query heads share a KV head that arithmetic binds, not reading"))
         found.append(("cpu", "decoding on a CPU: the compiled kernel reads each KV head once, on all threads"))
     if decodes and device == "cuda" and not call.needs_grad:
         found.append(("triton", "decoding on a GPU: the kernel splits the context over the processors"))
@@ -69,6 +76,15 @@ def _held(call: Call) -> int:
     """Bytes of keys and values."""
     heads = call.batch * call.num_key_value_heads
     return heads * call.context * (call.head_dim + call.value_dim) * call.key.element_size()
+
+
+def _multiplies(call: Call) -> bool:
+    """Whether PyTorch's fused kernel is faster than ours: it multiplies faster on AVX2, and shares out whole KV heads
+    (measured: docs/benchmarks.md)."""
+    heads = call.batch * call.num_key_value_heads
+    if call.group * call.query_length < _MANY_ROWS or heads < 2 * torch.get_num_threads():
+        return False
+    return cpu_decode.has_short_vectors() and is_fused(call)
 
 
 def _choose(call: Call) -> str:
@@ -89,7 +105,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Choi
     """
     call = make_call(query, key, value, **arguments)
     backend = _choose(call)
-    preferred = dict(_preferred(call))
+    preferred = dict(reversed(_preferred(call)))  # of two reasons for one backend, the first
     others = {}
     for name, module in _MODULES.items():
         if name != backend:
@@ -104,7 +120,7 @@ _UNWANTED = {
     "packed": "it could, but is not the fastest here",
     "flex": "it could, but is for long queries on GPUs: it compiles for each form of call, and on CPUs is slower",
     "triton": "it could, but is for decoding: few queries",
-    "cpu": "it could, but gains nothing on so few keys",
+    "cpu": "it could, but is not faster here",
 }
 
 

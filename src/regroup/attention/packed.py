@@ -40,7 +40,7 @@ def run(call: Call) -> Tensor:
     Returns:
         (B, H, T, Dv) in the query's dtype.
     """
-    fused = _is_fused(call)
+    fused = is_fused(call)
     length = call.query_length
     rows = _rows_at_once(call, fused)
     piece = _fused if fused else _products
@@ -49,7 +49,7 @@ def run(call: Call) -> Tensor:
     return torch.cat([piece(call, start, min(start + rows, length)) for start in range(0, length, rows)], 2)
 
 
-def _is_fused(call: Call) -> bool:
+def is_fused(call: Call) -> bool:
     """Whether PyTorch's fused kernel can take the folded query, and is not slower than matrix products."""
     if call.softcap is not None or call.learns_scores:
         return False

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call, constant, hidden_from_kernels
+from .call import Call
+from .onlookers import constant, hidden_from_kernels
 
 MAX_QUERIES = 64
 MAX_WIDTH = 256
@@ -53,7 +54,7 @@ def reason(call: Call) -> str | None:
     device = call.query.device.type
     if device not in ("cuda", "xpu", "cpu"):
         return f"Triton does not run on {device}"
-    hidden = hidden_from_kernels(call)
+    hidden = hidden_from_kernels(call.tensors)
     if hidden is not None:
         return hidden
     missing = _missing()

@@ -66,21 +66,23 @@ def measure(model: Model, work: Work, paths: Sequence[str] = ("regroup",)) -> di
 
 
 def prepare(model: Any) -> dict[str, str]:
-    """Give a model what regroup has for inference: its attention, and packed linear layers on a CPU.
+    """Give a model what regroup has for inference: its attention, and fast linear layers on a CPU.
 
     Returns:
         What attention and linear layers are now: some families and dtypes keep theirs.
     """
     from ..attention.interface import NAME, register
-    from ..attention.prepare import prepare_for_inference, unavailable
+    from ..attention.linear_layers import fast_layer
+    from ..attention.prepare import prepare_for_inference
 
     register()
     with quiet():
         model.set_attn_implementation(NAME)
     linear = "as they are"
-    if model.device.type == "cpu" and unavailable(model.dtype) is None:
+    layer, _ = fast_layer(model.dtype)
+    if model.device.type == "cpu" and layer is not None:
         prepare_for_inference(model)
-        linear = "packed"
+        linear = layer.__name__
     return {"attention": str(model.config._attn_implementation), "linear_layers": linear}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..attention.prepare import PackedLinear, unavailable
+from ..attention.linear_layers import fast_layer
 
 # Far above every cache, and little beside what is benchmarked.
 _READ_BYTES = 512 << 20
@@ -111,7 +111,7 @@ def product_rate(
     layers. On a GPU operands are large, for it has no such caches.
 
     Returns:
-        The best of several forms of the product, packed linear layers among them: what PyTorch can do with this shape.
+        The best of several forms of the product, our fast linear layers among them.
     """
     device = torch.device(device)
     size = torch.empty((), dtype=dtype).element_size()
@@ -132,9 +132,9 @@ def product_rate(
         }
         for name, operands in forms.items():
             ways[f"{name}, {columns} columns"] = (functools.partial(torch.bmm, *operands), flops)
-        if device.type == "cpu" and unavailable(dtype) is None:
-            packed = PackedLinear(matrix.flatten(0, 1), None)
-            ways[f"packed linear layer, {columns} columns"] = (functools.partial(packed, left[0]), flops)
+        if device.type == "cpu" and (layer := fast_layer(dtype)[0]) is not None:
+            fast = layer(matrix.flatten(0, 1), None)
+            ways[f"{layer.__name__}, {columns} columns"] = (functools.partial(fast, left[0]), flops)
     return _best(ways, device)
 
 
