@@ -1,10 +1,10 @@
-"""Time one linear layer with few rows on the CPU: ``F.linear``, PyTorch's packings, and ``PackedLinear``.
+"""Time one linear layer with few rows on the CPU: ``F.linear``, PyTorch's packings, and regroup's two layers.
 
     python benchmarks/linear.py -o benchmarks/records/linear.json
 
 Each time is the median over rounds in which the alternatives take turns; several copies of a weight are read in turn,
 so that none is found in a processor's cache. Nothing else should run beside it: with two cores, a competing process
-shows as times of 8, 16 or 24 ms.
+shows as times of 8, 16 or 24 ms. What a processor cannot do is left out (oneDNN packs bfloat16 on some alone).
 """
 
 from __future__ import annotations
@@ -21,24 +21,29 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.mkldnn import to_mkldnn
 
-from regroup.attention.prepare import PackedLinear
+from regroup.attention import cpu_linear
+from regroup.attention.linear_layers import DirectLinear, PackedLinear, fast_layer, unavailable
 from regroup.record import record, write_record
 
 SHAPES = [(2048, 2048), (256, 2048), (5632, 2048), (2048, 5632), (32000, 2048)]
 COPIES_BYTES = 200_000_000
 
 
+def _public(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return to_mkldnn(layer, weight.dtype)
+
+
 def alternatives(weights: list[Tensor], states: Tensor) -> dict[str, list[Callable[[Tensor], Tensor]]]:
-    public = []
-    for weight in weights:
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        public.append(to_mkldnn(layer, weight.dtype))
     found: dict[str, list[Callable[[Tensor], Tensor]]] = {
         "linear": [lambda x, w=weight: linear(x, w) for weight in weights],
-        "to_mkldnn": list(public),
-        "packed": [PackedLinear(weight, None) for weight in weights],
     }
+    if unavailable(weights[0].dtype) is None:
+        found["to_mkldnn"] = [_public(weight) for weight in weights]
+        found["packed"] = [PackedLinear(weight, None) for weight in weights]
+    if cpu_linear.missing() is None:
+        found["direct"] = [DirectLinear(weight, None) for weight in weights]
     if weights[0].dtype == torch.float32:  # what torch.compile with freezing takes
         ops, rows = torch.ops.mkl, states.shape[0]
         packs = [(ops._mkl_reorder_linear_weight(weight, rows), weight) for weight in weights]
@@ -76,7 +81,7 @@ def measure(dtype: torch.dtype, rows: int, shape: tuple[int, int], rounds: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--rows", default="1,8")
+    parser.add_argument("--rows", default="1,8,32")
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     rows = [int(count) for count in arguments.rows.split(",")]
@@ -92,11 +97,17 @@ def main() -> None:
             f"{result['rows']} × {result['in']} → {result['out']}:",
             ", ".join(
                 f"{name} {result[name]['milliseconds']} ms ({result[name]['weight_gigabytes_a_second']} GB/s)"
-                for name in ("linear", "to_mkldnn", "mkl", "packed")
+                for name in ("linear", "to_mkldnn", "mkl", "packed", "direct")
                 if name in result
             ),
         )
-    settings = {"rows": rows, "rounds": arguments.rounds, "copies_bytes": COPIES_BYTES}
+    taken = {str(dtype).removeprefix("torch."): fast_layer(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    settings = {
+        "rows": rows,
+        "rounds": arguments.rounds,
+        "copies_bytes": COPIES_BYTES,
+        "prepare_for_inference": {dtype: layer and layer.__name__ for dtype, (layer, _) in taken.items()},
+    }
     write_record(arguments.output, record("benchmarks/linear", settings, {"layers": results}))
 
 

@@ -347,8 +347,8 @@ def engines_avx2(record: Record) -> list[str]:
     """The same on a processor that PyTorch's packed products were not made for."""
     return [
         *engines(record, "Beside other engines, without AVX-512"),
-        "This processor has AVX2 alone. PyTorch's packed linear layers leave much of it unused there, in bfloat16 most of",
-        "all, which they emulate: `prepare_for_inference` helps less, and llama.cpp is faster.",
+        "This processor has AVX2 alone. `prepare_for_inference` takes a kernel of our own there (`DirectLinear`): oneDNN's",
+        "packed layers leave much of such a processor unused, and PyTorch emulates its products of bfloat16.",
         "",
     ]
 
@@ -357,7 +357,49 @@ def operator_avx2(record: Record) -> list[str]:
     return operator(record, "The operator, without AVX-512", "attention-cpu-avx2")
 
 
+def linear(record: Record) -> list[str]:
+    done = record["configuration"]
+    taken = ", ".join(f"`{layer}` in {dtype}" for dtype, layer in done["prepare_for_inference"].items())
+    names = [
+        name for name in ("linear", "mkl", "to_mkldnn", "packed", "direct") if name in record["results"]["layers"][0]
+    ]
+    rows = []
+    for layer in record["results"]["layers"]:
+        times = {name: layer[name]["milliseconds"] for name in names if name in layer}
+        ours = min(times[name] for name in ("packed", "direct") if name in times)
+        rows.append(
+            row(
+                layer["dtype"],
+                layer["rows"],
+                f"{layer['in']} → {layer['out']}",
+                *(
+                    "–"
+                    if name not in times
+                    else f"**{times[name]:.2f}**"
+                    if times[name] == ours
+                    else f"{times[name]:.2f}"
+                    for name in names
+                ),
+                f"{times['linear'] / ours:.2f}",
+            )
+        )
+    return [
+        "## Linear layers",
+        "",
+        "One layer, milliseconds a call, weights read from memory: `linear` is `F.linear`, `mkl` and `to_mkldnn` are",
+        "PyTorch's own packings, `packed` and `direct` are `PackedLinear` and `DirectLinear`; a dash: not on this processor.",
+        f"`prepare_for_inference` takes {taken} here. {conditions(record)}.",
+        "",
+        "```",
+        "python benchmarks/linear.py -o benchmarks/records/linear.json",
+        "```",
+        "",
+        *table(("dtype", "rows", "layer", *names, "faster than linear"), rows),
+    ]
+
+
 SECTIONS = {
+    "linear.json": linear,
     "attention-cpu.json": operator,
     "attention-cpu-avx2.json": operator_avx2,
     "decode-engines.json": engines,

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import regroup
-from regroup.attention import BACKENDS, explain, flex, grouped, grouped_query_attention, make_call, packed
+from regroup.attention import BACKENDS, cpu_decode, explain, flex, grouped, grouped_query_attention, make_call, packed
 from regroup.errors import RegroupError
 
 
@@ -74,6 +74,24 @@ def test_the_compiled_kernel_is_taken_for_decoding_where_it_is_there() -> None:
     with torch.no_grad():
         assert explain(query, key, value).backend == ("packed" if why_not else "cpu")
     assert explain(*tensors(keys=2)).backend == "packed"
+
+
+def test_short_vectors_leave_arithmetic_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where 32 query rows share a KV head, and there are KV heads for all threads; a soft cap is not for that kernel."""
+    for short, queries, batch, arguments, wanted in (
+        (True, 4, 64, {}, True),
+        (False, 4, 64, {}, False),
+        (True, 3, 64, {}, False),
+        (True, 4, 1, {}, False),
+        (True, 4, 64, {"softcap": 3.0}, False),
+    ):
+        monkeypatch.setattr(cpu_decode, "has_short_vectors", lambda short=short: short)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        given = tensors(batch=batch, groups=1, queries=queries, keys=100)
+        call = make_call(*given, **arguments)
+        assert grouped._preferred(call)[0][0] == ("packed" if wanted else "cpu")
+        choice = explain(*given, **arguments)
+        assert ("arithmetic binds" in choice.why) is wanted
 
 
 def test_a_named_backend_that_cannot_serve_says_why() -> None:

@@ -66,7 +66,7 @@ def run(route: str, tensors: tuple[Tensor, Tensor, Tensor], arguments: dict[str,
     if route == "fused":
         with pytest.MonkeyPatch.context() as patch:  # it, where it can be taken, and not only where it is fastest
             patch.setattr(packed, "_products_win", lambda call, heads: False)
-            return packed._fused(call, 0, call.query_length) if packed._is_fused(call) else None
+            return packed._fused(call, 0, call.query_length) if packed.is_fused(call) else None
     if route == "products":
         return packed._products(call, 0, call.query_length)
     if route == "pieces":

@@ -116,16 +116,19 @@ INLINE void rows_of(const Linear& c, const float* x, long first, long rows, cons
     if (rows == 1) tile<Kind, 1, O>(x + first, weight, weight_row, steps, sums, ahead);
 }
 
-INLINE float sum_of(vec v) {
-    float lane[WIDTH];
-    store(lane, v);
-    for (int half = WIDTH / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-    return lane[0];
-}
-
 INLINE float number(const char* from, long type, long i) {
     return type == FLOAT ? ((const float*)from)[i] : from_bf16(((const uint16_t*)from)[i]);
+}
+
+INLINE void write(const Linear& c, long row, long first, long outs, float* y) {
+    const long at = row * c.outs + first;
+    if (c.bias)
+        for (long o = 0; o < outs; o++) y[o] += number(c.bias, c.type, first + o);
+    for (long o = 0; o < outs; o++)
+        if (c.type == FLOAT)
+            ((float*)c.out)[at + o] = y[o];
+        else
+            ((uint16_t*)c.out)[at + o] = to_bf16(y[o]);
 }
 
 template <class Kind>
@@ -169,16 +172,16 @@ void work(Linear& c) {
                                 (c.columns - whole) * c.size);
                 over(whole, tail, c.step * c.size, c.step, nullptr);
             }
-            for (long i = 0; i < rows; i++)
-                for (long o = 0; o < outs; o++) {
-                    float y = sum_of(sums[i * OUTS + o]);
-                    if (c.bias) y += number(c.bias, c.type, first + o);
-                    const long at = (r + i) * c.outs + first + o;
-                    if (c.type == FLOAT)
-                        ((float*)c.out)[at] = y;
-                    else
-                        ((uint16_t*)c.out)[at] = to_bf16(y);
+            for (long i = 0; i < rows; i++) {
+                float total[OUTS + 3];
+                const vec* sum = sums + i * OUTS;  // beyond `outs` they are zero
+                for (long o = 0; o < outs; o += 4) {
+                    const long last = OUTS - 1;
+                    sum4(sum[o], sum[std::min(o + 1, last)], sum[std::min(o + 2, last)], sum[std::min(o + 3, last)],
+                         total + o);
                 }
+                write(c, r + i, first, outs, total);
+            }
         }
     }
 }
