@@ -13,10 +13,7 @@ every number, `experiments.py` says which models each table and figure needs, `f
 
 from __future__ import annotations
 
-import multiprocessing
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +25,7 @@ from regroup.record import record, write_record
 
 from . import experiments, stages
 from .figures import draw
+from .pool import Pool
 from .settings import SCALES, TASKS
 from .stages import Bench, Variant
 from .texts import prepare
@@ -58,7 +56,7 @@ def main(
         held_out=chosen.held_out,
     )
     bench = Bench(chosen, texts, work, device)
-    pool = Pool(processes or (1 if device == "cuda" else torch.get_num_threads()))
+    pool = Pool(processes or (1 if device == "cuda" else torch.get_num_threads()), console.print)
     wanted = {family: experiments.variants(family, chosen) for family in stages.FAMILIES}
     everything = [variant for found in wanted.values() for variant in found]
     parents = [(bench, family, which) for which in stages.PARENTS for family in stages.FAMILIES]
@@ -92,37 +90,6 @@ def main(
     if figures is not None:
         draw(found, figures)
     console.print(f"done in {results['minutes']:.0f} minutes" + (f"; wrote {output}" if output else ""))
-
-
-class Pool:
-    """Processes of one thread each, that do one stage after the other."""
-
-    def __init__(self, processes: int) -> None:
-        self.processes = processes
-
-    def run(self, what: str, action: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> None:
-        """Do a stage's jobs, and say how it goes on.
-
-        Raises:
-            RegroupError: of the first job that fails; those that are done are kept.
-        """
-        begun = time.monotonic()
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.processes, context, initializer=_one_thread, initargs=(self.processes,)) as pool:
-            running = [pool.submit(action, *job) for job in jobs]
-            for number, future in enumerate(as_completed(running), 1):
-                try:
-                    future.result()
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
-                if number % 10 == 0 or number == len(jobs):
-                    console.print(f"{what}: {number} of {len(jobs)}, {(time.monotonic() - begun) / 60:.1f} min")
-
-
-def _one_thread(processes: int) -> None:
-    if processes > 1:
-        torch.set_num_threads(1)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def test_the_compiled_kernel_is_taken_for_decoding_where_it_is_there() -> None:
 
 
 def test_short_vectors_leave_arithmetic_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where 32 query rows share a KV head, and there are KV heads for all threads; a soft cap is not for that kernel."""
+    """Where 32 query rows share a KV head, there are KV heads for all threads, and no soft cap."""
     for short, queries, batch, arguments, wanted in (
         (True, 4, 64, {}, True),
         (False, 4, 64, {}, False),
@@ -87,7 +87,7 @@ def test_short_vectors_leave_arithmetic_to_pytorch(monkeypatch: pytest.MonkeyPat
     ):
         monkeypatch.setattr(cpu_decode, "has_short_vectors", lambda short=short: short)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-        given = tensors(batch=batch, groups=1, queries=queries, keys=100)
+        given = tensors(batch=batch, groups=1, queries=queries, keys=1000)
         call = make_call(*given, **arguments)
         assert grouped._preferred(call)[0][0] == ("packed" if wanted else "cpu")
         choice = explain(*given, **arguments)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 import random
 from collections import Counter
 from dataclasses import replace
@@ -164,18 +166,23 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_of_it_on_a_small_scale(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recipes.paper.__main__ import main
+def test_all_of_it_on_a_small_scale(data: Path, tmp_path: Path) -> None:
+    """As a command: what spawned processes import of a program is not what they import of a module."""
 
-    given = {"data": data, "scale": "smoke", "work": tmp_path / "work", "processes": 2}
-    main(**given, figures=tmp_path / "figures", output=tmp_path / "record.json")
+    def run(*more: str) -> None:
+        given = ["--data", str(data), "--scale", "smoke", "--work", str(tmp_path / "work"), "--processes", "2"]
+        subprocess.run(
+            [sys.executable, "-m", "recipes.paper", *given, *more], check=True, cwd=Path(__file__).parents[2]
+        )
+
+    run("--figures", str(tmp_path / "figures"), "-o", str(tmp_path / "record.json"))
     record = json.loads((tmp_path / "record.json").read_text())
     for family in FAMILIES:
         assert len(record["results"][family]["table_1"]) == 6
         assert all(row["seconds_per_sample"]["p50"] > 0 for row in record["results"][family]["table_1"])
     # Broken off and begun again: nothing is done twice, and the figures are the same.
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
-    main(**given, figures=None, output=tmp_path / "again.json")
+    run("-o", str(tmp_path / "again.json"))
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
     again = json.loads((tmp_path / "again.json").read_text())
     for family in FAMILIES:
