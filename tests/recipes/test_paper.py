@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import subprocess
 import sys
-import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
