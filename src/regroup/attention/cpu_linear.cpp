@@ -1,7 +1,7 @@
 // x W^T + bias for few rows of x on a CPU: every weight is read once, as it lies in the checkpoint, for all rows.
 //
-// With few rows a linear layer is a matter of reading its weights. The outputs are cut into chunks, which the threads
-// take one after the other. Of a chunk, blocks of columns are worked on in turn: so many that the block of x and the
+// With few rows a linear layer is a matter of reading its weights. The outputs are cut into pieces, which the threads
+// take one after the other, and a piece into chunks. Of a chunk, blocks of columns are worked on in turn: so many that the block of x and the
 // rows of weights stay in the first cache while register blocks of ROW_TILE by OUT_TILE sums go over them. Meanwhile
 // the lines of weights that come next are fetched. bfloat16 is widened in registers: as pairs, of which x has the even
 // columns beside the odd ones.
@@ -24,6 +24,8 @@ constexpr int OUT_TILE = 3;
 #endif
 constexpr int ROW_TILE = 4;
 constexpr long OUTS = 2 * OUT_TILE;  // outputs of a chunk
+constexpr long PIECES = 16;         // for each thread
+constexpr long MOST_COLUMNS = 256;  // of a block: what is fetched ahead is used before long
 constexpr long X_FLOATS = 2048;      // of a block of x, all rows: a quarter of a first cache
 constexpr long ROOM_ROWS = 16;       // rows that are worked on at once
 // What would take a register for too long is read again, from the first cache.
@@ -35,6 +37,7 @@ struct Linear {
     char* out;
     long rows, outs, columns, x_row, type;
     long step, size, columns_up;
+    long piece;  // outputs that a thread takes at once: what it fetches ahead should be its own
     const float* packed;
     std::atomic<long> next{0};
 };
@@ -134,15 +137,19 @@ INLINE void write(const Linear& c, long row, long first, long outs, float* y) {
 template <class Kind>
 void work(Linear& c) {
     static thread_local Buffer room;
-    const long block = std::max<long>(c.step, X_FLOATS / std::min(c.rows, ROOM_ROWS) / c.step * c.step);
+    const long most = std::min(MOST_COLUMNS, X_FLOATS / std::min(c.rows, ROOM_ROWS));
+    const long block = std::max<long>(c.step, most / c.step * c.step);
     const long whole = c.columns / c.step * c.step, weight_row = c.columns * c.size;
     float* space = room.take(ROOM_ROWS * OUTS * WIDTH + OUTS * c.step);
     vec* sums = (vec*)space;
     char* tail = (char*)(space + ROOM_ROWS * OUTS * WIDTH);
-    for (;;) {
-        const long first = c.next.fetch_add(OUTS);
-        if (first >= c.outs) return;
-        const long outs = std::min(OUTS, c.outs - first);
+    for (long first = 0, stop = 0;; first += OUTS) {
+        if (first >= stop) {
+            first = c.next.fetch_add(c.piece);
+            if (first >= c.outs) return;
+            stop = std::min(first + c.piece, c.outs);
+        }
+        const long outs = std::min(OUTS, stop - first);
         const char* weight = c.weight + first * weight_row;
         for (long r = 0; r < c.rows; r += ROOM_ROWS) {
             const long rows = std::min(ROOM_ROWS, c.rows - r);
@@ -160,9 +167,9 @@ void work(Linear& c) {
             for (long k = 0; k < whole; k += block) {
                 const long columns = std::min(block, whole - k);
                 // What comes next is the next block of these outputs, or the first of those after them.
-                const char* ahead = k + block < whole               ? weight + (k + block) * c.size
-                                    : first + OUTS + outs <= c.outs ? weight + OUTS * weight_row
-                                                                    : nullptr;
+                const char* ahead = k + block < whole             ? weight + (k + block) * c.size
+                                    : first + OUTS + outs <= stop ? weight + OUTS * weight_row
+                                                                  : nullptr;
                 over(k, weight + k * c.size, weight_row, columns, r ? nullptr : ahead);
             }
             if (whole < c.columns) {
@@ -223,6 +230,8 @@ extern "C" void regroup_linear(const void* x, const void* weight, const void* bi
     c.packed = pack(c, room);
     typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
     threads = std::min<int64_t>(threads, (outs + OUTS - 1) / OUTS);
+    const long pieces = PIECES * std::max<long>(1, threads);
+    c.piece = ((outs + pieces - 1) / pieces + OUTS - 1) / OUTS * OUTS;
     auto run = [](void* data) {
         Linear& call = *(Linear*)data;
         call.type == FLOAT ? work<Plain>(call) : work<Paired>(call);
