@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test slow lint types check clean
+.PHONY: demo test slow lint types check docs dist clean
 
 demo: $(READY)
 	$(BIN)/regroup demo
@@ -23,6 +23,14 @@ types: $(READY)
 
 check: lint types test
 
+# Strict: a link that leads nowhere is an error.
+docs: .venv/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env --builder html docs site
+	@echo "wrote site/index.html"
+
+dist: $(READY)
+	$(BIN)/python -m build --no-isolation
+
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv (once; about 400 MB to download)"
 	$(PYTHON) -m venv .venv
@@ -30,5 +38,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' -c constraints.txt
 	@touch $@
 
+.venv/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]' -c constraints.txt
+	@touch $@
+
 clean:
-	rm -rf .venv demo-output .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-output dist site .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The examples of a page of the documentation: found, parsed against the command line, and what they need made small."""
+"""The examples of a page of the documentation: found, parsed against the command line, and given what they need."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ _VERBS: Any = typer.main.get_command(app)
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, what is in it, and its line in the page."""
+    """A fenced block: its language, what is in it, its line in the page, and the name of the file that it shows."""
 
     language: str
     text: str
     line: int
+    file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,21 @@ class Command:
     @property
     def arguments(self) -> tuple[str, ...] | None:
         """What ``regroup`` is given, by whatever it is started; None where it is another program."""
-        for index, word in enumerate(self.words):
-            if word.rsplit("/")[-1] == "regroup" and index == 0 or word == "regroup.cli" and self.words[index - 1] == "-m":
-                return self.words[index + 1 :]
+        if self.words[0].rsplit("/")[-1] == "regroup":
+            return self.words[1:]
+        if "regroup.cli" in self.words:
+            return self.words[self.words.index("regroup.cli") + 1 :]
         return None
 
 
 def blocks(page: str) -> list[Block]:
-    return [
-        Block(found[1], found[2], page[: found.start()].count("\n") + 1)
-        for found in re.finditer(r"^```(\w*)\n(.*?)^```", page, re.M | re.S)
-    ]
+    found = []
+    for block in re.finditer(r"^```(\w*)\n(.*?)^```", page, re.M | re.S):
+        before = page[: block.start()]
+        # Named by a comment, or where there are none by the text before it.
+        name = re.match(r"# (\S+\.yaml)\n", block[2]) or re.search(r"`(\S+\.json)`:\n\n$", before)
+        found.append(Block(block[1], block[2], before.count("\n") + 1, name[1] if name else None))
+    return found
 
 
 def commands(block: Block) -> Iterator[Command]:
@@ -90,35 +95,48 @@ def misused(arguments: tuple[str, ...]) -> str | None:
     return None
 
 
+def launched(words: tuple[str, ...]) -> None:
+    """Parse the options of a launcher of several processes; ``SystemExit`` where it does not take them."""
+    if words[0] == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        get_args_parser().parse_args(words[1:])
+    elif words[:2] == ("accelerate", "launch"):
+        from accelerate.commands.launch import launch_command_parser
+
+        launch_command_parser().parse_args(words[2:])
+
+
 def furnish(folder: Path, *, layers: int) -> None:
     """What the examples start from, under the names that they use: models of the same heads with few, random weights,
     and a few thousand tokens of text."""
-    tokenizer = texts.tokenizer()
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=tiny.VOCAB_SIZE,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=layers,
-            num_attention_heads=32,
-            num_key_value_heads=32,
-            head_dim=4,
-            max_position_embeddings=4096,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
-    llama.save_pretrained(folder / "llama-2-7b")
-    tokenizer.save_pretrained(folder / "llama-2-7b")
+    _llama(folder / "llama-2-7b", layers=layers, heads=32, kv_heads=32)
+    _llama(folder / "parent", layers=2, heads=8, kv_heads=4)
     (folder / "meta-llama").mkdir()
-    for name in ("parent", "meta-llama/Llama-2-7b-hf"):
-        (folder / name).symlink_to(folder / "llama-2-7b")
+    (folder / "meta-llama/Llama-2-7b-hf").symlink_to(folder / "llama-2-7b")
     t5 = T5Config(vocab_size=tiny.VOCAB_SIZE, d_model=24, d_kv=2, d_ff=32, num_heads=12, num_layers=12)
     T5ForConditionalGeneration(t5).save_pretrained(folder / "t5-base")
     for name in ("held-out.txt", "train.txt", "valid.txt"):
-        (folder / name).write_text(texts.TEXT * 6, encoding="utf-8")
+        (folder / name).write_text(texts.TEXT * 2, encoding="utf-8")
     for name in ("text.jsonl", "train.jsonl"):
         (folder / name).write_text(f"{json.dumps({'text': texts.TEXT})}\n" * 6, encoding="utf-8")
     rows = [{"source": "the cat", "target": "sat on the mat"}, {"source": "the hat", "target": "is flat"}]
     (folder / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _llama(folder: Path, *, layers: int, heads: int, kv_heads: int) -> None:
+    config = LlamaConfig(
+        vocab_size=tiny.VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=4,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    texts.tokenizer().save_pretrained(folder)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from doc_examples import NOT_RUN, Block, blocks, commands, furnish, misused
+from doc_examples import NOT_RUN, Block, blocks, commands, furnish, launched, misused
 from helpers import run
 from regroup.uptrain.recipe import Recipe
 
@@ -20,20 +20,23 @@ SHELL = {"sh", "console"}
 RUN: dict[str, list[str]] = {
     "README.md": [],
     "docs/quick-start.md": [],
+    "docs/llama-2-7b.md": [],
     "docs/choosing-g.md": [],
     "docs/plans.md": [],
-    "docs/evaluating.md": ["convert parent child --kv-heads 8 --method mean"],
+    "docs/evaluating.md": ["convert parent child --kv-heads 2 --method mean"],
     "docs/uptraining.md": [],
     "docs/verifying.md": ["convert llama-2-7b llama-2-7b-gqa8 --kv-heads 8"],
     "docs/reporting.md": [
-        "convert parent child --kv-heads 8 --method mean",
-        "plan parent --kv-heads 8 -o plan.json",
+        "convert parent child --kv-heads 2 --method mean",
+        "plan parent --kv-heads 2 -o plan.json",
         "evaluate parent --task qa.yaml --outputs parent.outputs.jsonl",
         "uptrain child --data train.txt --steps 2 --window 32 --batch-size 2 -o run",
     ],
 }
 # The deepest layer that a page names.
 LAYERS = {"docs/plans.md": 32}
+# What they print is arithmetic, and has to be what the page says.
+EXACT = {"docs/llama-2-7b.md"}
 TASK = 'data: dev.jsonl\nprompt: "{source}"\nmax-new-tokens: 4\n'
 
 
@@ -54,7 +57,7 @@ def test_shell_is_marked_as_shell(page: Path) -> None:
     """A command in a block of no language would be neither run nor parsed."""
     for block in blocks(page.read_text(encoding="utf-8")):
         if block.language not in SHELL:
-            assert not re.search(r"^(\$ |regroup |python |pip |make |torchrun )", block.text, re.M), block
+            assert not re.search(r"^(\$ |regroup |python |pip |make |torchrun |accelerate )", block.text, re.M), block
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -69,6 +72,19 @@ def test_commands_are_taken_by_the_command_line(page: Path) -> None:
         if command.arguments is not None and (reason := misused(command.arguments))
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_launchers_take_their_options(page: Path) -> None:
+    for block in blocks(page.read_text(encoding="utf-8")):
+        for command in commands(block) if block.language in SHELL else ():
+            launched(command.words)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun --nproc_per_cpu 2", "accelerate launch --processes 2"])
+def test_options_that_launchers_do_not_take_are_found(launcher: str) -> None:
+    with pytest.raises(SystemExit):
+        launched((*launcher.split(), "-m", "regroup.cli", "uptrain"))
 
 
 @pytest.mark.parametrize(
@@ -96,6 +112,7 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     furnish(tmp_path, layers=LAYERS.get(name, 2))
     (tmp_path / "qa.yaml").write_text(TASK, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("regroup.console.out.width", 120)
     for line in RUN[name]:
         _succeeds(line.split())
     names: dict[str, Any] = {}
@@ -104,8 +121,8 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         if block.language == "python":
             exec(compile(block.text, f"{name}:{block.line}", "exec"), names)
             ran += 1
-        elif (file := re.match(r"# (\S+\.yaml)\n", block.text)) and block.language == "yaml":
-            Path(file[1]).write_text(block.text, encoding="utf-8")
+        elif block.file is not None:
+            Path(block.file).write_text(block.text, encoding="utf-8")
         elif block.language in SHELL:
             for command in commands(block):
                 if not command.runs:
@@ -114,7 +131,9 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                     assert re.search(rf"^{command.words[1]}:", (ROOT / "Makefile").read_text(), re.M), command
                     continue
                 assert command.arguments is not None, f"{name}:{block.line}: {command.words} is neither run nor marked"
-                _succeeds(command.arguments)
+                printed = _succeeds(command.arguments)
+                if name in EXACT and command.printed is not None:
+                    assert printed.split() == command.printed.split(), f"{name}:{block.line}"
                 ran += 1
     assert ran
 

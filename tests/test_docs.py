@@ -40,16 +40,14 @@ OPTIONS = _verbs(_COMMANDS)
 
 
 def wrong_commands(text: str) -> list[str]:
-    """Verbs and options in a page that the command line does not have."""
+    """Verbs and options in a page's running text that the command line does not have (blocks: test_doc_examples.py)."""
     found = []
-    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ")
     inline = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
-    for line in [*blocks.splitlines(), *inline]:
-        # A command at the start of a line, after a prompt, or with the path of an environment.
-        command = re.match(r"(?:\$ )?(?:\S*/)?regroup +([a-z][\w-]*)(.*)", line)
+    for code in inline:
+        command = re.match(r"regroup +([a-z][\w-]*)(.*)", code)
         if command is None:
             continue
-        verb, rest = command[1], command[2].split(" #")[0]
+        verb, rest = command[1], command[2]
         if any(known.startswith(f"{verb} ") for known in OPTIONS):
             second, _, rest = rest.strip().partition(" ")
             if not second:
@@ -103,10 +101,8 @@ def test_commands_exist(page: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "```\nregroup shrink parent\n```",
-        "```\n$ regroup convert parent child --heads 2\n```",
-        "```\nregroup inspect parent -z x\n```",
-        "```\n.venv/bin/regroup plan parent \\\n  --to 2\n```",
+        "Use `regroup shrink parent`.",
+        "Use `regroup inspect parent -z x`.",
         "Use `regroup evaluate child --parent x`.",
         "Pass `--no-such-option`.",
         "Use `regroup bench convert`.",
@@ -160,3 +156,36 @@ def test_tables_are_what_their_records_say(monkeypatch: pytest.MonkeyPatch, tmp_
         text = (ROOT / table.page).read_text(encoding="utf-8")
         (tmp_path / table.page).write_text(text.replace("+1.2", "+1.3"), encoding="utf-8")
     assert "demo" in tables.stale(tmp_path)
+
+
+def test_the_command_reference_is_what_the_command_line_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = load_recipe("cli_reference", monkeypatch)
+    written = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+    # Neither the terminal's width nor its colours count.
+    for columns, colours in (("40", "1"), ("200", "")):
+        monkeypatch.setenv("COLUMNS", columns)
+        monkeypatch.setenv("FORCE_COLOR", colours)
+        assert reference.page() == written
+    for verb, options in OPTIONS.items():
+        (section,) = re.findall(rf"^#+ `regroup {verb}`\n(.*?)(?=^#|\Z)", written, re.M | re.S)
+        assert options == set(
+            re.findall(r"(?<![\w-])--?[a-z][\w-]*", "".join(re.findall(r"^\* `(-.*?)`", section, re.M)))
+        )
+
+
+def test_a_verb_that_changed_is_missed_in_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = load_recipe("cli_reference", monkeypatch)
+    monkeypatch.setattr(_COMMANDS.commands["demo"], "help", "Something else.")
+    monkeypatch.setattr(reference.typer.main, "get_command", lambda _: _COMMANDS)
+    assert reference.page() != (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    named = re.findall(r"^\.\. auto\w+:: regroup\.(\w+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(named) == sorted(regroup.__all__)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    trees = re.findall(r"^```{toctree}\n(.*?)^```", (ROOT / "docs/index.md").read_text(encoding="utf-8"), re.M | re.S)
+    named = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
+    assert sorted([*named, "index"]) == sorted(page.stem for page in ROOT.glob("docs/*.md"))

@@ -47,15 +47,16 @@ def convert_checkpoint(
     Args:
         source: a checkpoint folder or a hub id.
         destination: a folder that does not exist yet; it appears when it is complete.
-        kv_heads, layers, method, tensor_parallel, seed: what is wanted (see ``make_plan``; the method is ``"auto"`` by
-            default), unless
+        kv_heads, layers, method, tensor_parallel, seed: what is wanted, as for ``make_plan``, but that the method is
+            ``"auto"`` by default. Not beside ``plan``.
         grouping: ``"contiguous"`` or ``"search"`` for heads that belong together; by default the search with the method
             ``"auto"``, neighbours with any other.
-        plan: says it: a Plan, or the path of one.
+        plan: what is wanted, in the place of all these: a Plan, or the path of one.
         calibration: text to convert on; without it only the weights are looked at.
         repair: with calibration, ``"none"``, ``"output"`` or ``"distill"`` (see ``convert.attention.Settings``).
         device: where calibration runs; a GPU where there is one.
-        revision, allow_pickle: see ``open_source``.
+        revision: branch, tag or commit of a hub repository.
+        allow_pickle: read pickled weights, with torch's restricted unpickler, where there is nothing else.
         workers: threads that write.
         dry_run: check everything, write nothing.
         listener: told how it goes on.
