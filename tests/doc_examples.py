@@ -111,7 +111,7 @@ def furnish(folder: Path, *, layers: int) -> None:
     """What the examples start from, under the names that they use: models of the same heads with few, random weights,
     and a few thousand tokens of text."""
     _llama(folder / "llama-2-7b", layers=layers, heads=32, kv_heads=32)
-    _llama(folder / "parent", layers=2, heads=8, kv_heads=4)
+    _llama(folder / "parent", layers=1, heads=8, kv_heads=4)
     (folder / "meta-llama").mkdir()
     (folder / "meta-llama/Llama-2-7b-hf").symlink_to(folder / "llama-2-7b")
     t5 = T5Config(vocab_size=tiny.VOCAB_SIZE, d_model=24, d_kv=2, d_ff=32, num_heads=12, num_layers=12)
@@ -119,7 +119,7 @@ def furnish(folder: Path, *, layers: int) -> None:
     for name in ("held-out.txt", "train.txt", "valid.txt"):
         (folder / name).write_text(texts.TEXT * 2, encoding="utf-8")
     for name in ("text.jsonl", "train.jsonl"):
-        (folder / name).write_text(f"{json.dumps({'text': texts.TEXT})}\n" * 6, encoding="utf-8")
+        (folder / name).write_text(f"{json.dumps({'text': texts.TEXT})}\n" * 4, encoding="utf-8")
     rows = [{"source": "the cat", "target": "sat on the mat"}, {"source": "the hat", "target": "is flat"}]
     (folder / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

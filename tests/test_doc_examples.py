@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def test_commands_that_it_does_not_take_are_found(line: str) -> None:
 
 @pytest.mark.parametrize("name", RUN)
 def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    furnish(tmp_path, layers=LAYERS.get(name, 2))
+    furnish(tmp_path, layers=LAYERS.get(name, 1))
     (tmp_path / "qa.yaml").write_text(TASK, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("regroup.console.out.width", 120)
@@ -148,3 +149,35 @@ def test_the_recipe_is_one() -> None:
     (text,) = [b.text for b in blocks((ROOT / "docs/uptraining.md").read_text("utf-8")) if "# recipe.yaml" in b.text]
     given = yaml.safe_load(text)
     assert Recipe(**{name.replace("-", "_"): value for name, value in given.items()})
+
+
+def llama_2_figures(conversion: dict[str, Any], calibration: dict[str, Any], weights: int) -> list[str]:
+    """What docs/llama-2-7b.md has to say, from two records and the bytes of the parent's weights."""
+    seconds, size = conversion["results"]["median_seconds"], conversion["results"]["source_bytes"]
+    longer = calibration["results"]["extrapolated"]
+    tokens = longer["windows"] * calibration["configuration"]["window"]
+    return [
+        f"{seconds['convert']:.1f} s for a Llama of {size / 1e9:.1f} GB",
+        f"`cp -r` took {seconds['cp_r']:.1f} s",
+        f"At that rate {weights / 1e9:.1f} GB would take {weights * seconds['convert'] / size:.0f} s",
+        f"extrapolated to all {longer['layers']}: about {longer['extrapolated_seconds'] / 3600:.0f} hours",
+        f"for {tokens:,} tokens",
+    ]
+
+
+def test_the_llama_page_says_what_records_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/llama-2-7b.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (config,) = [block.text for block in blocks(page) if block.file == "config.json"]
+    Path("config.json").write_text(config, encoding="utf-8")
+    command = "advise config.json --hardware l4 --context 4096 --batch 8 --record advice.json"
+    _succeeds(command.split())
+    parent = json.loads(Path("advice.json").read_text(encoding="utf-8"))["results"]["candidates"][0]
+    records = [
+        json.loads((ROOT / f"benchmarks/records/{name}.json").read_text("utf-8"))
+        for name in ("conversion", "calibration")
+    ]
+    text = " ".join(page.split())
+    assert [figure for figure in llama_2_figures(*records, parent["weights_bytes"]) if figure not in text] == []
+    records[0]["results"]["median_seconds"]["convert"] *= 1.1
+    assert [figure for figure in llama_2_figures(*records, parent["weights_bytes"]) if figure not in text]
