@@ -95,6 +95,13 @@ class Summary:
 def summarize(source: str, *, revision: str | None = None) -> Summary:
     """Summarise a folder, a ``config.json``, a ``.gguf`` file, or a hub repository (its headers only).
 
+    Args:
+        source: a path, or a hub id.
+        revision: branch, tag or commit of a hub repository.
+
+    Returns:
+        Where the heads are; no weight is read.
+
     Raises:
         RegroupError: nothing of the kind, or nothing that is understood.
     """

@@ -164,6 +164,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read ``config.json``, the index and every safetensors header of a folder, and check them against each other.
 
+    Args:
+        folder: with ``config.json`` and ``.safetensors`` files; no hub id.
+
+    Returns:
+        The configuration, and every tensor's name, dtype, shape and place; no weight is read.
+
     Raises:
         RegroupError: anything is missing, truncated, contradictory, outside the folder, or only there as a pickle.
     """

@@ -56,12 +56,20 @@ def grouped_config(config: dict[str, Any], num_key_value_heads: dict[str, int]) 
 def load(path: str | Path, *, progress: bool = True, **kwargs: Any) -> PreTrainedModel:
     """Load a checkpoint folder, grouped by regroup or stock, as the class that its config.json names.
 
-    Code in the folder is never run: the classes come from the installed regroup and transformers. ``progress`` shows
-    transformers' bar; ``kwargs`` go to ``from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation``, …).
-    ``attn_implementation="regroup"`` needs no ``regroup.register()`` before.
+    Code in the folder is never run: the classes come from the installed regroup and transformers.
 
-    Raises RegroupError without a config.json, where its architecture is unknown, ``trust_remote_code`` is asked for,
-    the weights do not fit the model, or the family has no choice of the attention implementation that is asked for.
+    Args:
+        path: the folder; no hub id.
+        progress: show transformers' bar.
+        kwargs: for ``from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation``, …).
+            ``attn_implementation="regroup"`` needs no ``regroup.register()`` before.
+
+    Returns:
+        The model.
+
+    Raises:
+        RegroupError: there is no config.json, its architecture is unknown, ``trust_remote_code`` is asked for, the
+            weights do not fit the model, or the family has no choice of the attention implementation that is asked for.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
