@@ -297,15 +297,16 @@ def _layers(record: Record) -> str:
     return f"all {whole} layers" if model["layers"] == whole else f"{model['layers']} of {whole} layers"
 
 
-def t5(record: Record) -> list[str]:
+def t5(record: Record, title: str = "T5-Large's decoder") -> list[str]:
     lines = [
-        "## T5-Large's decoder",
+        f"## {title}",
         "",
         "16 heads, 2048 encoded tokens, float32, random weights, milliseconds a step; the encoder is not run. `allowed` is",
         "the ratio of the floors, `share` how much of it is reached.",
         "",
         "```sh",
-        "regroup bench decode t5-large.json --kv-heads 16,8,4,1 --batch 8 --prompt 2048 --baseline -o RECORD",
+        "regroup bench decode benchmarks/shapes/t5-large.json --kv-heads 16,8,4,1 --batch 8 --prompt 2048 --baseline -o RUN.json",
+        "python benchmarks/join_decode.py RUN.json … -o benchmarks/records/decode-t5-large.json",
         "```",
         "",
     ]
@@ -332,7 +333,7 @@ def llama(record: Record) -> list[str]:
         f"{_layers(record)}, random weights. {conditions(record)}.",
         "",
         "```sh",
-        f"regroup bench decode llama-1.1b.json --kv-heads 32,8,4,1 --batch {done['batch']} --prompt {done['prompt']} "
+        f"regroup bench decode benchmarks/shapes/llama-1.1b.json --kv-heads 32,8,4,1 --batch {done['batch']} --prompt {done['prompt']} "
         f"--new {done['new']} \\",
         f"  --dtype {done['dtype']} --plot docs/images/decode-groups.png -o benchmarks/records/decode-llama-1b.json",
         "```",
@@ -351,6 +352,10 @@ def engines_avx2(record: Record) -> list[str]:
         "packed layers leave much of such a processor unused, and PyTorch emulates its products of bfloat16.",
         "",
     ]
+
+
+def t5_avx2(record: Record) -> list[str]:
+    return t5(record, "T5-Large's decoder, without AVX-512")
 
 
 def operator_avx2(record: Record) -> list[str]:
@@ -390,7 +395,7 @@ def linear(record: Record) -> list[str]:
         "PyTorch's own packings, `packed` and `direct` are `PackedLinear` and `DirectLinear`; a dash: not on this processor.",
         f"`prepare_for_inference` takes {taken} here. {conditions(record)}.",
         "",
-        "```",
+        "```sh",
         "python benchmarks/linear.py -o benchmarks/records/linear.json",
         "```",
         "",
@@ -405,6 +410,7 @@ SECTIONS = {
     "decode-engines.json": engines,
     "decode-engines-avx2.json": engines_avx2,
     "decode-t5-large.json": t5,
+    "decode-t5-large-avx2.json": t5_avx2,
     "decode-llama-1b.json": llama,
 }
 
