@@ -213,6 +213,9 @@ class Told(Listener):
         if source.ignores_code:
             err.print("[yellow]note:[/yellow] the source asks for code of its own; it is neither run nor copied")
 
+    def notice(self, text: str) -> None:
+        err.print(f"[yellow]note:[/yellow] {text}")
+
     def searching(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         return count_progress("comparing heads, layers", layers)
 

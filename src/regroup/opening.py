@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import Checkpoint, fetch, headers_of, is_hub_id, open_checkpoint
+from .checkpoint import Checkpoint, fetch, headers_of, is_hub_id, open_checkpoint, scratch_folder
 from .checkpoint.pickles import pickled_files, unpickle
 from .layout import Layout, detect
 
@@ -46,7 +46,8 @@ def open_source(
     folder = found = fetch(name, revision=revision, pickles=allow_pickle)
     with contextlib.ExitStack() as stack:
         if allow_pickle and pickled_files(folder):
-            copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".regroup-pickle-", dir=scratch)))
+            where = scratch or Path(tempfile.gettempdir())
+            copy = stack.enter_context(scratch_folder(where, ".regroup-pickle-"))
             unpickle(folder, copy)
             folder = copy
         checkpoint = open_checkpoint(folder)

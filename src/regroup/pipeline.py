@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .checkpoint import scratch_folder
 from .checkpoint.writer import check_destination, existing_parent
 from .convert import Conversion, prepare, write
+from .convert.resume import earlier_plan
 from .convert.text import CalibrationText, calibration_batches
 from .opening import Source, open_source
 from .plan import Plan
@@ -46,7 +47,8 @@ def convert_checkpoint(
 
     Args:
         source: a checkpoint folder or a hub id.
-        destination: a folder that does not exist yet; it appears when it is complete.
+        destination: a folder that does not exist yet; it appears when it is complete. A conversion to it that was
+            killed is gone on with where it had the same source and plan.
         kv_heads, layers, method, tensor_parallel, seed: what is wanted, as for ``make_plan``, but that the method is
             ``"auto"`` by default. Not beside ``plan``.
         grouping: ``"contiguous"`` or ``"search"`` for heads that belong together; by default the search with the method
@@ -72,7 +74,8 @@ def convert_checkpoint(
     """
     target, told = Path(destination).expanduser(), listener or Listener()
     check_text_options(repair, device, calibration)
-    scratch = existing_parent(target)
+    existing_parent(target)  # refuses what can have no folder
+    scratch = target.absolute().parent
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(
             open_source(str(source), revision=revision, allow_pickle=allow_pickle, scratch=scratch)
@@ -96,7 +99,12 @@ def convert_checkpoint(
         batches = []
         if calibration is not None:
             batches = calibration_batches(calibration, checkpoint.folder, checkpoint.config)
-        if search:
+        asked = chosen.digest() if search else None
+        earlier = earlier_plan(target, checkpoint, asked) if asked is not None and calibration is None else None
+        if earlier is not None:
+            chosen = earlier
+            ready = prepare(checkpoint, layout, chosen, parent=opened.name)
+        elif search:
             # Text groups heads better than weights do, where layers may be grouped one at a time.
             chosen = grouped(opened, chosen, told, shared_only=calibration is not None)
             ready = prepare(checkpoint, layout, chosen, parent=opened.name)
@@ -116,7 +124,7 @@ def convert_checkpoint(
         if dry_run:
             return Conversion(None, ready.preview, ready.plan.digest(), 0.0)
         progress = stack.enter_context(told.writing(ready.preview.bytes_after))
-        return write(ready, target, workers=workers, progress=progress)
+        return write(ready, target, workers=workers, progress=progress, asked=asked, notice=told.notice)
 
 
 @contextlib.contextmanager
@@ -148,7 +156,7 @@ def calibrated(
     from .devices import device_named
 
     place = device_named(device)
-    with tempfile.TemporaryDirectory(prefix=".regroup-solved-", dir=scratch) as folder:
+    with scratch_folder(scratch, ".regroup-solved-") as folder:
         yield calibrate(
-            opened.checkpoint, opened.layout, plan, batches, Path(folder), settings, device=place, progress=progress
+            opened.checkpoint, opened.layout, plan, batches, folder, settings, device=place, progress=progress
         )

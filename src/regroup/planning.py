@@ -30,6 +30,9 @@ class Listener:
     def planned(self, source: Source, plan: Plan, ahead: Preview) -> None:
         """Everything is checked and nothing is written yet."""
 
+    def notice(self, text: str) -> None:
+        """Something that is worth a line."""
+
     def searching(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         """Something to call with 1 after each attention layer whose heads were grouped, or guessed about."""
         return contextlib.nullcontext(lambda count: None)

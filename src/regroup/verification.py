@@ -13,7 +13,8 @@ import torch
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import Preview, preview
 from .convert.config import child_config
-from .convert.stream import CALIBRATION_FILE, PLAN_FILE
+from .convert.resume import PLAN_FILE
+from .convert.stream import CALIBRATION_FILE
 from .errors import RegroupError
 from .layout import Layout
 from .opening import open_source

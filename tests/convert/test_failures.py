@@ -21,7 +21,7 @@ import torch
 import regroup
 from helpers import assert_same_tensors, convert_heads, digests, everything, head_map, refused, tensors, write
 from regroup import RegroupError
-from regroup.checkpoint import staged_folder, writer
+from regroup.checkpoint import stage, staged_folder
 from regroup.checkpoint.writer import ShardFile
 from regroup.planning import Listener
 
@@ -87,7 +87,7 @@ def test_a_system_that_refuses_the_folder(parent: Path, tmp_path: Path, monkeypa
     def mkdtemp(*_: Any, **__: Any) -> str:
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
 
-    monkeypatch.setattr(writer.tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(stage.tempfile, "mkdtemp", mkdtemp)
     assert "Permission denied" in refused("convert", parent, tmp_path / "new" / "child", "--kv-heads", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parent"]
 

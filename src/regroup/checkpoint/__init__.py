@@ -4,7 +4,8 @@ from .gguf import read_gguf
 from .header import TensorEntry, read_header
 from .reader import Checkpoint, open_checkpoint
 from .source import fetch, fingerprint, headers_of, is_hub_id, remote_headers
-from .writer import ShardFile, staged_folder
+from .stage import scratch_folder, staged_folder
+from .writer import ShardFile
 
 __all__ = [
     "Checkpoint",
@@ -18,5 +19,6 @@ __all__ = [
     "read_gguf",
     "read_header",
     "remote_headers",
+    "scratch_folder",
     "staged_folder",
 ]

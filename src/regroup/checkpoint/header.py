@@ -7,9 +7,11 @@ byte ranges without loading them, so the header is read here, with every check t
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     Raises:
         RegroupError: the file is missing, truncated, or its header contradicts itself.
     """
-    try:
+    with unreadable(path):
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
@@ -74,13 +76,6 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise _not_safetensors(path, f"a header of {length} bytes in a file of {size} bytes")
             raw = file.read(length)
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise RegroupError(
-            "a checkpoint file cannot be read",
-            file=repr(str(path)) if isinstance(error, ValueError) else path,
-            got=getattr(error, "strerror", None) or str(error),
-            remedy="download the missing file again or correct the index",
-        ) from error
     try:
         header = json.loads(raw.decode())
         json.dumps(header, ensure_ascii=False).encode()  # escapes can spell text that is not Unicode
@@ -115,6 +110,24 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             remedy="download the file again",
         )
     return ordered, metadata
+
+
+@contextlib.contextmanager
+def unreadable(path: Path, tensor: str | None = None) -> Iterator[None]:
+    """Say which file (and tensor) the system refused to read within the block."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        absent = getattr(error, "errno", None) == errno.ENOENT
+        raise RegroupError(
+            "a checkpoint file cannot be read",
+            file=repr(str(path)) if isinstance(error, ValueError) else path,
+            tensor=tensor,
+            got=getattr(error, "strerror", None) or str(error),
+            remedy="download the missing file again or correct the index"
+            if absent
+            else "see whether the file may be read and its disk is sound, or download it again",
+        ) from error
 
 
 def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import zipfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from ..errors import RegroupError
 from .reader import INDEX_FILE, SINGLE_FILE, companion_files, read_json
+from .writer import save_tensors
 
 _SINGLE = "pytorch_model.bin"
 _INDEX = "pytorch_model.bin.index.json"
@@ -74,7 +75,10 @@ def unpickle(folder: Path, copy: Path) -> None:
         # Tied tensors share storage, which safetensors does not allow: each gets its own bytes.
         tensors = {name: value.detach().clone().contiguous() for name, value in state.items()}
         name = SINGLE_FILE if len(files) == 1 else path.with_suffix(".safetensors").name
-        save_file(tensors, copy / name, metadata={"format": "pt"})
+        save_tensors(tensors, copy / name, {"format": "pt"})
+        # The copy is as old as what it was made of, so that a conversion can be gone on with.
+        status = path.stat()
+        os.utime(copy / name, ns=(status.st_atime_ns, status.st_mtime_ns))
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(value.nbytes for value in tensors.values())
     if len(files) > 1:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import RegroupError
-from .header import TensorEntry, read_header
+from .header import TensorEntry, read_header, unreadable
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -51,6 +51,7 @@ class Checkpoint:
         shards: file name to tensor name to entry, in the order of the data.
         metadata: file name to the safetensors metadata of that file.
         index: the parsed index file, or None for a single file.
+        stamps: file name to size in bytes and time of the last change in ns, from before its header was read.
     """
 
     folder: Path
@@ -58,6 +59,7 @@ class Checkpoint:
     shards: Mapping[str, Mapping[str, TensorEntry]]
     metadata: Mapping[str, Mapping[str, str]]
     index: dict[str, Any] | None
+    stamps: Mapping[str, tuple[int, int]]
     _file_of: dict[str, str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -93,9 +95,9 @@ class Checkpoint:
                 got=entry.dtype,
                 remedy="start from the unquantised checkpoint",
             )
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+        buffer = _room(entry.nbytes, self.folder / file, tensor)
         view = buffer.numpy().data
-        with (self.folder / file).open("rb", buffering=0) as stream:
+        with unreadable(self.folder / file, tensor), (self.folder / file).open("rb", buffering=0) as stream:
             done = 0
             while done < entry.nbytes:
                 count = os.preadv(stream.fileno(), [view[done:]], entry.start + done)
@@ -109,6 +111,24 @@ class Checkpoint:
                     )
                 done += count
         return buffer.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+
+    def check_unchanged(self, file: str) -> None:
+        """Refuse what was read of a file that somebody has written to since the checkpoint was opened.
+
+        Raises:
+            RegroupError: its size or its time of change is another.
+        """
+        path = self.folder / file
+        with unreadable(path):
+            now = _stamp(path)
+        if now != self.stamps[file]:
+            raise RegroupError(
+                "a checkpoint file changed while it was read",
+                file=path,
+                expected=f"{self.stamps[file][0]} bytes, and nobody who writes to it",
+                got=f"{now[0]} bytes",
+                remedy="wait until the checkpoint is complete, then run the command again",
+            )
 
     def companions(self) -> Iterator[Path]:
         """The files that belong to the child too (see ``companion_files``)."""
@@ -190,12 +210,37 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     else:
         raise _no_weights(folder)
 
-    shards, metadata = {}, {}
+    shards, metadata, stamps = {}, {}, {}
     for name in files:
+        with unreadable(folder / name):
+            stamps[name] = _stamp(folder / name)
         shards[name], metadata[name] = read_header(folder / name)
     if index is not None:
         _check_index(index_path, index["weight_map"], shards)
-    return Checkpoint(folder, config, shards, metadata, index)
+    return Checkpoint(folder, config, shards, metadata, index, stamps)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _room(nbytes: int, file: Path, tensor: str) -> torch.Tensor:
+    """Memory for a tensor. A header can announce more than a machine has, in a file that is mostly a hole."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        if nbytes > memory:
+            raise MemoryError
+        return torch.empty(nbytes, dtype=torch.uint8)
+    except (RuntimeError, MemoryError) as error:
+        raise RegroupError(
+            "a tensor does not fit into memory",
+            file=file,
+            tensor=tensor,
+            expected=f"at most {memory / 1e9:.2f} GB, which this machine has",
+            got=f"{nbytes / 1e9:.2f} GB",
+            remedy="use a machine with more memory, if the file is what it should be",
+        ) from error
 
 
 def _indexed_files(path: Path, index: dict[str, Any]) -> list[str]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.reader import TORCH_DTYPES
+from ..checkpoint.writer import save_tensors
 from ..errors import RegroupError
 from ..layout.types import AttentionLayer, Layout
 from ..plan import LayerPlan, Plan
@@ -159,7 +159,7 @@ class _Loop:
             value = attention.get_parameter(name.removeprefix(layer.name + ".")).detach().cpu()
             tensors[name] = value.to(TORCH_DTYPES[entries[name].dtype]).contiguous()
             self.given[name] = Given(tuple(value.shape), entries[name].dtype, path)
-        save_file(tensors, path)
+        save_tensors(tensors, path)
         # What stays in the pupil is what was written.
         load_into(attention, layer, {name: value.float() for name, value in tensors.items()})
 

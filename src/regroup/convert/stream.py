@@ -1,37 +1,30 @@
-"""Convert a checkpoint folder without ever holding more than a few tensors of it.
-
-Untouched byte ranges are copied inside the kernel; tensors that change are read, merged and written one at a time.
-Two workers share one queue of such pieces, so reading, merging and writing overlap, for one large file too.
-"""
+"""Convert a checkpoint folder without ever holding more than a few tensors of it."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..bench.roofline import kv_cache_bytes
-from ..checkpoint import Checkpoint, ShardFile, staged_folder
+from ..checkpoint import Checkpoint, staged_folder
 from ..checkpoint.header import nbytes_of
 from ..checkpoint.reader import INDEX_FILE
-from ..checkpoint.writer import check_destination, write_text
+from ..checkpoint.writer import check_destination, copy_file, write_text
 from ..layout.types import Layout
 from ..models import MODELING_FILE
 from ..plan import Plan
 from .card import model_card
 from .config import child_config, is_stock
+from .resume import Journal
 from .rewrite import Change, Given, rewrites
+from .shards import ShardWriter
 
-PLAN_FILE = "regroup_plan.json"
 CALIBRATION_FILE = "regroup_calibration.json"
-# One piece of untouched data: long enough for disk speed, short enough to stop and to share among workers.
-_PIECE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -170,15 +163,23 @@ def prepare(
 
 
 def write(
-    ready: Ready, destination: Path, *, workers: int = 2, progress: Callable[[int], None] | None = None
+    ready: Ready,
+    destination: Path,
+    *,
+    workers: int = 2,
+    progress: Callable[[int], None] | None = None,
+    asked: str | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> Conversion:
-    """Write what was prepared.
+    """Write what was prepared, or go on where a run that was killed had come to.
 
     Args:
         ready: see ``prepare``.
         destination: a folder that does not exist yet. It appears when everything in it is on the disk.
         workers: threads that read, merge and write.
         progress: called from any thread with the number of bytes just written.
+        asked: digest of the plan that a search made this one of.
+        notice: told in words of a killed run that is gone on with, or cannot be.
 
     Raises:
         RegroupError: bad destination, a source that changes, or a full disk; nothing is left behind.
@@ -186,21 +187,23 @@ def write(
     started = time.perf_counter()
     checkpoint, ahead = ready.checkpoint, ready.preview
     check_destination(destination, checkpoint.folder, ready.nbytes)
-    with staged_folder(destination) as stage:
+    calibrated = ready.calibration is not None
+    journal = Journal(checkpoint, ready.plan, ahead.shards, asked=asked, calibrated=calibrated, notice=notice)
+    with staged_folder(destination, adopt=journal.adopt) as stage:
         for path in ready.companions:
-            (stage / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.folder / path, stage / path)
-        _write_shards(checkpoint, ahead, stage, workers, progress or (lambda count: None))
+            copy_file(checkpoint.folder / path, stage / path)
+        journal.begin(stage)
+        ShardWriter(checkpoint, ahead, stage, journal, workers, progress or (lambda count: None)).run()
         if checkpoint.index is not None:
             write_text(stage / INDEX_FILE, json.dumps(_index(checkpoint.index, ahead), indent=2) + "\n")
-        write_text(stage / PLAN_FILE, ready.plan.dumps())
         if ready.calibration is not None:
             write_text(stage / CALIBRATION_FILE, json.dumps(ready.calibration, indent=2) + "\n")
         write_text(stage / "README.md", ready.card)
         if not ahead.stock:
-            shutil.copyfile(MODELING_FILE, stage / MODELING_FILE.name)
+            copy_file(MODELING_FILE, stage / MODELING_FILE.name)
         # Last, so that a folder with a config.json is complete.
         write_text(stage / "config.json", json.dumps(ready.config, indent=2, ensure_ascii=False) + "\n")
+        journal.end()
     return Conversion(destination, ahead, ready.plan.digest(), time.perf_counter() - started)
 
 
@@ -217,73 +220,6 @@ def convert(
     """``prepare`` and ``write`` in one: the arguments are theirs."""
     ready = prepare(checkpoint, layout, plan, parent=parent)
     return write(ready, destination, workers=workers, progress=progress)
-
-
-def _write_shards(
-    checkpoint: Checkpoint, ahead: Preview, stage: Path, workers: int, progress: Callable[[int], None]
-) -> None:
-    files: list[ShardFile] = []
-    executor = ThreadPoolExecutor(max_workers=workers)
-    try:
-        pending: list[tuple[ShardFile, list[Future[None]]]] = []
-        for name, tensors in ahead.shards.items():
-            target = ShardFile(stage / name, tensors, checkpoint.metadata[name])
-            files.append(target)
-            pieces = _pieces(checkpoint, ahead, name, target)
-            pending.append((target, [executor.submit(_run, piece, progress) for piece in pieces]))
-        syncs = []
-        for target, futures in pending:
-            _finish(futures)
-            # The disk works on this file while the next one is being made.
-            syncs.append(executor.submit(target.close))
-        _finish(syncs)
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-        for target in files:
-            target.close(sync=False)
-
-
-def _finish(futures: list[Future[None]]) -> None:
-    # One at a time: a wait for all of them would hold a Ctrl-C back until the queue is empty.
-    for future in futures:
-        wait([future])
-        future.result()
-
-
-def _run(piece: tuple[int, Callable[[], None]], progress: Callable[[int], None]) -> None:
-    nbytes, action = piece
-    action()
-    progress(nbytes)
-
-
-def _pieces(
-    checkpoint: Checkpoint, ahead: Preview, file: str, target: ShardFile
-) -> Iterator[tuple[int, Callable[[], None]]]:
-    """The work of one file: (bytes written, what writes them)."""
-    entries, path = checkpoint.shards[file], checkpoint.folder / file
-
-    def rewrite(name: str) -> Callable[[], None]:
-        return lambda: target.write(name, ahead.changed[name].run(name, checkpoint.read))
-
-    def copy(start: int, end: int, to: int) -> Callable[[], None]:
-        return lambda: target.copy(path, start, end, to)
-
-    runs: list[list[int]] = []
-    for name in ahead.shards[file]:
-        start, end = target.ranges[name]
-        if name in ahead.changed:
-            yield end - start, rewrite(name)
-            continue
-        entry = entries[name]
-        # Neighbours in both files are one run.
-        if runs and runs[-1][1] == entry.start and runs[-1][2] + runs[-1][1] - runs[-1][0] == start:
-            runs[-1][1] = entry.end
-        else:
-            runs.append([entry.start, entry.end, start])
-    for first, last, to in runs:
-        for begin in range(first, last, _PIECE):
-            end = min(begin + _PIECE, last)
-            yield end - begin, copy(begin, end, to + begin - first)
 
 
 def _index(index: dict[str, object], ahead: Preview) -> dict[str, object]:

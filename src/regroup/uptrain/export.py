@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint, ShardFile, staged_folder
 from ..checkpoint.reader import INDEX_FILE, TORCH_DTYPES
-from ..checkpoint.writer import write_text
+from ..checkpoint.writer import copy_file, write_text
 from ..errors import RegroupError
 from ..models import MODELING_FILE
 
@@ -119,8 +118,7 @@ def write_model(
     found = stored_names(model, state)
     with staged_folder(destination) as stage:
         for path in checkpoint.companions():
-            (stage / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.folder / path, stage / path)
+            copy_file(checkpoint.folder / path, stage / path)
         for file, entries in checkpoint.shards.items():
             specs = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
             target = ShardFile(stage / file, specs, checkpoint.metadata[file])
@@ -136,7 +134,7 @@ def write_model(
             write_text(stage / INDEX_FILE, json.dumps(checkpoint.index, indent=2) + "\n")
         config = dict(checkpoint.config)
         if "regroup" in config:
-            shutil.copyfile(MODELING_FILE, stage / MODELING_FILE.name)
+            copy_file(MODELING_FILE, stage / MODELING_FILE.name)
         else:
             config.pop("auto_map", None)  # code of others is not carried along
         _add_note(stage / "README.md", note)

@@ -1,0 +1,239 @@
+"""Hidden folders: one that becomes the destination when it is complete, and scratch that does not outlive its use.
+
+Whoever works on a hidden folder holds a lock on it, which the system lets go of when a process dies, however it dies:
+a folder without a lock was left by a run that was killed outright.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import glob
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..errors import RegroupError
+
+
+@contextlib.contextmanager
+def staged_folder(destination: Path, *, adopt: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """A hidden folder beside ``destination`` that becomes it, by one rename, when the block ends well.
+
+    Whatever goes wrong, Ctrl-C included, removes it. A run that was killed outright leaves the hidden folder behind;
+    the next run to the same destination goes on with it or removes it.
+
+    Args:
+        destination: does not exist yet.
+        adopt: asked about each folder that a killed run left, until it says True: that one is the stage then, with
+            whatever ``adopt`` left in it.
+
+    Raises:
+        RegroupError: the disk is full, or the system refuses to read or to write.
+    """
+    parent = destination.absolute().parent
+    made: list[Path] = []
+    try:
+        _make_parents(parent, made)
+        stage, lock = _stage(parent, _prefix(destination), adopt)
+    except OSError as error:
+        _remove_empty(made)
+        raise _refusal(error, destination) from error
+    try:
+        yield stage
+        stage.chmod(0o777 & ~_umask())
+        for folder, _, _ in os.walk(stage):
+            sync_folder(Path(folder))
+        try:
+            stage.rename(destination)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            raise RegroupError(
+                "the destination appeared while the result was being written", file=destination
+            ) from error
+    except BaseException as error:
+        with _undisturbed():
+            shutil.rmtree(stage, ignore_errors=True)
+            _remove_empty(made)
+        if isinstance(error, OSError):
+            raise _refusal(error, destination) from error
+        raise
+    finally:
+        os.close(lock)
+    try:
+        sync_folder(parent)
+    except OSError as error:
+        raise RegroupError(
+            "the result is complete, but the system does not confirm that its name is on the disk",
+            file=destination,
+            got=error.strerror or str(error),
+            remedy="see whether the disk is sound; `regroup verify` checks the result",
+        ) from error
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A hidden folder for what a run needs while it lasts; those that killed runs left beside it go first.
+
+    Args:
+        parent: on a disk with enough room; made for as long if it is not there.
+        prefix: of the folder's name; begins with a dot, and says what is in it.
+
+    Raises:
+        RegroupError: as ``staged_folder``.
+    """
+    made: list[Path] = []
+    try:
+        _make_parents(parent, made)
+        folder, lock = _stage(parent, prefix, None)
+    except OSError as error:
+        _remove_empty(made)
+        raise _refusal(error, parent) from error
+    try:
+        yield folder
+    except OSError as error:
+        raise _refusal(error, parent) from error
+    finally:
+        with _undisturbed():
+            shutil.rmtree(folder, ignore_errors=True)
+            _remove_empty(made)
+        os.close(lock)
+
+
+def left_behind(destination: Path) -> list[Path]:
+    """The hidden folders of runs to this destination that were killed."""
+    found = []
+    for folder in destination.absolute().parent.glob(f"{glob.escape(_prefix(destination))}*"):
+        with _locked(folder) as lock:
+            found += [folder] if lock is not None else []
+    return found
+
+
+def allocated(folder: Path) -> int:
+    """Bytes of disk that the files of a folder take."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.lstat().st_blocks * 512
+    return total
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of files to the disk."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _stage(parent: Path, prefix: str, adopt: Callable[[Path], bool] | None) -> tuple[Path, int]:
+    """A locked hidden folder, new or adopted; others that nobody holds are removed."""
+    adopted: tuple[Path, int] | None = None
+    # One run at a time: a folder that another has just made is not locked yet.
+    around = os.open(parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(around, fcntl.LOCK_EX)
+        for folder in sorted(parent.glob(f"{glob.escape(prefix)}*")):
+            with _locked(folder) as lock:
+                if lock is None:
+                    continue
+                if adopted is None and adopt is not None and adopt(folder):
+                    adopted = folder, os.dup(lock)  # the lock lasts as long as one of the two is open
+                else:
+                    shutil.rmtree(folder, ignore_errors=True)
+        if adopted is not None:
+            return adopted
+        stage = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        lock = os.open(stage, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return stage, lock
+    finally:
+        os.close(around)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[int | None]:
+    """A descriptor that holds the folder's lock, or None where another process does or there is no such folder."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        yield None
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        yield None
+        return
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _prefix(destination: Path) -> str:
+    return f".{destination.name}.regroup-"
+
+
+def _refusal(error: OSError, destination: Path) -> RegroupError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RegroupError(
+            "the disk became full; nothing was left behind",
+            file=destination,
+            remedy="free some space or choose a destination on another disk",
+        )
+    return RegroupError(
+        "the system refused to read or to write; nothing was left behind",
+        file=error.filename or destination,
+        got=error.strerror or str(error),
+        remedy="see whether the disk is sound and the file may be used, then run the command again",
+    )
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let a second, impatient Ctrl-C or SIGTERM wait: half a clean-up is what it would leave behind."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # None is a handler that was not set from Python and cannot be set again from here.
+    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) is not None}
+    for number in before:
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _make_parents(parent: Path, made: list[Path]) -> None:
+    missing = []
+    while not parent.exists():
+        missing.append(parent)
+        parent = parent.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        made.append(folder)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in reversed(folders):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
