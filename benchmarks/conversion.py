@@ -28,26 +28,28 @@ import typer
 from regroup.record import record, write_record
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 32000
-LAYER_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE + 2 * HIDDEN)
+HEAD_DIM = 128
 
 
-def make_llama(folder: Path, gigabytes: float) -> None:
-    """A Llama-2-7B-shaped checkpoint cut to a size, two layers a shard."""
+def make_llama(folder: Path, gigabytes: float, hidden: int = HIDDEN, shard_layers: int = 2) -> None:
+    """A checkpoint of Llama 2 7B's proportions, its depth cut to a size, so many layers a shard."""
     import torch
     from safetensors.torch import save_file
 
-    layers = max(1, round((gigabytes * 1e9 - 4 * VOCABULARY * HIDDEN) / LAYER_BYTES))
+    intermediate, vocabulary = hidden * INTERMEDIATE // HIDDEN, VOCABULARY * hidden // HIDDEN
+    layer_bytes = 2 * (4 * hidden * hidden + 3 * hidden * intermediate + 2 * hidden)
+    layers = max(1, round((gigabytes * 1e9 - 4 * vocabulary * hidden) / layer_bytes))
     folder.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "bfloat16",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": hidden // HEAD_DIM,
+        "num_key_value_heads": hidden // HEAD_DIM,
         "num_hidden_layers": layers,
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "tie_word_embeddings": False,
     }
     (folder / "config.json").write_text(json.dumps(config))
@@ -58,21 +60,21 @@ def make_llama(folder: Path, gigabytes: float) -> None:
 
     def layer(i: int) -> dict[str, torch.Tensor]:
         at = f"model.layers.{i}."
-        tensors = {f"{at}self_attn.{x}_proj.weight": weights(HIDDEN, HIDDEN) for x in "qkvo"}
-        tensors |= {f"{at}mlp.{x}_proj.weight": weights(INTERMEDIATE, HIDDEN) for x in ("gate", "up")}
-        tensors[f"{at}mlp.down_proj.weight"] = weights(HIDDEN, INTERMEDIATE)
-        tensors |= {f"{at}{x}_layernorm.weight": weights(HIDDEN) for x in ("input", "post_attention")}
+        tensors = {f"{at}self_attn.{x}_proj.weight": weights(hidden, hidden) for x in "qkvo"}
+        tensors |= {f"{at}mlp.{x}_proj.weight": weights(intermediate, hidden) for x in ("gate", "up")}
+        tensors[f"{at}mlp.down_proj.weight"] = weights(hidden, intermediate)
+        tensors |= {f"{at}{x}_layernorm.weight": weights(hidden) for x in ("input", "post_attention")}
         return tensors
 
-    starts = list(range(0, layers, 2))
+    starts = list(range(0, layers, shard_layers))
     weight_map: dict[str, str] = {}
     total = 0
     for number, start in enumerate(starts, 1):
-        shard = {k: v for i in range(start, min(start + 2, layers)) for k, v in layer(i).items()}
+        shard = {k: v for i in range(start, min(start + shard_layers, layers)) for k, v in layer(i).items()}
         if number == 1:
-            shard["model.embed_tokens.weight"] = weights(VOCABULARY, HIDDEN)
+            shard["model.embed_tokens.weight"] = weights(vocabulary, hidden)
         if number == len(starts):
-            shard |= {"lm_head.weight": weights(VOCABULARY, HIDDEN), "model.norm.weight": weights(HIDDEN)}
+            shard |= {"lm_head.weight": weights(vocabulary, hidden), "model.norm.weight": weights(hidden)}
         name = f"model-{number:05d}-of-{len(starts):05d}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)
@@ -107,9 +109,9 @@ def peak_memory(command: list[str]) -> tuple[float, int]:
     return time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
-def convert_command(source: Path, target: Path) -> list[str]:
+def convert_command(source: Path, target: Path, method: str = "mean", heads: int = 8) -> list[str]:
     regroup = str(Path(sys.executable).with_name("regroup"))
-    return [regroup, "convert", str(source), str(target), "--kv-heads", "8", "--method", "mean"]
+    return [regroup, "convert", str(source), str(target), "--kv-heads", str(heads), "--method", method]
 
 
 def main(

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .convert import Preview
+from .convert import Forecast, Preview
 from .inspection import LayerSummary, Summary
 from .layout import Layout
 from .opening import Source
@@ -190,6 +190,29 @@ def show_preview(ahead: Preview) -> None:
         f"KV cache {human_bytes(ahead.kv_bytes_before)} → {human_bytes(ahead.kv_bytes_after)} a token; "
         + ("loads with stock transformers" if ahead.stock else "loads with trust_remote_code=True or regroup.load")
     )
+
+
+def show_forecast(ahead: Forecast, *, calibrated: bool) -> None:
+    """What a conversion would take; with calibration that comes on top."""
+    err.print("dry run: nothing was written")
+    err.print(
+        f"disk: {human_bytes(ahead.bytes_read)} to read, {human_bytes(ahead.bytes_written)} to write, "
+        f"{human_bytes(ahead.bytes_free)} free in {ahead.folder}"
+    )
+    least, most = ahead.seconds
+    parts = f"{_duration(ahead.copy_seconds)} to copy at {human_bytes(ahead.copy_rate)}/s"
+    if ahead.arithmetic_seconds:
+        parts += f", {_duration(ahead.arithmetic_seconds)} to read and make the tensors that change"
+    err.print(
+        f"time: {_duration(least)} to {_duration(most)} ({parts}; from {human_bytes(ahead.probed)} copied and flushed, "
+        "and one tensor or layer made, just now)" + (", and calibration before it" if calibrated else "")
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def show_outcomes(solved: Calibrated) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .checkpoint import scratch_folder
 from .checkpoint.writer import check_destination, existing_parent
-from .convert import Conversion, prepare, write
+from .convert import Conversion, foretell, prepare, write
 from .convert.resume import earlier_plan
 from .convert.text import CalibrationText, calibration_batches
 from .opening import Source, open_source
@@ -60,7 +60,7 @@ def convert_checkpoint(
         revision: branch, tag or commit of a hub repository.
         allow_pickle: read pickled weights, with torch's restricted unpickler, where there is nothing else.
         workers: threads that write.
-        dry_run: check everything, write nothing.
+        dry_run: check everything, write nothing, and foretell time and disk.
         listener: told how it goes on.
 
     Returns:
@@ -122,7 +122,7 @@ def convert_checkpoint(
                     checkpoint, layout, solved.plan, parent=opened.name, given=solved.given, calibration=record
                 )
         if dry_run:
-            return Conversion(None, ready.preview, ready.plan.digest(), 0.0)
+            return Conversion(None, ready.preview, ready.plan.digest(), 0.0, foretell(ready, target))
         progress = stack.enter_context(told.writing(ready.preview.bytes_after))
         return write(ready, target, workers=workers, progress=progress, asked=asked, notice=told.notice)
 

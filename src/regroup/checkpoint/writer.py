@@ -53,7 +53,7 @@ class ShardFile:
         try:
             with _named(path):
                 os.truncate(self._fd, position)
-            self._write_all(memoryview(header), 0)
+            _write_all(self._fd, memoryview(header), 0, path)
         except BaseException:
             self.close(sync=False)
             raise
@@ -63,32 +63,11 @@ class ShardFile:
         start, end = self.ranges[name]
         data = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
         assert data.nbytes == end - start, f"{name}: {data.nbytes} bytes for a place of {end - start}"
-        self._write_all(data, start)
+        _write_all(self._fd, data, start, self.path)
 
     def copy(self, source: Path, start: int, end: int, to: int) -> None:
         """Copy bytes ``start:end`` of another file to offset ``to``, inside the kernel where it can."""
-        with unreadable(source):
-            fd = os.open(source, os.O_RDONLY)
-        try:
-            while start < end:
-                try:
-                    count = os.copy_file_range(fd, self._fd, min(end - start, COPY_BYTES), start, to)
-                except (AttributeError, OSError):
-                    # The kernel cannot do it between these two files, or one of them fails: which, this tells.
-                    with unreadable(source):
-                        block = os.pread(fd, min(end - start, COPY_BYTES), start)
-                    self._write_all(memoryview(block), to)
-                    count = len(block)
-                if count == 0:
-                    raise RegroupError(
-                        "a checkpoint file became shorter while it was read",
-                        file=source,
-                        expected=f"{end} bytes",
-                        got=f"{start} bytes",
-                    )
-                start, to = start + count, to + count
-        finally:
-            os.close(fd)
+        copy_range(source, start, end, self._fd, self.path, to)
 
     def sync(self) -> None:
         """Flush to the disk."""
@@ -105,11 +84,48 @@ class ShardFile:
                 os.close(self._fd)
                 self._fd = -1
 
-    def _write_all(self, data: memoryview, offset: int) -> None:
-        done = 0
-        with _named(self.path):
-            while done < data.nbytes:
-                done += os.pwrite(self._fd, data[done:], offset + done)
+
+def copy_range(source: Path, start: int, end: int, fd: int, path: Path, to: int) -> None:
+    """Copy bytes ``start:end`` of a file to offset ``to`` of another, inside the kernel where it can.
+
+    Args:
+        source, start, end: what to copy.
+        fd, path: the open file to write to, and its name for messages.
+        to: offset in it.
+
+    Raises:
+        RegroupError: the source cannot be read, or has become shorter.
+        OSError: the other file cannot be written.
+    """
+    with unreadable(source):
+        origin = os.open(source, os.O_RDONLY)
+    try:
+        while start < end:
+            try:
+                count = os.copy_file_range(origin, fd, min(end - start, COPY_BYTES), start, to)
+            except (AttributeError, OSError):
+                # The kernel cannot do it between these two files, or one of them fails: which, this tells.
+                with unreadable(source):
+                    block = os.pread(origin, min(end - start, COPY_BYTES), start)
+                _write_all(fd, memoryview(block), to, path)
+                count = len(block)
+            if count == 0:
+                raise RegroupError(
+                    "a checkpoint file became shorter while it was read",
+                    file=source,
+                    expected=f"{end} bytes",
+                    got=f"{start} bytes",
+                )
+            start, to = start + count, to + count
+    finally:
+        os.close(origin)
+
+
+def _write_all(fd: int, data: memoryview, offset: int, path: Path) -> None:
+    done = 0
+    with _named(path):
+        while done < data.nbytes:
+            done += os.pwrite(fd, data[done:], offset + done)
 
 
 @contextlib.contextmanager

@@ -39,13 +39,15 @@ def convert(
     uptrain: Annotated[
         Path | None, typer.Option("--uptrain", help="A recipe (YAML) to uptrain the child with, before it becomes DST.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, write nothing, and foretell time and disk.")
+    ] = False,
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read, merge and write.")] = 2,
 ) -> None:
     """Convert a checkpoint: fewer KV heads, everything else bit for bit."""
-    from ..console import Told, err, human_bytes
+    from ..console import Told, err, human_bytes, show_forecast
     from ..pipeline import convert_checkpoint
 
     text = calibration.text()
@@ -83,7 +85,7 @@ def convert(
     started = time.perf_counter()
     done = run(destination)
     if done.destination is None:
-        err.print("dry run: nothing was written")
+        show_forecast(done.forecast, calibrated=text is not None)
         return
     rate = (done.preview.bytes_before + done.preview.bytes_after) / done.seconds
     whole = time.perf_counter() - started

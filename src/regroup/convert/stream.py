@@ -20,6 +20,7 @@ from ..models import MODELING_FILE
 from ..plan import Plan
 from .card import model_card
 from .config import child_config, is_stock
+from .forecast import Forecast
 from .resume import Journal
 from .rewrite import Change, Given, rewrites
 from .shards import ShardWriter
@@ -50,12 +51,13 @@ class Preview:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion wrote; ``destination`` is None after a dry run."""
+    """What a conversion wrote; after a dry run ``destination`` is None, and the forecast says what it would take."""
 
     destination: Path | None
     preview: Preview
     plan_digest: str
     seconds: float
+    forecast: Forecast | None = None
 
 
 def preview(checkpoint: Checkpoint, layout: Layout, plan: Plan, given: Mapping[str, Given] | None = None) -> Preview:

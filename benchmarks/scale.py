@@ -1,0 +1,179 @@
+"""A large conversion: time beside `cp -r` and a flush, memory, what the dry run foretold, and a kill half-way.
+
+    python benchmarks/scale.py --gigabytes 20 --output benchmarks/records/scale.json
+
+A synthetic sharded Llama (Llama 2 7B's width, as many layers as the size holds, bfloat16, random weights) is made once,
+a shard at a time. Then, for each method: the dry run; `cp -r` with a flush and `regroup convert` in turns, page cache
+dropped before each where the system allows it; what of that is starting a process that imports torch; and once more a
+conversion that gets SIGKILL when half of its weight files are finished, and the same command again, whose result has to
+be the undisturbed one's, byte for byte. The disk holds the source, a child and a second child at once: three times the
+size.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import functools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from conversion import HIDDEN, convert_command, drop_caches, make_llama  # pyright: ignore[reportMissingImports]
+
+from regroup.convert.resume import JOURNAL_FILE
+from regroup.pipeline import convert_checkpoint
+from regroup.record import record, write_record
+
+
+def apart(action: Callable[[], Any]) -> Any:
+    """The result of a function that runs in a process of its own, whose memory and threads are gone afterwards."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(action)
+
+
+def foretell(source: Path, target: Path, method: str, heads: int) -> dict[str, Any]:
+    """What a dry run says."""
+    started = time.perf_counter()
+    done = convert_checkpoint(source, target, kv_heads=heads, method=method, dry_run=True)
+    assert done.forecast is not None
+    facts = asdict(done.forecast) | {"seconds": done.forecast.seconds}
+    facts.pop("folder")  # where the benchmark ran
+    return facts | {"dry_run_seconds": time.perf_counter() - started}
+
+
+def watched(command: list[str], *, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """Run a process, and kill it outright when ``stop`` says so.
+
+    Returns:
+        Its seconds; whether it was killed; the most anonymous memory (RssAnon) that was seen, and the most resident
+        memory (VmHWM), which counts pages of mapped files too, in bytes.
+    """
+    most = {"RssAnon": 0, "VmHWM": 0}
+    killed = False
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        try:
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        except OSError:
+            lines = []
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name in most:
+                most[name] = max(most[name], int(value.split()[0]) * 1024)
+        if stop():
+            process.send_signal(signal.SIGKILL)
+            killed = True
+        time.sleep(0.02)
+    if process.returncode and not killed:
+        raise RuntimeError(f"{' '.join(command)} failed with status {process.returncode}")
+    return {
+        "seconds": time.perf_counter() - started,
+        "killed": killed,
+        "peak_anonymous_bytes": most["RssAnon"],
+        "peak_resident_bytes": most["VmHWM"],
+    }
+
+
+def finished(target: Path) -> list[str]:
+    """Weight files that a conversion to this place has on the disk for good."""
+    for journal in target.parent.glob(f".{target.name}.regroup-*/{JOURNAL_FILE}"):
+        try:
+            return json.loads(journal.read_text())["finished"]
+        except OSError:
+            return []
+    return []
+
+
+def resumed(source: Path, target: Path, whole: Path, method: str, heads: int) -> dict[str, Any]:
+    """Kill a conversion when half of its files are finished, go on, and compare with an undisturbed child."""
+    command = convert_command(source, target, method, heads)
+    files = len(list(source.glob("*.safetensors")))
+    first = watched(command, stop=lambda: len(finished(target)) >= files // 2)
+    kept = finished(target)
+    second = watched(command)
+    names = [path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()]
+    _, different, missing = filecmp.cmpfiles(whole, target, names, shallow=False)
+    if not first["killed"] or different or missing:
+        raise RuntimeError(f"killed: {first['killed']}; different: {different}; missing: {missing}")
+    return {
+        "weight_files": files,
+        "finished_when_killed": len(kept),
+        "seconds_until_killed": first["seconds"],
+        "seconds_to_go_on": second["seconds"],
+        "files_compared": len(names),
+    }
+
+
+def measure(root: Path, source: Path, method: str, heads: int, repeats: int) -> dict[str, Any]:
+    """Everything about one method."""
+    copy, child = root / "copy", root / "child"
+    ahead = apart(functools.partial(foretell, source, child, method, heads))
+    copies: list[float] = []
+    runs: list[dict[str, Any]] = []
+    dropped = True
+    for _ in range(repeats):
+        dropped &= drop_caches()
+        copies.append(watched(["sh", "-c", f"cp -r {source} {copy} && sync -f {copy}"])["seconds"])
+        shutil.rmtree(copy)
+        shutil.rmtree(child, ignore_errors=True)
+        dropped &= drop_caches()
+        runs.append(watched(convert_command(source, child, method, heads)))
+    drop_caches()
+    start = watched([sys.executable, "-c", "import regroup.pipeline, regroup.console"])
+    kill = resumed(source, root / "again", child, method, heads)
+    for folder in (child, root / "again"):
+        shutil.rmtree(folder)
+    seconds = [run["seconds"] for run in runs]
+    return {
+        "forecast": ahead,
+        "page_cache_dropped": dropped,
+        "cp_r_and_flush_seconds": copies,
+        "convert_seconds": seconds,
+        "of_which_start_seconds": start["seconds"],
+        "ratio_to_cp_r_and_flush": statistics.median(seconds) / statistics.median(copies),
+        "peak_anonymous_bytes": max(run["peak_anonymous_bytes"] for run in runs),
+        "peak_resident_bytes": max(run["peak_resident_bytes"] for run in runs),
+        "killed_and_resumed": kill,
+    }
+
+
+def main(
+    gigabytes: Annotated[float, typer.Option(help="Size of the checkpoint.")] = 20.0,
+    hidden: Annotated[int, typer.Option(help="Hidden size, a multiple of 128; smaller gives more layers.")] = HIDDEN,
+    methods: Annotated[str, typer.Option()] = "mean,lowrank",
+    repeats: Annotated[int, typer.Option(min=1)] = 2,
+    scratch: Annotated[Path | None, typer.Option(help="A folder on the disk to measure.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o")] = None,
+) -> None:
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        root = Path(name)
+        free = shutil.disk_usage(root).free
+        if free < 3.1e9 * gigabytes:
+            raise SystemExit(f"the disk has {free / 1e9:.0f} GB free, and {3.1 * gigabytes:.0f} GB are needed")
+        source, heads = root / "source", max(1, hidden // 512)
+        started = time.perf_counter()
+        apart(functools.partial(make_llama, source, gigabytes, hidden, 2 if hidden == HIDDEN else 1))
+        os.sync()
+        making = time.perf_counter() - started
+        size = sum(path.stat().st_size for path in source.iterdir())
+        found = {method: measure(root, source, method, heads, repeats) for method in methods.split(",")}
+    configuration = {"gigabytes": gigabytes, "hidden": hidden, "kv_heads": heads, "repeats": repeats}
+    results = {"source_bytes": size, "seconds_to_make_the_source": making, "methods": found}
+    write_record(output, record("benchmark/scale", configuration, results))
+
+
+if __name__ == "__main__":
+    typer.run(main)
