@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -166,6 +167,85 @@ def advise_loss(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def scale_sizes(record: dict[str, Any]) -> list[str]:
+    """Computed: what is read and written, and the cache."""
+    lines = heading("", "parameters", "KV heads", "read, GB", "written, GB", "minutes", "KV cache, KiB a token")
+    for entry in record["results"]["rows"]:
+        before, after = entry["kv_heads"]
+        cache = " → ".join(f"{count / 1024:.0f}" for count in entry["cache_bytes_a_token"])
+        sizes = (f"{entry[name] / 1e9:.1f}" for name in ("bytes_read", "bytes_written"))
+        minutes = f"{entry['conversion_seconds'] / 60:.1f}"
+        lines.append(
+            row(entry["model"], f"{entry['parameters'] / 1e9:.1f} B", f"{before} → {after}", *sizes, minutes, cache)
+        )
+    return lines
+
+
+def scale_serving(record: dict[str, Any]) -> list[str]:
+    """Computed: a device's memory, the largest batch and the least time of a step."""
+    lines = heading("", "devices", "weights, GB a device", "cache, GB a device", "largest batch", "least ms a step")
+    for entry in record["results"]["rows"]:
+        pairs = zip(*(part.values() for part in entry["serving"]), strict=True)
+        weights, cache, fits, batch, seconds = pairs
+        marks = ["" if fit else "*" for fit in fits]
+        lines.append(
+            row(
+                entry["model"],
+                entry["devices"],
+                " → ".join(f"{count / 1e9:.1f}" for count in weights),
+                " → ".join(f"{count / 1e9:.1f}{mark}" for count, mark in zip(cache, marks, strict=True)),
+                " → ".join(map(str, batch)),
+                " → ".join(f"{1e3 * second:.1f}" for second in seconds),
+            )
+        )
+    return lines
+
+
+def scale_training(record: dict[str, Any]) -> list[str]:
+    """Computed: FLOPs and hours of devices."""
+    lines = heading("", "α tokens", "FLOPs", "device hours", "distilled tokens", "FLOPs", "device hours")
+    for entry in record["results"]["rows"]:
+        cells: list[str] = []
+        for run in (entry["uptraining"], entry["distillation"]):
+            count = "–" if run is None else f"{run['tokens'] / 1e9:.0f} B"
+            cells += [count, *(["–"] * 2 if run is None else [f"{run['flops']:.1e}", f"{run['device_hours']:,.0f}"])]
+        lines.append(row(entry["model"], *cells))
+    return lines
+
+
+def scale_measured(record: dict[str, Any]) -> list[str]:
+    """Measured: conversion beside cp, memory, and what is left to do after a kill."""
+    size = record["results"]["source_bytes"] / 1e9
+    lines = heading(
+        f"{size:.1f} GB",
+        "`cp -r` and flush, s",
+        "convert, s",
+        "of it starting, s",
+        "foretold, s",
+        "anonymous memory, MB",
+        "killed after, s",
+        "of files",
+        "going on, s",
+    )
+    for method, found in record["results"]["methods"].items():
+        kill = found["killed_and_resumed"]
+        least, most = found["forecast"]["seconds"]
+        lines.append(
+            row(
+                f"`{method}`",
+                f"{median(found['cp_r_and_flush_seconds']):.1f}",
+                f"{median(found['convert_seconds']):.1f}",
+                f"{found['of_which_start_seconds']:.1f}",
+                f"{least:.1f} – {most:.1f}",
+                f"{found['peak_anonymous_bytes'] / 1e6:.0f}",
+                f"{kill['seconds_until_killed']:.1f}",
+                f"{kill['finished_when_killed']} of {kill['weight_files']}",
+                f"{kill['seconds_to_go_on']:.1f}",
+            )
+        )
+    return lines
+
+
 PAPER_MEASURES = {
     "encoder-decoder": ("average", "pronunciation", "restoration", "nats_per_token"),
     "decoder": ("nats_per_token", "continuation"),
@@ -200,6 +280,10 @@ TABLES = {
     "throughput": DocTable("docs/uptraining.md", ("uptraining-throughput.json",), throughput),
     "advise loss": DocTable("docs/choosing-g.md", ("advise-loss.json",), advise_loss),
     "demo": DocTable("README.md", ("demo.json",), demo),
+    "scale sizes": DocTable("docs/scale.md", ("scale-computed.json",), scale_sizes),
+    "scale serving": DocTable("docs/scale.md", ("scale-computed.json",), scale_serving),
+    "scale training": DocTable("docs/scale.md", ("scale-computed.json",), scale_training),
+    "scale measured": DocTable("docs/scale.md", ("scale.json",), scale_measured),
 }
 
 

@@ -36,5 +36,11 @@ class RegroupError(Exception):
             "remedy": remedy,
         }
         lines = [what]
-        lines += [f"  {name + ':':<10}{value}" for name, value in self.details.items() if value is not None]
+        lines += [f"  {name + ':':<10}{_short(value)}" for name, value in self.details.items() if value is not None]
         super().__init__("\n".join(lines))
+
+
+def _short(value: object, most: int = 2000) -> str:
+    """A damaged file can hold a name of megabytes."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"

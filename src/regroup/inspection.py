@@ -12,6 +12,7 @@ from .checkpoint import fetch, headers_of, is_hub_id, open_checkpoint, read_gguf
 from .checkpoint.reader import read_json
 from .errors import RegroupError
 from .layout import Layout, detect
+from .layout.detect import MAX_HEADS, MAX_LAYERS
 
 
 @dataclass(frozen=True)
@@ -160,10 +161,10 @@ def _from_gguf(path: Path) -> Summary:
     values = read_gguf(path)
     architecture = values.get("general.architecture")
 
-    def number(key: str, default: Any = None) -> Any:
+    def number(key: str, default: Any = None, most: int = 2**63) -> Any:
         value = values.get(f"{architecture}.{key}", default)
         numbers = value if isinstance(value, list) else [value]
-        if not numbers or not all(isinstance(x, int) and x >= 0 for x in numbers):
+        if not numbers or not all(isinstance(x, int) and 0 <= x <= most for x in numbers):
             raise RegroupError(
                 "the GGUF header lacks a number that is needed",
                 file=path,
@@ -172,9 +173,9 @@ def _from_gguf(path: Path) -> Summary:
             )
         return value
 
-    blocks = int(number("block_count"))
-    heads = _per_layer(number("attention.head_count"), blocks, path)
-    kv_heads = _per_layer(number("attention.head_count_kv", heads), blocks, path)
+    blocks = int(number("block_count", most=MAX_LAYERS))
+    heads = _per_layer(number("attention.head_count", most=MAX_HEADS), blocks, path)
+    kv_heads = _per_layer(number("attention.head_count_kv", heads, MAX_HEADS), blocks, path)
     hidden = int(number("embedding_length"))
     # DeciLM files list layers without attention with no heads; they keep no cache.
     present = [index for index in range(blocks) if heads[index] and kv_heads[index]]

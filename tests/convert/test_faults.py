@@ -18,7 +18,7 @@ import torch
 
 import faults
 import regroup
-from helpers import config_of, copy, digests, everything, scattered, tensors, write
+from helpers import config_of, copy, digests, everything, refused, run, scattered, tensors, write
 from regroup import RegroupError
 from regroup.convert import resume
 from regroup.planning import Listener
@@ -91,7 +91,7 @@ torch.set_num_threads(1)
 source, root, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 
 def run(number):
-    regroup.convert_checkpoint(source, root / str(number) / "new" / "child", kv_heads=2, **options)
+    regroup.convert_checkpoint(source, root / str(number) / "new" / "child", **{"kv_heads": 2, **options})
 
 print(*faults.killed_at(json.loads(sys.argv[4]), run, root))
 """
@@ -110,7 +110,7 @@ def kill(source: Path, root: Path, numbers: Iterable[int], **options: Any) -> li
     return [root / number for number in done.stdout.split()]
 
 
-@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [8, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_before_any_change_of_the_disk(
     method: str, stride: int, sharded: Path, expected: dict[str, dict[str, str]], tmp_path: Path
@@ -171,13 +171,14 @@ def count_changes(source: Path, target: Path, method: str) -> int:
     return len(calls.names)
 
 
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=errno.errorcode.__getitem__)
 def test_an_error_at_any_change_of_the_disk(
-    number: int, sharded: Path, expected: dict[str, dict[str, str]], tmp_path: Path
+    number: int, stride: int, sharded: Path, expected: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
     words = "disk became full" if number == errno.ENOSPC else os.strerror(number)
     refusals = 0
-    for at in range(count_changes(sharded, tmp_path / "counted", "mean")):
+    for at in range(0, count_changes(sharded, tmp_path / "counted", "mean"), stride):
         target = tmp_path / str(at) / "new" / "child"
         (tmp_path / str(at)).mkdir()
         with faults.at_call(at, faults.fail(number)):
@@ -191,7 +192,7 @@ def test_an_error_at_any_change_of_the_disk(
             assert [word for word in (words, "file:", "remedy:") if word not in message] == []
             assert everything(tmp_path / str(at)) == []
             refusals += 1
-    assert refusals > 30
+    assert refusals > 30 / stride
 
 
 def refusal(source: Path, target: Path) -> str | None:
@@ -201,3 +202,185 @@ def refusal(source: Path, target: Path) -> str | None:
     except RegroupError as error:
         return str(error)
     return None
+
+
+def test_a_read_error_names_the_file(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the source's disk: whichever call meets it, nothing is left, and the message says where it was."""
+    for name in faults.READS:
+        reads: list[str] = []
+        for at in range(100):
+            calls = faults.Calls(faults.fail(errno.EIO), at)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, name, calls.wrap(name, getattr(os, name)))
+                if name == "pread":  # what is read where the kernel does not copy
+                    patch.delattr(os, "copy_file_range")
+                message = refusal(sharded, tmp_path / name / "child")
+            if message is None:
+                break
+            words = ("a checkpoint file cannot be read", str(sharded / "model-0000"), "Input/output error", "remedy:")
+            assert [word for word in words if word not in message] == [], message
+            assert everything(tmp_path) == []
+            reads.append(message)
+        assert len(reads) > 3
+        shutil.rmtree(tmp_path / name)
+
+
+def test_a_copy_that_fails_at_the_source(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's copy does not say which of its two files failed."""
+
+    def broken(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "copy_file_range", broken)
+    child(sharded, tmp_path / "sound", "mean")  # neither did: it is copied another way
+    monkeypatch.setattr(os, "pread", broken)
+    message = refused("convert", sharded, tmp_path / "child", "--kv-heads", 2, "--method", "mean")
+    assert "a checkpoint file cannot be read" in message
+    assert f"{sharded}/model-0000" in message
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "pwrite", broken)
+    message = refused("convert", sharded, tmp_path / "child", "--kv-heads", 2, "--method", "mean")
+    assert f"{tmp_path}/.child.regroup-" in message
+    assert faults.below(tmp_path) == ["sound"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_source_that_changes_while_it_is_read(method: str, parent: Path, tmp_path: Path) -> None:
+    """Written over in place, in the same length: what was read before and after does not belong together."""
+    shard = parent / SHARD
+    raw = bytearray(shard.read_bytes())
+
+    def write_over(_: int) -> None:
+        raw[-1] ^= 1
+        with shard.open("r+b") as file:
+            file.write(raw)
+
+    with pytest.raises(RegroupError, match="changed while it was read") as error:
+        child(parent, tmp_path / "child", method, Noted(write_over))
+    assert str(shard) in str(error.value)
+    assert faults.below(tmp_path) == ["parent"]
+
+
+def test_a_source_that_goes_away(parent: Path, tmp_path: Path) -> None:
+    last = parent / "model-00004-of-00004.safetensors"
+    with pytest.raises(RegroupError, match=last.name):
+        child(parent, tmp_path / "child", "mean", Noted(lambda _: last.unlink(missing_ok=True)))
+    assert faults.below(tmp_path) == ["parent"]
+
+
+@pytest.fixture(scope="module")
+def killed(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a conversion to ``child`` by mean was killed with some of its files finished. Shared."""
+    for folder in reversed(kill(sharded, tmp_path_factory.mktemp("killed"), range(30, 120, 6), method="mean")):
+        for journal in folder.glob(f"new/*/{resume.JOURNAL_FILE}"):
+            if 0 < len(json.loads(journal.read_text())["finished"]) < 4:
+                return folder / "new"
+    raise AssertionError("killed too early or too late")
+
+
+@pytest.fixture
+def half(killed: Path, tmp_path: Path) -> Path:
+    return copy(killed, tmp_path / "half")
+
+
+def test_what_was_finished_is_kept_for_the_same_work_alone(half: Path, sharded: Path, tmp_path: Path) -> None:
+    parent = copy(sharded, tmp_path / "moved")  # with the same times
+    runs: list[tuple[str, Callable[[Path], Any], str]] = [
+        ("same", lambda folder: child(parent, folder / "child", "mean", told), "and it goes on from there"),
+        ("plan", lambda folder: child(parent, folder / "child", "first", told), "it had another plan, so"),
+        ("changed", lambda folder: child(parent, folder / "child", "mean", told), "the source has changed since, so"),
+    ]
+    for name, convert, words in runs:
+        told = Noted()
+        folder = Path(shutil.copytree(half, tmp_path / name))
+        if name == "changed":
+            os.utime(parent / SHARD)
+        convert(folder)
+        assert [words in note for note in told.notes] == [True]
+        assert faults.below(folder) == ["child"]
+    assert digests(tmp_path / "same" / "child") == digests(tmp_path / "changed" / "child")
+    assert digests(tmp_path / "same" / "child") != digests(tmp_path / "plan" / "child")
+
+
+def test_a_finished_file_that_is_damaged_is_made_again(half: Path, sharded: Path, expected: Any) -> None:
+    (stage,) = half.iterdir()
+    finished = json.loads((stage / resume.JOURNAL_FILE).read_text())["finished"]
+    with (stage / finished[0]).open("r+b") as file:
+        file.truncate(100)
+    (stage / "left-over.json").write_text("{}")
+    told = Noted()
+    child(sharded, half / "child", "mean", told)
+    assert f"{len(finished) - 1} of 4 weight files are finished" in told.notes[0]
+    assert digests(half / "child") == expected["mean"]
+
+
+def test_room_that_a_killed_run_takes_counts_as_free(
+    half: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(half)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+    taken = sum(path.lstat().st_blocks * 512 for path in half.rglob("*"))
+    needed = sum(path.stat().st_size for path in sharded.rglob("*"))
+    free = max(0, needed - taken)
+    assert taken > 0
+    with pytest.raises(RegroupError, match="too little room"):
+        child(sharded, half.parent / "elsewhere", "mean")
+    child(sharded, half / "child", "mean")
+
+
+def test_a_search_is_not_made_twice(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from regroup import pipeline
+
+    folders = kill(sharded, tmp_path, (40, 60), kv_heads=2)
+    stages = [stage for folder in folders for stage in folder.glob(f"new/*/{resume.JOURNAL_FILE}")]
+    regroup.convert_checkpoint(sharded, tmp_path / "expected", kv_heads=2)
+    monkeypatch.setattr(pipeline, "grouped", lambda *_, **__: pytest.fail("searched again"))
+    for journal in stages:
+        regroup.convert_checkpoint(sharded, journal.parents[1] / "child", kv_heads=2)
+        assert digests(journal.parents[1] / "child") == digests(tmp_path / "expected")
+    assert stages
+
+
+def test_a_disk_that_is_really_full(sharded: Path, tmp_path: Path) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    size = sum(path.stat().st_size for path in sharded.rglob("*"))
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={2 * size}", "tmpfs", place], check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+
+        def fill(_: int) -> None:
+            with contextlib.suppress(OSError), (place / "theirs").open("ab", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+
+        with pytest.raises(RegroupError, match="disk became full; nothing was left behind"):
+            child(sharded, place / "child", "mean", Noted(fill))
+        assert faults.below(place) == ["theirs"]
+        (place / "theirs").unlink()
+        child(sharded, place / "child", "mean")
+        assert faults.below(place) == ["child"]
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_dry_run_foretells_and_leaves_nothing(sharded: Path, tmp_path: Path) -> None:
+    for method in METHODS:
+        done = regroup.convert_checkpoint(sharded, tmp_path / "new" / "child", kv_heads=2, method=method, dry_run=True)
+        ahead = done.forecast
+        assert everything(tmp_path) == []
+        assert ahead is not None
+        written = sum(path.stat().st_size for path in child(sharded, tmp_path / "real", method).rglob("*.safetensors"))
+        assert 0 < written - ahead.bytes_written < 4096 * 4  # headers
+        assert ahead.probed == max(path.stat().st_size for path in sharded.glob("*.safetensors"))
+        assert ahead.copy_seconds == pytest.approx(ahead.bytes_written / ahead.copy_rate)
+        assert 0 < ahead.arithmetic_seconds < ahead.seconds[1] == ahead.copy_seconds + ahead.arithmetic_seconds
+        shutil.rmtree(tmp_path / "real")
+
+
+def test_a_dry_run_says_what_it_foretells(sharded: Path, tmp_path: Path) -> None:
+    status, _, message = run("convert", sharded, tmp_path / "child", "--kv-heads", 2, "--method", "mean", "--dry-run")
+    assert status == 0
+    assert [
+        word for word in ("nothing was written", "to read", "to write", "free in", "time: ") if word not in message
+    ] == []

@@ -20,6 +20,8 @@ from ..errors import RegroupError
 
 # The limit that the safetensors library itself enforces.
 MAX_HEADER_BYTES = 100_000_000
+# A million tensors' worth. Python takes 70 bytes for an empty list, which is two bytes of JSON and a comma.
+MAX_JSON_ITEMS = 10_000_000
 # What torch can hold.
 MAX_DIMENSIONS = 64
 
@@ -77,8 +79,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
                 raise _not_safetensors(path, f"a header of {length} bytes in a file of {size} bytes")
             raw = file.read(length)
     try:
-        header = json.loads(raw.decode())
-        json.dumps(header, ensure_ascii=False).encode()  # escapes can spell text that is not Unicode
+        header = parse_json(raw)
     except (ValueError, RecursionError) as error:
         raise _not_safetensors(path, f"a header that is not JSON ({type(error).__name__})") from error
     if not isinstance(header, dict):
@@ -110,6 +111,19 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             remedy="download the file again",
         )
     return ordered, metadata
+
+
+def parse_json(raw: bytes) -> Any:
+    """JSON that can be written as UTF-8 again, and that does not become a hundred times larger in memory.
+
+    Raises:
+        ValueError, RecursionError: it is not that.
+    """
+    if raw.count(b",") > MAX_JSON_ITEMS:
+        raise ValueError(f"more than {MAX_JSON_ITEMS} commas")
+    value = json.loads(raw.decode())
+    json.dumps(value, ensure_ascii=False).encode()  # escapes can spell text that is not Unicode
+    return value
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import RegroupError
-from .header import TensorEntry, read_header, unreadable
+from .header import MAX_HEADER_BYTES, TensorEntry, parse_json, read_header, unreadable
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -169,7 +168,16 @@ def read_json(path: Path) -> dict[str, Any]:
         RegroupError: missing, unreadable, or not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if size > MAX_HEADER_BYTES:
+            raise RegroupError(
+                "a JSON file of the checkpoint is larger than any that is known",
+                file=path,
+                expected=f"at most {MAX_HEADER_BYTES} bytes",
+                got=f"{size} bytes",
+                remedy="download the file again",
+            )
+        value = parse_json(path.read_bytes())
     except OSError as error:
         raise RegroupError(
             "a file of the checkpoint cannot be read", file=path, got=error.strerror or str(error)

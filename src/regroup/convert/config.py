@@ -9,7 +9,7 @@ from ..errors import RegroupError
 from ..layout.detect import CONFIG_KEY
 from ..layout.families import family_for
 from ..layout.types import Layout
-from ..models import grouped_config
+from ..models import grouped_config, stock_architecture
 from ..plan import Plan
 
 
@@ -52,7 +52,8 @@ def child_config(config: dict[str, Any], layout: Layout, plan: Plan) -> dict[str
 
     child.pop(CONFIG_KEY, None)
     if child.get("architectures"):
-        child["architectures"] = [name.removeprefix("Regroup") for name in child["architectures"]]
+        stock_architecture(child, "config.json")  # refuses what is no list of names
+        child["architectures"] = [str(name).removeprefix("Regroup") for name in child["architectures"]]
     if layout.native_kv_heads == "mqa":
         if "num_key_value_heads" in child:
             child["num_key_value_heads"] = plan.uniform

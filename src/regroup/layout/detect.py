@@ -29,6 +29,7 @@ CONFIG_KEY = "regroup"
 CONFIG_FORMAT = 1
 # A hostile config must not fill the memory with layers that do not exist.
 MAX_LAYERS = 10_000
+MAX_HEADS = 10_000
 
 
 def detect(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None = None) -> Layout:
@@ -86,13 +87,14 @@ class _Reader:
         self.config, self.family, self.tensors = config, family, tensors
         self.H = _natural(config, family.heads)
         self.count = _natural(config, family.layers)
-        if self.count > MAX_LAYERS:
-            raise RegroupError(
-                "the config names more layers than any model has",
-                file="config.json",
-                expected=f"at most {MAX_LAYERS}",
-                got=self.count,
-            )
+        for what, count, most in (("layers", self.count, MAX_LAYERS), ("heads", self.H, MAX_HEADS)):
+            if count > most:
+                raise RegroupError(
+                    f"the config names more {what} than any model has",
+                    file="config.json",
+                    expected=f"at most {most}",
+                    got=count,
+                )
         self.hidden = _natural(config, family.hidden)
         self.D = self._head_dim()
         self.prefix = self._prefix()

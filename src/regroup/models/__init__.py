@@ -31,7 +31,7 @@ def grouped_config(config: dict[str, Any], num_key_value_heads: dict[str, int]) 
     """
     from regroup.models import modeling_regroup
 
-    architecture = _stock_architecture(config, "config.json")
+    architecture = stock_architecture(config, "config.json")
     model_type = config.get("model_type", "")
     auto_map = modeling_regroup.auto_map(model_type, architecture)
     target = f"{MODELING_FILE.stem}.{modeling_regroup.PREFIX}{architecture}"
@@ -82,7 +82,7 @@ def load(path: str | Path, *, progress: bool = True, **kwargs: Any) -> PreTraine
     from regroup.models import modeling_regroup
 
     config = read_json(file)
-    architecture = _stock_architecture(config, str(file))
+    architecture = stock_architecture(config, str(file))
     stock = getattr(transformers, architecture, None)
     if not (isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)):
         raise RegroupError(
@@ -131,14 +131,14 @@ def load_tokenizer(folder: str | Path) -> Any:
         ) from error
 
 
-def _stock_architecture(config: dict[str, Any], where: str) -> str:
+def stock_architecture(config: dict[str, Any], where: str) -> str:
     names = config.get("architectures") or []
-    if not names:
+    if not names or not isinstance(names, list) or not isinstance(names[0], str):
         raise RegroupError(
             "the config does not name the model's class",
             file=where,
             expected='"architectures": ["LlamaForCausalLM"] or the like',
-            got=names,
-            remedy="add it",
+            got=repr(names)[:120],
+            remedy="correct it",
         )
-    return str(names[0]).removeprefix("Regroup")
+    return names[0].removeprefix("Regroup")

@@ -109,6 +109,7 @@ class Plan:
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
+            json.dumps(data, ensure_ascii=False).encode()  # escapes can spell text that is not Unicode
         except (OSError, ValueError, RecursionError) as error:
             raise RegroupError("the plan cannot be read", file=path, got=str(error)[:200]) from error
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
