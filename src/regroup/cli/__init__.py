@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import RegroupError
-from . import advise, bench, convert, demo, evaluate, inspect, plan, report, uptrain, verify
+from . import advise, bench, convert, demo, evaluate, export, inspect, plan, report, uptrain, verify
 
 
 class _Verbs(TyperGroup):
@@ -42,6 +42,7 @@ for _verb in (
     plan.plan,
     convert.convert,
     verify.verify,
+    export.export,
     evaluate.evaluate,
     uptrain.uptrain,
     report.report,

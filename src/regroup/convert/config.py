@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import RegroupError
 from ..layout.detect import CONFIG_KEY
 from ..layout.families import family_for
+from ..layout.nemotron_nas import as_llama
 from ..layout.types import Layout
 from ..models import grouped_config, stock_architecture
 from ..plan import Plan
@@ -28,9 +29,10 @@ def child_config(config: dict[str, Any], layout: Layout, plan: Plan) -> dict[str
     A stock child names them where the family does. Any other carries them module by module, together with the class
     that reads them (see ``regroup.models``). Remote code of the parent is not carried along.
     """
+    child = copy.deepcopy(dict(as_llama(config)))
+    config = child.copy()
     family = family_for(config)
     assert family is not None
-    child = copy.deepcopy(config)
     child["model_type"] = layout.family
     child.pop("auto_map", None)
     if child.pop("num_key_value_heads_per_layer", None) is not None or config["model_type"] == "deci":

@@ -186,13 +186,14 @@ def rewrites(
             for tensor in new.tensors():
                 moves.setdefault(tensor, []).append(Move(old, new, own if method is None else shared, rule))
             dropped |= set(old.tensors()) - set(new.tensors())
-    made: dict[str, Change] = {name: _rewrite(name, parts, tensors) for name, parts in moves.items()}
+    made: dict[str, Change] = {name: rewrite_of(name, parts, tensors) for name, parts in moves.items()}
     if solver is not None:
         made |= solver.changes(made, tensors)
     return made, dropped
 
 
-def _rewrite(name: str, moves: list[Move], tensors: Mapping[str, TensorInfo]) -> Rewrite:
+def rewrite_of(name: str, moves: list[Move], tensors: Mapping[str, TensorInfo]) -> Rewrite:
+    """The rewrite of one tensor of the child, which the moves fill, from a parent with these tensors."""
     slot = moves[0].child
     shape = list(tensors[name].shape)
     if "{head}" not in slot.tensor:

@@ -6,22 +6,21 @@ Reading, merging and writing overlap so, for one large file too.
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..checkpoint import Checkpoint, ShardFile
 from ..checkpoint.header import nbytes_of
-from .resume import Journal
-from .rewrite import Solved, Solver
-
-if TYPE_CHECKING:
-    from .stream import Preview
+from .rewrite import Change, Solved, Solver
 
 # One piece of untouched data: long enough for disk speed, short enough to stop and to share among workers.
 _PIECE = 64 << 20
+# File name to tensor name to (safetensors dtype, shape).
+Shards = Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
 # Files at work: the next one's pieces keep the workers busy while one is finished.
 _FLYING = 2
 
@@ -33,9 +32,12 @@ class ShardWriter:
     basis: where one of its files is finished and another is not, its tensors in the finished one are written again.
 
     Args:
-        checkpoint, ahead: the parent, and what is made of it.
+        checkpoint: where tensors that do not change are copied from, byte for byte.
+        shards: what to write, in the order of the data.
+        changed: how to make every tensor that changes.
         stage: the folder to write into.
-        journal: says which files are finished, and is told.
+        finished: files that are there already.
+        done: told of each file that is complete and flushed.
         workers: threads.
         progress: called from any thread with the number of bytes just written, or found written.
     """
@@ -43,15 +45,18 @@ class ShardWriter:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        ahead: Preview,
+        shards: Shards,
+        changed: Mapping[str, Change],
         stage: Path,
-        journal: Journal,
-        workers: int,
-        progress: Callable[[int], None],
+        *,
+        finished: Iterable[str] = (),
+        done: Callable[[str], None] | None = None,
+        workers: int = 2,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
-        self.checkpoint, self.ahead, self.stage, self.journal = checkpoint, ahead, stage, journal
-        self.progress = progress
-        self.finished = tuple(journal.finished)
+        self.checkpoint, self.shards, self.changed, self.stage = checkpoint, shards, changed, stage
+        self.done, self.progress = done or (lambda file: None), progress or (lambda count: None)
+        self.finished = tuple(finished)
         self.executor = ThreadPoolExecutor(max_workers=workers)
         self.straddling = self._straddling()
         self.files: list[ShardFile] = []
@@ -64,7 +69,7 @@ class ShardWriter:
         try:
             for name in {name for places in self.straddling.values() for name, _ in places}:
                 self.reopened[name] = self._file(name, again=True)
-            for name, tensors in self.ahead.shards.items():
+            for name, tensors in self.shards.items():
                 if name in self.finished:
                     self.progress(sum(nbytes_of(*spec) for spec in tensors.values()))
                     continue
@@ -82,7 +87,7 @@ class ShardWriter:
                 target.close(sync=False)
 
     def _file(self, name: str, *, again: bool = False) -> ShardFile:
-        file = ShardFile(self.stage / name, self.ahead.shards[name], self.checkpoint.metadata[name], again=again)
+        file = ShardFile(self.stage / name, self.shards[name], self.checkpoint.metadata[name], again=again)
         self.files.append(file)
         return file
 
@@ -97,7 +102,7 @@ class ShardWriter:
             file.sync()
         target.close()
         self.checkpoint.check_unchanged(name)
-        self.journal.finish(name)
+        self.done(name)
 
     def _piece(self, nbytes: int, action: Callable[[], None]) -> None:
         action()
@@ -108,15 +113,15 @@ class ShardWriter:
         entries, path = self.checkpoint.shards[file], self.checkpoint.folder / file
 
         def rewrite(name: str, target: ShardFile) -> Callable[[], None]:
-            return lambda: target.write(name, self.ahead.changed[name].run(name, self.checkpoint.read))
+            return lambda: target.write(name, self.changed[name].run(name, self.checkpoint.read))
 
         def copy(start: int, end: int, to: int) -> Callable[[], None]:
             return lambda: target.copy(path, start, end, to)
 
         runs: list[list[int]] = []
-        for name in self.ahead.shards[file]:
+        for name in self.shards[file]:
             start, end = target.ranges[name]
-            change = self.ahead.changed.get(name)
+            change = self.changed.get(name)
             if change is not None:
                 if isinstance(change, Solved):
                     for finished, tensor in self.straddling.pop(change.solver, ()):
@@ -137,9 +142,9 @@ class ShardWriter:
     def _straddling(self) -> dict[Solver, list[tuple[str, str]]]:
         """Solvers with tensors in finished and in unfinished files: the (file, tensor) of those in finished ones."""
         places: dict[Solver, list[tuple[str, str]]] = {}
-        for file, names in self.ahead.shards.items():
+        for file, names in self.shards.items():
             for name in names:
-                change = self.ahead.changed.get(name)
+                change = self.changed.get(name)
                 if isinstance(change, Solved):
                     places.setdefault(change.solver, []).append((file, name))
         split = {solver: [place for place in found if place[0] in self.finished] for solver, found in places.items()}
@@ -151,3 +156,15 @@ def _finish(futures: list[Future[None]]) -> None:
     for future in futures:
         wait([future])
         future.result()
+
+
+def child_index(index: Mapping[str, Any], shards: Shards) -> dict[str, Any]:
+    """A parent's index with the sizes and places of what was written."""
+    old = index.get("metadata")
+    metadata = dict(old) if isinstance(old, dict) else {}
+    metadata["total_size"] = sum(nbytes_of(*spec) for names in shards.values() for spec in names.values())
+    if "total_parameters" in metadata:
+        counts = (math.prod(shape) for names in shards.values() for _, shape in names.values())
+        metadata["total_parameters"] = sum(counts)
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    return {**index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}

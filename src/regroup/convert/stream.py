@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from .config import child_config, is_stock
 from .forecast import Forecast
 from .resume import Journal
 from .rewrite import Change, Given, rewrites
-from .shards import ShardWriter
+from .shards import ShardWriter, child_index
 
 CALIBRATION_FILE = "regroup_calibration.json"
 
@@ -40,7 +39,7 @@ class Preview:
         stock: whether stock transformers classes load the result.
     """
 
-    shards: dict[str, dict[str, tuple[str, tuple[int, ...]]]]
+    shards: Shards
     changed: dict[str, Change]
     bytes_before: int
     bytes_after: int
@@ -195,9 +194,19 @@ def write(
         for path in ready.companions:
             copy_file(checkpoint.folder / path, stage / path)
         journal.begin(stage)
-        ShardWriter(checkpoint, ahead, stage, journal, workers, progress or (lambda count: None)).run()
+        writer = ShardWriter(
+            checkpoint,
+            ahead.shards,
+            ahead.changed,
+            stage,
+            finished=journal.finished,
+            done=journal.finish,
+            workers=workers,
+            progress=progress,
+        )
+        writer.run()
         if checkpoint.index is not None:
-            write_text(stage / INDEX_FILE, json.dumps(_index(checkpoint.index, ahead), indent=2) + "\n")
+            write_text(stage / INDEX_FILE, json.dumps(child_index(checkpoint.index, ahead.shards), indent=2) + "\n")
         if ready.calibration is not None:
             write_text(stage / CALIBRATION_FILE, json.dumps(ready.calibration, indent=2) + "\n")
         write_text(stage / "README.md", ready.card)
@@ -222,14 +231,3 @@ def convert(
     """``prepare`` and ``write`` in one: the arguments are theirs."""
     ready = prepare(checkpoint, layout, plan, parent=parent)
     return write(ready, destination, workers=workers, progress=progress)
-
-
-def _index(index: dict[str, object], ahead: Preview) -> dict[str, object]:
-    old = index.get("metadata")
-    metadata = dict(old) if isinstance(old, dict) else {}
-    metadata["total_size"] = ahead.bytes_after
-    if "total_parameters" in metadata:
-        counts = (math.prod(shape) for names in ahead.shards.values() for _, shape in names.values())
-        metadata["total_parameters"] = sum(counts)
-    weight_map = {name: file for file, names in ahead.shards.items() for name in names}
-    return {**index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}

@@ -21,6 +21,7 @@ from .families import (
     sliding_window,
     unsupported_reason,
 )
+from .nemotron_nas import as_llama
 from .types import AttentionLayer, HeadSlot, Kind, Layout, Projection, Rotary, TensorInfo, fused_slots
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
@@ -46,6 +47,7 @@ def detect(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None =
     Raises:
         RegroupError: unknown family, quantised weights, or weights that are not what the config says.
     """
+    config = as_llama(config)
     family = family_for(config)
     if family is None:
         raise RegroupError(

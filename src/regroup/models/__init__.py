@@ -53,7 +53,9 @@ def grouped_config(config: dict[str, Any], num_key_value_heads: dict[str, int]) 
     return grouped
 
 
-def load(path: str | Path, *, progress: bool = True, **kwargs: Any) -> PreTrainedModel:
+def load(
+    path: str | Path, *, progress: bool = True, config: dict[str, Any] | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """Load a checkpoint folder, grouped by regroup or stock, as the class that its config.json names.
 
     Code in the folder is never run: the classes come from the installed regroup and transformers.
@@ -61,6 +63,7 @@ def load(path: str | Path, *, progress: bool = True, **kwargs: Any) -> PreTraine
     Args:
         path: the folder; no hub id.
         progress: show transformers' bar.
+        config: in place of the folder's config.json.
         kwargs: for ``from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation``, …).
             ``attn_implementation="regroup"`` needs no ``regroup.register()`` before.
 
@@ -81,7 +84,8 @@ def load(path: str | Path, *, progress: bool = True, **kwargs: Any) -> PreTraine
     from regroup.checkpoint.reader import read_json
     from regroup.models import modeling_regroup
 
-    config = read_json(file)
+    given = config is not None
+    config = read_json(file) if config is None else config
     architecture = stock_architecture(config, str(file))
     stock = getattr(transformers, architecture, None)
     if not (isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)):
@@ -97,6 +101,8 @@ def load(path: str | Path, *, progress: bool = True, **kwargs: Any) -> PreTraine
 
         interface.check_family(stock.config_class)
     cls = getattr(modeling_regroup, modeling_regroup.PREFIX + architecture) if "regroup" in config else stock
+    if given:
+        kwargs["config"] = stock.config_class.from_dict(config)
     shown = transformers.logging.is_progress_bar_enabled()
     if not progress:
         transformers.logging.disable_progress_bar()
