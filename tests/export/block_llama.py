@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 
 def _norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -47,7 +47,7 @@ def block_llama_logits(config: Mapping[str, Any], weights: Mapping[str, Tensor],
         matrix = weights[f"{name}.weight"]
         if matrix.shape != (rows, columns):
             raise RuntimeError(f"{name}: {tuple(matrix.shape)} instead of {(rows, columns)}")
-        return F.linear(inputs, matrix, weights.get(f"{name}.bias"))
+        return functional.linear(inputs, matrix, weights.get(f"{name}.bias"))
 
     for index, block in enumerate(config["block_configs"]):
         layer, n = f"model.layers.{index}", block["attention"]["n_heads_in_group"]
@@ -65,7 +65,7 @@ def block_llama_logits(config: Mapping[str, Any], weights: Mapping[str, Tensor],
         inner = _norm(states, weights[f"{layer}.post_attention_layernorm.weight"], eps)
         gate = linear(f"{layer}.mlp.gate_proj", inner, width, hidden)
         up = linear(f"{layer}.mlp.up_proj", inner, width, hidden)
-        states = states + linear(f"{layer}.mlp.down_proj", F.silu(gate) * up, hidden, width)
+        states = states + linear(f"{layer}.mlp.down_proj", functional.silu(gate) * up, hidden, width)
     states = _norm(states, weights["model.norm.weight"], eps)
     head = "model.embed_tokens" if config.get("tie_word_embeddings") else "lm_head"
-    return F.linear(states, weights[f"{head}.weight"])
+    return functional.linear(states, weights[f"{head}.weight"])

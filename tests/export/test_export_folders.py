@@ -59,8 +59,19 @@ def test_a_uniform_child_is_copied(name: str, converted: Converted, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("llama", "mixed"), ("phi3", "mixed"), ("gpt2", "some"), ("gpt_neox", "mixed"), ("bart", "mixed"), ("t5", "one")]
-    + [("falcon", "mixed"), ("cohere_norm", "mixed"), ("olmo2", "mixed"), ("llama_bias", "mixed"), ("whisper", "one")],
+    [
+        ("llama", "mixed"),
+        ("llama_bias", "mixed"),
+        ("phi3", "mixed"),
+        ("cohere_norm", "mixed"),
+        ("olmo2", "mixed"),
+        ("gpt2", "some"),
+        ("gpt_neox", "mixed"),
+        ("falcon", "mixed"),
+        ("bart", "mixed"),
+        ("t5", "one"),
+        ("whisper", "one"),
+    ],
 )
 def test_repeated_heads_answer_alike(name: str, kind: str, converted: Converted, tmp_path: Path) -> None:
     source = converted(name, kind)

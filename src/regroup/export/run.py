@@ -23,6 +23,12 @@ from .heads import (
 )
 
 TARGETS = ("hf", "vllm", "gguf")
+# What a stock class holds, by ``Layout.native_kv_heads``.
+_HELD = {
+    "any": "the same number in every layer",
+    "mqa": "1 in every layer, or as many as query heads",
+    "none": "as many as query heads: this family knows no grouped heads",
+}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -130,8 +136,8 @@ def _export_folder(opened: Source, destination: Path, request: Request) -> Expor
         request.notes.append("engines read the blocks through the config class beside it: --trust-remote-code")
         if any("ffn_mult" not in block["ffn"] for block in config["block_configs"]):
             request.notes.append(
-                "the feed-forward width is not a multiple of 256, so blocks name intermediate_size instead of ffn_mult: "
-                "llama.cpp's converter and older engines do not read that (--to gguf writes the file itself)"
+                "the feed-forward width is not a multiple of 256, so blocks name intermediate_size instead of "
+                "ffn_mult: llama.cpp's converter and older engines do not read that (--to gguf writes the file itself)"
             )
     else:
         config = config_with(checkpoint.config, layout, heads)
@@ -165,10 +171,7 @@ def wanted_heads(opened: Source, request: Request) -> tuple[int, ...]:
         raise RegroupError(
             "no stock class of transformers holds these KV heads",
             file=opened.folder,
-            expected={
-                "any": "the same number in every layer",
-                "mqa": "1, or as many as query heads, in every layer",
-            }.get(layout.native_kv_heads, f"as many as query heads: {layout.family} knows no grouped heads"),
+            expected=_HELD[layout.native_kv_heads],
             got=spell(layout),
             remedy="load it as it is with trust_remote_code=True, export it with --to vllm or --to gguf, or repeat KV "
             "heads until a stock class holds them: --expand",

@@ -1,4 +1,4 @@
-"""Llama weights under a config that says block by block what it has: the layout of Nemotron-NAS, which grew from DeciLM.
+"""Llama weights under a config that says block by block what it has: Nemotron-NAS, which grew from DeciLM.
 
 vLLM (``DeciLMForCausalLM``) and llama.cpp's converter read it, so a different number of KV heads in each layer can be
 served from it. Tensors have Llama's names; only the config differs. ``ffn_mult`` is a multiplier from which every
@@ -32,7 +32,7 @@ _FFN_EXTRAS = ("no_op", "replace_with_linear", "sparsify")
 
 
 def width(ffn_mult: float, hidden_size: int) -> int:
-    """Width of a feed-forward layer: two thirds of ``ffn_mult`` times the hidden size, rounded up to a multiple of 256."""
+    """Width of a feed-forward layer: 2/3 of ``ffn_mult`` times the hidden size, rounded up to a multiple of 256."""
     whole = int(2 * ffn_mult * hidden_size / 3)
     return -(-whole // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 

@@ -1,0 +1,163 @@
+"""A GGUF file as a source: transformers' own loader reads it, and a stock checkpoint comes of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import read_gguf
+from ..checkpoint.writer import check_destination, staged_folder
+from ..errors import RegroupError
+from . import llama_cpp
+from .check import compare, folder_logits, logits, model_inputs
+from .run import Exported, Request
+
+# Dtypes of a file's matrices by the library's name; what is quantised is stored anew in float32.
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Keys and tensors that change how dimensions are rotated, and that transformers' loader passes over.
+_ROTATION_KEYS = (".rope.scaling.", ".attention.sliding_window")
+_FREQUENCIES = "rope_freqs.weight"
+
+
+def export_from_gguf(file: Path, destination: Path, request: Request) -> Exported:
+    """Turn a GGUF file into a checkpoint folder of a stock transformers class (see ``export_checkpoint``).
+
+    Raises:
+        RegroupError: the target is another one, or the file holds what transformers does not take from it.
+    """
+    if request.to != "hf" or request.expand or request.tensor_parallel is not None:
+        raise RegroupError(
+            "a GGUF file is exported to a plain checkpoint alone",
+            file=file,
+            expected="--to hf, without --expand or --tensor-parallel",
+            got=f"--to {request.to}",
+            remedy="export it with --to hf first, and go on from the folder",
+        )
+    facts = read_gguf(file)
+    _check_header(file, facts)
+    dtype = getattr(torch, request.dtype) if request.dtype else _stored(file)
+    check_destination(destination, None, file.stat().st_size)
+    model = _load(file, dtype)
+    _check_all_taken(file, facts, model)
+    with staged_folder(destination) as stage:
+        _save_tokenizer(file, stage, model, request)
+        model.save_pretrained(stage)
+        checked = _compare(file, stage, model) if request.check else None
+    form = f"a checkpoint of the stock {model.config.model_type} class of transformers, {str(dtype)[6:]}"
+    return Exported(destination, form, checked, None if checked else "--no-check", tuple(request.notes))
+
+
+def _check_header(file: Path, facts: dict[str, Any]) -> None:
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    arch = facts.get("general.architecture")
+    if arch not in GGUF_SUPPORTED_ARCHITECTURES:
+        raise RegroupError(
+            "transformers does not read GGUF files of this architecture",
+            file=file,
+            expected=", ".join(sorted(GGUF_SUPPORTED_ARCHITECTURES)),
+            got=arch,
+            remedy="start from the checkpoint that the file was made of",
+        )
+    heads = facts.get(f"{arch}.attention.head_count_kv")
+    if isinstance(heads, list) and len(set(heads)) > 1:
+        raise RegroupError(
+            "transformers reads one number of KV heads from a GGUF file",
+            file=file,
+            got=", ".join(map(str, heads)),
+            remedy="start from the checkpoint that the file was made of",
+        )
+    lost = [key for key in facts if any(part in key for part in _ROTATION_KEYS) and facts[key] not in ("none", 0)]
+    if lost:
+        raise _lost(file, ", ".join(lost))
+
+
+def _lost(file: Path, what: str) -> RegroupError:
+    return RegroupError(
+        "transformers does not take everything from this GGUF file",
+        file=file,
+        got=what,
+        remedy="start from the checkpoint that the file was made of",
+    )
+
+
+def _stored(file: Path) -> torch.dtype:
+    """The dtype of the file's matrices where they share one that transformers stores, else float32."""
+    from gguf import GGUFReader
+
+    kinds = {tensor.tensor_type.name for tensor in GGUFReader(str(file)).tensors if len(tensor.shape) > 1}
+    return _DTYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+
+def _load(file: Path, dtype: torch.dtype) -> Any:
+    try:
+        return load_gguf(file, dtype)
+    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+        raise RegroupError(
+            "transformers cannot load the GGUF file", file=file, got=str(error).strip()[:400] or type(error).__name__
+        ) from error
+
+
+def load_gguf(file: Path, dtype: torch.dtype) -> Any:
+    """The model of a GGUF file by transformers' own loader, every weight unpacked: a plain model, which can be saved."""
+    import transformers
+
+    # Releases before 5.20 or so unpack in any case, and have no class to say so with.
+    packed = getattr(transformers, "GgufConfig", None)
+    options = {} if packed is None else {"quantization_config": packed(dequantize=True)}
+    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, **options)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    return model
+
+
+def _check_all_taken(file: Path, facts: dict[str, Any], model: Any) -> None:
+    """Its loader leaves out tensors that the config does not ask for, such as biases, without a word."""
+    from gguf import GGUFReader
+
+    tensors = GGUFReader(str(file)).tensors
+    if any(tensor.name == _FREQUENCIES for tensor in tensors):
+        raise _lost(file, f"{_FREQUENCIES}: Llama 3's slower frequencies")
+    taken = sum(parameter.numel() for parameter in model.parameters())
+    if taken != facts["parameters"]:
+        kinds = sorted({tensor.name.split(".")[-2] for tensor in tensors if tensor.name.endswith(".bias")})
+        biases = f"; biases in it: {', '.join(kinds)}" if kinds else ""
+        raise _lost(file, f"{taken} of {facts['parameters']} weights{biases}")
+
+
+def _save_tokenizer(file: Path, stage: Path, model: Any, request: Request) -> None:
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+
+    if "tokenizer.ggml.tokens" not in GGUFReader(str(file)).fields:
+        request.notes.append("the GGUF file has no tokenizer, so the checkpoint has none")
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer.save_pretrained(stage)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+        request.notes.append(
+            f"transformers cannot make a tokenizer of the file's ({str(error).strip()[:120]}): copy the model's own"
+        )
+        return
+    # The loader leaves the config's own defaults, which are the ids of another model's tokens.
+    for kind in ("bos", "eos", "pad"):
+        for config in (model.config, model.generation_config):
+            setattr(config, f"{kind}_token_id", getattr(tokenizer, f"{kind}_token_id"))
+
+
+def _compare(file: Path, stage: Path, model: Any) -> str:
+    """Against llama.cpp where it is installed, which reads the file by code of its own; else against the loader."""
+    found = folder_logits(stage, None)
+    inputs = model_inputs(model.config)
+    loader = f"transformers {importlib.metadata.version('transformers')}"
+    if not llama_cpp.installed():
+        return str(compare(logits(model.float(), inputs), found, f"{loader}, against its GGUF loader"))
+    asked = {"rows": inputs["input_ids"].tolist(), "prompt": None, "new_tokens": 0}
+    wanted = llama_cpp.ask(file, asked)["logits"]
+    tolerance = llama_cpp.TOLERANCES[torch.bfloat16]  # whatever the file's blocks are
+    return str(compare(wanted, found, f"{loader}, against {llama_cpp.version()}", tolerance=tolerance))
