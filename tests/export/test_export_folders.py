@@ -35,7 +35,7 @@ Converted = Callable[[str, str], Path]
 
 def stock(folder: Path) -> Any:
     """By transformers alone: no code of the folder's, none of regroup's."""
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config: Any = transformers.AutoConfig.from_pretrained(folder)
     model = getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=torch.float32)
     return model.eval()
 

@@ -102,7 +102,7 @@ def _load(file: Path, dtype: torch.dtype) -> Any:
 
 
 def load_gguf(file: Path, dtype: torch.dtype) -> Any:
-    """The model of a GGUF file by transformers' own loader, every weight unpacked: a plain model, which can be saved."""
+    """The model of a GGUF file by transformers' own loader, every weight unpacked, so that it can be saved."""
     import transformers
 
     # Releases before 5.20 or so unpack in any case, and have no class to say so with.

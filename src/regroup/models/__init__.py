@@ -102,7 +102,8 @@ def load(
         interface.check_family(stock.config_class)
     cls = getattr(modeling_regroup, modeling_regroup.PREFIX + architecture) if "regroup" in config else stock
     if given:
-        kwargs["config"] = stock.config_class.from_dict(config)
+        described: Any = stock.config_class
+        kwargs["config"] = described.from_dict(config)
     shown = transformers.logging.is_progress_bar_enabled()
     if not progress:
         transformers.logging.disable_progress_bar()

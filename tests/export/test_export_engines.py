@@ -1,0 +1,93 @@
+"""Exports in other programs: transformers' tensor parallelism, and CTranslate2 where it is installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import run
+from regroup.models import load, load_tokenizer
+
+Saved = Callable[[str], Path]
+
+STORIES = Path(__file__).parents[3] / "shared/models/stories260k"
+needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="the model is not in shared/models")
+needs_ctranslate2 = pytest.mark.skipif(
+    importlib.util.find_spec("ctranslate2") is None, reason="ctranslate2 is not installed"
+)
+
+
+def export(source: Path, destination: Path, *options: object) -> Path:
+    status, _, message = run("export", source, destination, "--to", "hf", *options)
+    assert status == 0, message
+    return destination
+
+
+def share(folder: Path, answer: Path, processes: int) -> subprocess.CompletedProcess[str]:
+    """Run a checkpoint on several processes of this machine."""
+    script = Path(__file__).with_name("parallel_process.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.run(
+        [*launch, str(script), str(folder), str(answer)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+@pytest.mark.slow
+def test_transformers_shares_what_was_exported_for_it(saved: Saved, tmp_path: Path) -> None:
+    """One KV head for two devices: transformers cuts it in half, and the export repeats it."""
+    child = tmp_path / "child"
+    assert run("convert", saved("llama"), child, "--kv-heads", 1)[0] == 0
+    done = share(export(child, tmp_path / "two", "--tensor-parallel", 2), tmp_path / "answer.pt", 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer = torch.load(tmp_path / "answer.pt")
+    assert answer["rows"] == 10  # one head a device
+    with torch.no_grad():
+        whole: torch.Tensor = cast(Any, load(child)).eval()(torch.arange(3, 19)[None]).logits
+    assert float((answer["logits"] - whole).abs().max()) <= 1e-5 * float(whole.abs().max())
+
+    assert share(child, tmp_path / "never.pt", 2).returncode != 0
+    assert not (tmp_path / "never.pt").exists()
+
+
+@needs_ctranslate2
+@needs_stories
+@pytest.mark.parametrize("options", [["--kv-heads", "2"], ["--layers", "0:4,1:2,2:1,3:4,4:2"]])
+def test_ctranslate2_converts_what_was_exported(options: list[str], tmp_path: Path) -> None:
+    """Its own converter reads the stock form; layers with other KV heads after ``--expand``."""
+    ctranslate2: Any = importlib.import_module("ctranslate2")
+    child, out = tmp_path / "child", tmp_path / "out"
+    assert run("convert", STORIES, child, *options)[0] == 0
+    exported = export(child, out, "--expand")
+    ctranslate2.converters.TransformersConverter(str(exported)).convert(str(tmp_path / "ct2"))
+    tokenizer, model = load_tokenizer(exported), cast(Any, load(child)).eval()
+    ids = tokenizer("Once upon a time")["input_ids"]
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    generator = ctranslate2.Generator(str(tmp_path / "ct2"), compute_type="float32")
+    found = torch.from_numpy(np.array(generator.forward_batch([tokens])))
+    with torch.no_grad():
+        wanted = model(torch.tensor([ids])).logits
+    assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    made = generator.generate_batch([tokens], max_length=24, include_prompt_in_result=False, sampling_topk=1)
+    prompt = torch.tensor([ids])
+    greedy = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False)
+    assert made[0].sequences_ids[0] == greedy[0, len(ids) :].tolist()
+    # Changed weights are another model.
+    model.lm_head.weight.data = model.lm_head.weight.data.flip(0)
+    with torch.no_grad():
+        other = model(torch.tensor([ids])).logits
+    assert float((found - other).abs().max()) > 0.1 * float(wanted.abs().max())
