@@ -17,7 +17,7 @@ from regroup.cli import app
 Saved = Callable[[str], Path]
 
 
-@pytest.mark.parametrize("verb", ["inspect", "plan", "convert", "evaluate", "demo"])
+@pytest.mark.parametrize("verb", ["inspect", "plan", "convert", "export", "evaluate", "demo"])
 def test_every_verb_has_help(verb: str) -> None:
     status, out, _ = run(verb, "--help")
     assert status == 0

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .attention.prepare import prepare_for_inference
     from .checkpoint import open_checkpoint
     from .errors import RegroupError
+    from .export.run import export_checkpoint
     from .inspection import summarize
     from .layout import Layout, detect
     from .models import load
@@ -33,6 +34,7 @@ __all__ = [
     "RegroupError",
     "convert_checkpoint",
     "detect",
+    "export_checkpoint",
     "grouped_query_attention",
     "load",
     "make_plan",
@@ -51,6 +53,7 @@ _HOMES = {
     "RegroupError": "errors",
     "convert_checkpoint": "pipeline",
     "detect": "layout",
+    "export_checkpoint": "export.run",
     "grouped_query_attention": "attention",
     "load": "models",
     "make_plan": "plan",

@@ -232,6 +232,11 @@ def test_what_no_layout_holds_is_refused(name: str, converted: Converted, tmp_pa
     assert everything(tmp_path) == []
 
 
+def test_what_vllm_does_not_serve_is_refused(saved: Saved, tmp_path: Path) -> None:
+    message = refused("export", saved("t5"), tmp_path / "out", "--to", "vllm")
+    assert "vLLM serves no encoder-decoder of this family" in message
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

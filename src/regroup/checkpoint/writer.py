@@ -220,7 +220,8 @@ def staged_file(destination: Path) -> Iterator[Path]:
         RegroupError: the destination appeared meanwhile, or the disk is full; nothing is left behind.
     """
     folder = destination.with_name(f".{destination.name}.parts")
-    made = None
+    # What a run that was killed between the two steps below left.
+    shutil.rmtree(folder, ignore_errors=True)
     try:
         with staged_folder(folder) as stage:
             yield stage / destination.name
@@ -236,8 +237,7 @@ def staged_file(destination: Path) -> Iterator[Path]:
             ) from error
         sync_folder(destination.absolute().parent)
     finally:
-        if made is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def existing_parent(path: Path) -> Path:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.header import nbytes_of
 from ..checkpoint.writer import check_destination, staged_folder
 from ..errors import RegroupError
 from ..opening import Source, open_source
@@ -123,6 +124,14 @@ def export_checkpoint(
 
 def _export_folder(opened: Source, destination: Path, request: Request) -> Exported:
     checkpoint, layout = opened.checkpoint, opened.layout
+    if request.to == "vllm" and layout.encoder_layers and layout.family != "whisper":
+        raise RegroupError(
+            "vLLM serves no encoder-decoder of this family",
+            got=layout.family,
+            remedy="export it with --to hf, for transformers or for CTranslate2's converter",
+        )
+    if opened.ignores_code:
+        request.notes.append("the code that the checkpoint brings along was neither run nor copied")
     heads = wanted_heads(opened, request)
     changed = {} if heads == heads_of(layout) else repeated(layout, heads[0], checkpoint.tensors)
     blocks = False
@@ -142,7 +151,8 @@ def _export_folder(opened: Source, destination: Path, request: Request) -> Expor
     else:
         config = config_with(checkpoint.config, layout, heads)
         form = f"regroup's form of {config['model_type']}, with trust_remote_code=True: {spell(layout)}"
-    check_destination(destination, opened.folder, checkpoint.nbytes * max(1, heads[0] // min(heads_of(layout))))
+    growth = sum(nbytes_of(change.dtype, change.shape) for change in changed.values())
+    check_destination(destination, opened.folder, checkpoint.nbytes + growth)
     with staged_folder(destination) as stage:
         write_folder(checkpoint, stage, config, changed, note=f"{form}.")
         checked = _compare(opened, stage) if request.check else None
