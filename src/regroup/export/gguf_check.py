@@ -21,7 +21,9 @@ NEW_TOKENS = 24
 _TRANSFORMERS_READS = ("llama", "qwen2")
 
 
-def check_gguf(opened: Source, file: Path, arch: str, dtype: torch.dtype) -> tuple[str | None, str | None]:
+def check_gguf(
+    opened: Source, file: Path, arch: str, dtype: torch.dtype, *, has_tokenizer: bool
+) -> tuple[str | None, str | None]:
     """Compare a file with its source.
 
     Args:
@@ -29,6 +31,7 @@ def check_gguf(opened: Source, file: Path, arch: str, dtype: torch.dtype) -> tup
         file: the GGUF file.
         arch: its architecture.
         dtype: of its matrices.
+        has_tokenizer: whether the file has the source's tokenizer.
 
     Returns:
         What was compared, or None and why nothing was.
@@ -45,7 +48,10 @@ def check_gguf(opened: Source, file: Path, arch: str, dtype: torch.dtype) -> tup
     inputs = model_inputs(model.config, length=length)
     wanted = logits(model, inputs)
     if llama_cpp.installed():
-        return str(_llama_cpp(opened, file, model, inputs["input_ids"], wanted, dtype)), None
+        tokenizer = load_tokenizer(opened.folder) if has_tokenizer else None
+        windows = [layer.window for layer in opened.layout.layers if layer.window is not None]
+        longest = min([model.config.max_position_embeddings, *windows])
+        return str(_llama_cpp(file, model, tokenizer, inputs["input_ids"], wanted, dtype, longest)), None
     del model
     found = logits(load_gguf(file, torch.float32), inputs)
     return str(compare(wanted, found, f"transformers {importlib.metadata.version('transformers')}'s GGUF loader")), None
@@ -57,29 +63,44 @@ def _round(model: Any, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype).float()
 
 
-@torch.no_grad()
 def _llama_cpp(
-    opened: Source, file: Path, model: Any, ids: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype
+    file: Path, model: Any, tokenizer: Any, ids: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, longest: int
 ) -> Comparison:
     """Logits at every position; with a tokenizer also the ids of a prompt and the text that follows greedily."""
-    loader = llama_cpp.version()
-    tokenizer = None
-    if any(opened.folder.glob("tokenizer*")):
-        tokenizer = load_tokenizer(opened.folder)
-    asked = {"rows": ids.tolist(), "prompt": PROMPT if tokenizer is not None else None, "new_tokens": NEW_TOKENS}
+    loader, text = llama_cpp.version(), ""
+    asked: dict[str, Any] = {"rows": ids.tolist(), "prompt": None, "new_tokens": 0}
+    prompt: list[int] = []
+    if tokenizer is not None:
+        prompt = tokenizer(PROMPT)["input_ids"]
+        asked |= {"prompt": PROMPT, "new_tokens": max(0, min(NEW_TOKENS, longest - len(prompt)))}
     answer = llama_cpp.ask(file, asked)
-    text = ""
-    if tokenizer is not None and dtype == torch.float32:
-        prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-        _same("token ids of a prompt", prompt[0].tolist(), answer["prompt_ids"], loader)
-        longest = min(NEW_TOKENS, model.config.max_position_embeddings - prompt.shape[1])
-        made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=longest, do_sample=False)
-        continued = made[0, prompt.shape[1] :].tolist()
-        _same("greedy tokens", continued, answer["greedy_ids"][: len(continued)], loader)
-        wanted_text = tokenizer.decode(made[0], skip_special_tokens=True)
-        _same("greedy text", wanted_text.strip(), (PROMPT + answer["greedy_text"]).strip(), loader)
-        text = f"the same {len(continued)} greedy tokens and text"
+    if tokenizer is not None:
+        _same("token ids of a prompt", prompt, answer["prompt_ids"], loader)
+        made = answer["greedy_ids"]
+        told = tokenizer.decode([*prompt, *made], skip_special_tokens=True)
+        _same("text of the tokens", told.strip(), (PROMPT + answer["greedy_text"]).strip(), loader)
+        same = greedy_agreement(model, prompt, made, loader, tolerance=llama_cpp.TOLERANCES[dtype])
+        text = f"{same} of {len(made)} greedy tokens the same" + ("" if same == len(made) else ", the rest near ties")
     return compare(wanted, answer["logits"], loader, tolerance=llama_cpp.TOLERANCES[dtype], text=text)
+
+
+def greedy_agreement(model: Any, prompt: list[int], made: list[int], loader: str, *, tolerance: float) -> int:
+    """How many of the tokens that follow a prompt greedily elsewhere are the model's own first choice.
+
+    The model is given the tokens that were made, not asked to generate: settings of generation do not interfere, and
+    one near tie does not spoil all that follows.
+
+    Raises:
+        RegroupError: it prefers another token by more than ``tolerance`` of the largest logit.
+    """
+    if not made:
+        return 0
+    scores = logits(model, {"input_ids": torch.tensor([[*prompt, *made]])})[0, len(prompt) - 1 : -1]
+    chosen = scores.gather(1, torch.tensor(made)[:, None])[:, 0]
+    gap = scores.max(-1).values - chosen
+    if not float(gap.max()) <= tolerance * float(scores.abs().max()):
+        _same("greedy tokens", scores.argmax(-1).tolist(), made, loader)
+    return int((gap == 0).sum())
 
 
 def _same(what: str, wanted: object, found: object, loader: str) -> None:

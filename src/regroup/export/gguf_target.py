@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
             f"llama.cpp's {arch} layers attend to everything, these to the last {min(windows)} tokens: the answers are "
             "the same up to that length"
         )
-    check_destination(destination, opened.folder, checkpoint.nbytes)
+    elements = sum(math.prod((changed.get(name) or entry).shape) for name, entry in checkpoint.tensors.items())
+    check_destination(destination, opened.folder, elements * dtype.itemsize)
     with staged_file(destination) as file:
         with contextlib.closing(gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[arch]])) as writer:
             _describe(writer, config, heads, layout.layers[0].head_dim, _FILE_TYPES[dtype], opened.folder.name)
@@ -81,7 +83,9 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
             else:
                 vocab.add_to(writer)
             _write_tensors(writer, opened, changed, arch, config, heads, dtype)
-        checked, unchecked = check_gguf(opened, file, arch, dtype) if request.check else (None, "--no-check")
+        checked, unchecked = None, "--no-check"
+        if request.check:
+            checked, unchecked = check_gguf(opened, file, arch, dtype, has_tokenizer=vocab is not None)
     form = f"GGUF, architecture {arch}, {str(dtype).removeprefix('torch.')}, KV heads: {_spelled(heads)}"
     return Exported(destination, form, checked, unchecked, tuple(request.notes))
 
