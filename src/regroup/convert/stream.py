@@ -22,7 +22,7 @@ from .config import child_config, is_stock
 from .forecast import Forecast
 from .resume import Journal
 from .rewrite import Change, Given, rewrites
-from .shards import ShardWriter, child_index
+from .shards import Shards, ShardWriter, child_index
 
 CALIBRATION_FILE = "regroup_calibration.json"
 
