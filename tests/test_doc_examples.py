@@ -27,6 +27,10 @@ RUN: dict[str, list[str]] = {
     "docs/evaluating.md": ["convert parent child --kv-heads 2 --method mean"],
     "docs/uptraining.md": [],
     "docs/verifying.md": ["convert llama-2-7b llama-2-7b-gqa8 --kv-heads 8"],
+    "docs/export.md": [
+        "convert llama-2-7b llama-2-7b-gqa8 --kv-heads 8 --method mean",
+        "convert llama-2-7b llama-2-7b-mixed --layers 0:16,1:8 --method mean",
+    ],
     "docs/reporting.md": [
         "convert parent child --kv-heads 2 --method mean",
         "plan parent --kv-heads 2 -o plan.json",
@@ -35,7 +39,7 @@ RUN: dict[str, list[str]] = {
     ],
 }
 # The deepest layer that a page names.
-LAYERS = {"docs/plans.md": 32}
+LAYERS = {"docs/plans.md": 32, "docs/export.md": 2}
 # What they print is arithmetic, and has to be what the page says.
 EXACT = {"docs/llama-2-7b.md"}
 TASK = 'data: dev.jsonl\nprompt: "{source}"\nmax-new-tokens: 4\n'
