@@ -16,8 +16,9 @@ from ..attention.linear_layers import fast_layer
 
 # Far above every cache, and little beside what is benchmarked.
 _READ_BYTES = 512 << 20
-# Products are a few at once, and their operands stay in the caches of the cores: the matrix has one of these sizes.
-_CACHED_BYTES = (128 << 10, 512 << 10)
+# Products are a few at once, and their operands stay in the caches: the matrix has one of these sizes. With many rows
+# reading does not bind, and a large matrix shows what starting the threads hides in a small one.
+_CACHED_BYTES = (128 << 10, 512 << 10, 4 << 20)
 _PRODUCTS = 8
 _SECONDS = 0.1
 
