@@ -1,10 +1,10 @@
 // x W^T + bias for few rows of x on a CPU: every weight is read once, as it lies in the checkpoint, for all rows.
 //
 // With few rows a linear layer is a matter of reading its weights. The outputs are cut into pieces, which the threads
-// take one after the other, and a piece into chunks. Of a chunk, blocks of columns are worked on in turn: so many that the block of x and the
-// rows of weights stay in the first cache while register blocks of ROW_TILE by OUT_TILE sums go over them. Meanwhile
-// the lines of weights that come next are fetched. bfloat16 is widened in registers: as pairs, of which x has the even
-// columns beside the odd ones.
+// take one after the other, and a piece into chunks. Of a chunk, blocks of columns are worked on in turn: so many that
+// the block of x and the rows of weights stay in the first cache while register blocks of ROW_TILE by OUT_TILE sums go
+// over them. Meanwhile the lines of weights that come next are fetched. bfloat16 is widened in registers: as pairs, of
+// which x has the even columns beside the odd ones.
 //
 // The order in which a number is summed depends on the columns alone, not on how many rows there are, nor on threads:
 // a row of a batch gives the bits that it gives by itself.

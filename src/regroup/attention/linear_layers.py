@@ -52,7 +52,7 @@ class PackedLinear(nn.Module):
                 got=states.dtype,
                 remedy="convert the model before prepare_for_inference, and do not use torch.autocast after it",
             )
-        if states.shape[-1] != self.in_features:
+        if states.shape[-1:] != (self.in_features,):
             raise RegroupError(
                 "the states do not fit a packed linear layer",
                 expected=f"(…, {self.in_features})",
@@ -98,11 +98,15 @@ class DirectLinear(nn.Module):
     Args:
         weight: (out, in). It is kept as it is, shared with whoever has it, unless it is a transposed view.
         bias: (out,) or None.
+
+    Attributes:
+        stored_transposed: whether state dicts hold the weight as (in, out), as that of the layer in whose place it is.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.stored_transposed = False
         self.weight = _parameter(weight)
         self.bias = None if bias is None else _parameter(bias)
 
@@ -113,6 +117,17 @@ class DirectLinear(nn.Module):
             bias = None if self.bias is None else self.bias.float()
             return linear(states.float(), self.weight.float(), bias).to(states.dtype)
         return linear(states, self.weight, self.bias)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.stored_transposed:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].t()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        name = f"{prefix}weight"
+        if self.stored_transposed and name in state_dict:
+            state_dict = {**state_dict, name: state_dict[name].t().contiguous()}
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
