@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import regroup
-from regroup.attention import BACKENDS, cpu_decode, explain, flex, grouped, grouped_query_attention, make_call, packed
+from regroup.attention import BACKENDS, explain, flex, grouped, grouped_query_attention, make_call, packed
 from regroup.errors import RegroupError
 
 
@@ -85,7 +85,7 @@ def test_short_vectors_leave_arithmetic_to_pytorch(monkeypatch: pytest.MonkeyPat
         (True, 4, 1, {}, False),
         (True, 4, 64, {"softcap": 3.0}, False),
     ):
-        monkeypatch.setattr(cpu_decode, "has_short_vectors", lambda short=short: short)
+        monkeypatch.setattr(grouped, "has_short_vectors", lambda short=short: short)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         given = tensors(batch=batch, groups=1, queries=queries, keys=1000)
         call = make_call(*given, **arguments)

@@ -274,7 +274,8 @@ def test_what_cannot_be_prepared_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         prepare_for_inference(nn.Sequential(empty))
     model = nn.Linear(4, 4)
     holder = nn.Sequential(model)
-    monkeypatch.setattr(cpu_linear, "missing", lambda: "there is no compiler")
+    monkeypatch.setattr(linear_layers, "is_best", lambda: False)
+    monkeypatch.setattr(linear_layers, "missing", lambda: "there is no compiler")
     monkeypatch.setattr(PackedLinear, "forward", lambda self, states: states.new_zeros(*states.shape[:-1], 48))
     with pytest.raises(RegroupError, match="other results"):
         prepare_for_inference(holder)
@@ -294,8 +295,8 @@ def test_which_layer_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         (False, "no compiler", None, PackedLinear),
         (False, "no compiler", "no oneDNN", None),
     ):
-        monkeypatch.setattr(cpu_linear, "is_best", lambda best=best: best)
-        monkeypatch.setattr(cpu_linear, "missing", lambda missing=missing: missing)
+        monkeypatch.setattr(linear_layers, "is_best", lambda best=best: best)
+        monkeypatch.setattr(linear_layers, "missing", lambda missing=missing: missing)
         monkeypatch.setattr(linear_layers, "unavailable", lambda dtype, without=without: without)
         layer, why = fast_layer(torch.bfloat16)
         assert layer is wanted

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..errors import RegroupError
-from . import cpu_linear
+from .cpu_linear import is_best, missing, serves
+from .cpu_linear import linear as linear_of_few_rows
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -111,8 +112,8 @@ class DirectLinear(nn.Module):
         self.bias = None if bias is None else _parameter(bias)
 
     def forward(self, states: Tensor) -> Tensor:
-        if cpu_linear.serves(states, self.weight, self.bias):
-            return cpu_linear.linear(states, self.weight, self.bias)
+        if serves(states, self.weight, self.bias):
+            return linear_of_few_rows(states, self.weight, self.bias)
         if states.dtype == self.weight.dtype == torch.bfloat16 and states.device.type == "cpu":
             bias = None if self.bias is None else self.bias.float()
             return linear(states.float(), self.weight.float(), bias).to(states.dtype)
@@ -147,15 +148,15 @@ def fast_layer(dtype: torch.dtype) -> tuple[type[DirectLinear | PackedLinear] | 
     """
     if dtype not in DTYPES:
         return None, f"{dtype} is not served, float32 and bfloat16 are"
-    if cpu_linear.is_best():
+    if is_best():
         return DirectLinear, "the compiled kernel is the fastest on this processor"
     without = unavailable(dtype)
     if without is None:
         return PackedLinear, "oneDNN's layout"
-    missing = cpu_linear.missing()
-    if missing is None:
+    why_not = missing()
+    if why_not is None:
         return DirectLinear, f"the compiled kernel: {without}"
-    return None, f"{without}; the compiled kernel is missing: {missing}"
+    return None, f"{without}; the compiled kernel is missing: {why_not}"
 
 
 def unavailable(dtype: torch.dtype) -> str | None:
