@@ -78,13 +78,14 @@ def test_the_compiled_kernel_is_taken_for_decoding_where_it_is_there() -> None:
 
 def test_short_vectors_leave_arithmetic_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where 32 query rows share a KV head, there are KV heads for all threads, and no soft cap."""
-    for short, queries, batch, arguments, wanted in (
+    cases: list[tuple[bool, int, int, dict[str, Any], bool]] = [
         (True, 4, 64, {}, True),
         (False, 4, 64, {}, False),
         (True, 3, 64, {}, False),
         (True, 4, 1, {}, False),
         (True, 4, 64, {"softcap": 3.0}, False),
-    ):
+    ]
+    for short, queries, batch, arguments, wanted in cases:
         monkeypatch.setattr(grouped, "has_short_vectors", lambda short=short: short)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         given = tensors(batch=batch, groups=1, queries=queries, keys=1000)

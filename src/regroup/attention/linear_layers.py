@@ -124,11 +124,11 @@ class DirectLinear(nn.Module):
         if self.stored_transposed:
             destination[f"{prefix}weight"] = destination[f"{prefix}weight"].t()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any, **named: Any) -> None:
         name = f"{prefix}weight"
         if self.stored_transposed and name in state_dict:
             state_dict = {**state_dict, name: state_dict[name].t().contiguous()}
-        super()._load_from_state_dict(state_dict, prefix, *others)
+        super()._load_from_state_dict(state_dict, prefix, *others, **named)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
