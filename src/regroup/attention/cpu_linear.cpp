@@ -1,10 +1,10 @@
 // x W^T + bias for few rows of x on a CPU: every weight is read once, as it lies in the checkpoint, for all rows.
 //
 // With few rows a linear layer is a matter of reading its weights. The outputs are cut into pieces, which the threads
-// take one after the other, and a piece into chunks. Of a chunk, blocks of columns are worked on in turn: so many that
+// take one after the other, and a piece into chunks. Of a chunk, blocks of columns are worked on in turn, so short that
 // the block of x and the rows of weights stay in the first cache while register blocks of ROW_TILE by OUT_TILE sums go
-// over them. Meanwhile the lines of weights that come next are fetched. bfloat16 is widened in registers: as pairs, of
-// which x has the even columns beside the odd ones.
+// over them. Meanwhile the lines of weights that this thread needs next are fetched. bfloat16 is widened in registers:
+// as pairs, of which x has the even columns beside the odd ones.
 //
 // The order in which a number is summed depends on the columns alone, not on how many rows there are, nor on threads:
 // a row of a batch gives the bits that it gives by itself.
@@ -24,8 +24,8 @@ constexpr int OUT_TILE = 3;
 #endif
 constexpr int ROW_TILE = 4;
 constexpr long OUTS = 2 * OUT_TILE;  // outputs of a chunk
-constexpr long PIECES = 16;         // for each thread
-constexpr long MOST_COLUMNS = 256;  // of a block: what is fetched ahead is used before long
+constexpr long PIECES = 16;          // for each thread
+constexpr long MOST_COLUMNS = 256;   // of a block: what is fetched ahead is used before long
 constexpr long X_FLOATS = 2048;      // of a block of x, all rows: a quarter of a first cache
 constexpr long ROOM_ROWS = 16;       // rows that are worked on at once
 // What would take a register for too long is read again, from the first cache.
