@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import regroup
-from regroup.attention import BACKENDS, cpu_decode, explain, flex, grouped, grouped_query_attention, make_call, packed
+from regroup.attention import BACKENDS, explain, flex, grouped, grouped_query_attention, make_call, packed
 from regroup.errors import RegroupError
 
 
@@ -78,14 +78,15 @@ def test_the_compiled_kernel_is_taken_for_decoding_where_it_is_there() -> None:
 
 def test_short_vectors_leave_arithmetic_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where 32 query rows share a KV head, there are KV heads for all threads, and no soft cap."""
-    for short, queries, batch, arguments, wanted in (
+    cases: list[tuple[bool, int, int, dict[str, Any], bool]] = [
         (True, 4, 64, {}, True),
         (False, 4, 64, {}, False),
         (True, 3, 64, {}, False),
         (True, 4, 1, {}, False),
         (True, 4, 64, {"softcap": 3.0}, False),
-    ):
-        monkeypatch.setattr(cpu_decode, "has_short_vectors", lambda short=short: short)
+    ]
+    for short, queries, batch, arguments, wanted in cases:
+        monkeypatch.setattr(grouped, "has_short_vectors", lambda short=short: short)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         given = tensors(batch=batch, groups=1, queries=queries, keys=1000)
         call = make_call(*given, **arguments)

@@ -104,6 +104,7 @@ def test_unusual_numbers_are_carried(value: float) -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_what_it_does_not_serve() -> None:
     states, weight, bias = case(4, 6, 8, torch.float32)
     assert cpu_linear.serves(states, weight, bias)
@@ -115,6 +116,15 @@ def test_what_it_does_not_serve() -> None:
     assert not cpu_linear.serves(states[:0], weight, bias)
     assert not cpu_linear.serves(states.to("meta"), weight.to("meta"), None)
     assert not cpu_linear.serves(torch.randn(cpu_linear.MAX_ROWS + 1, 8), weight, bias)
+    # The kernel would read or write beyond the end of these.
+    assert not cpu_linear.serves(states, weight[:, :4].contiguous(), None)
+    assert not cpu_linear.serves(states, torch.randn(6, 16), None)
+    assert not cpu_linear.serves(states, weight, bias[:1])
+    assert not cpu_linear.serves(torch.tensor(1.0), weight, None)
+    assert not cpu_linear.serves(states.to_mkldnn(), weight, None)
+    assert not cpu_linear.serves(torch.nested.nested_tensor([states, states[:2]], layout=torch.strided), weight, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not cpu_linear.serves(states, weight, bias)
     with torch.enable_grad():
         assert not cpu_linear.serves(states.clone().requires_grad_(), weight, bias)
 

@@ -69,6 +69,46 @@ def test_a_fast_layer_is_the_layer(
 
 
 @torch.no_grad()
+def test_sizes_that_do_not_fit_are_refused(either: type[DirectLinear | PackedLinear]) -> None:
+    """As by ``nn.Linear``, for sizes that divide and are divided by what would fit too."""
+    layer = either(torch.randn(6, 8), None)
+    for states in (torch.randn(4, 4), torch.randn(4, 16), torch.randn(2, 4, 2), torch.tensor(1.0)):
+        with pytest.raises((RuntimeError, RegroupError)):
+            layer(states)
+    torch.testing.assert_close(layer(torch.ones(8)), layer.forward(torch.ones(1, 8))[0])
+
+
+@torch.no_grad()
+def test_autocast_is_that_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For few rows, which the kernel would compute in float32, and for many."""
+    take(DirectLinear, torch.float32, monkeypatch)
+    layer = nn.Linear(16, 8)
+    fast = DirectLinear(layer.weight, layer.bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        for states in (torch.randn(2, 16), torch.randn(100, 16)):
+            assert fast(states).dtype == layer(states).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_a_fast_layer_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    take(DirectLinear, torch.float32, monkeypatch)
+    layer = DirectLinear(torch.randn(6, 8), None)
+    graphs: list[str] = []
+
+    def look(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    compiled: Any = torch.compile(layer, fullgraph=True, backend=look)
+    for rows, wanted in ((2, True), (100, False)):
+        states = torch.randn(rows, 8)
+        assert torch.equal(compiled(states), layer(states))
+        assert ("cpu_linear" in graphs[-1]) is wanted
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled(torch.randn(2, 8)).dtype == torch.bfloat16
+
+
+@torch.no_grad()
 def test_a_bias_with_gaps_is_read_right(either: type[DirectLinear | PackedLinear]) -> None:
     """oneDNN's operator reads it as if it had none."""
     torch.manual_seed(0)
@@ -115,6 +155,7 @@ def test_unpacked_weights_are_freed_and_shared_ones_stay_shared() -> None:
     layer = nn.Linear(16, 16)
     pair: Any = prepare_for_inference(nn.Sequential(layer, nn.ReLU(), layer))
     assert isinstance(pair[0], PackedLinear)
+    assert pair[2] is pair[0]
     tied: Any = prepare_for_inference(tiny.build("qwen3"))
     assert tied.get_input_embeddings().weight.shape == (tiny.VOCAB_SIZE, 48)
 
@@ -182,6 +223,42 @@ def test_layers_that_do_more_are_left_alone(either: type[nn.Module]) -> None:
     assert [type(module) is either for module in layer] == [False, False, False, True]
 
 
+class Quantised(torch.Tensor):
+    """A weight that is more than its numbers."""
+
+
+@torch.no_grad()
+def test_weights_that_are_no_plain_tensors_are_left_alone(either: type[nn.Module]) -> None:
+    model: Any = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Quantised), requires_grad=False)
+    model[1].weight = nn.Parameter(model[1].weight.detach().to_sparse(), requires_grad=False)
+    prepare_for_inference(model)
+    assert [type(module) is either for module in model] == [False, False, True]
+
+
+@torch.no_grad()
+def test_a_transposed_weight_is_stored_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2 keeps (in, out): a square one that was stored as (out, in) would be loaded without a word."""
+    take(DirectLinear, torch.float32, monkeypatch)
+    stock: Any = tiny.build("gpt2")
+    before = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
+    model: Any = prepare_for_inference(stock)
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {
+        name: tensor.shape for name, tensor in before.items()
+    }
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.save_pretrained(tmp_path / "saved")
+    again: Any = type(model).from_pretrained(tmp_path / "saved")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in again.state_dict().items())
+    layer = model.transformer.h[0].attn.c_proj
+    states = torch.randn(2, layer.in_features)
+    wanted = layer(states)
+    for parameter in model.parameters():
+        parameter.zero_()
+    model.load_state_dict(before)
+    assert torch.equal(layer(states), wanted)
+
+
 def test_what_cannot_be_prepared_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RegroupError, match="no plain linear layer"):
         prepare_for_inference(nn.Sequential(nn.ReLU()))
@@ -197,7 +274,8 @@ def test_what_cannot_be_prepared_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         prepare_for_inference(nn.Sequential(empty))
     model = nn.Linear(4, 4)
     holder = nn.Sequential(model)
-    monkeypatch.setattr(cpu_linear, "missing", lambda: "there is no compiler")
+    monkeypatch.setattr(linear_layers, "is_best", lambda: False)
+    monkeypatch.setattr(linear_layers, "missing", lambda: "there is no compiler")
     monkeypatch.setattr(PackedLinear, "forward", lambda self, states: states.new_zeros(*states.shape[:-1], 48))
     with pytest.raises(RegroupError, match="other results"):
         prepare_for_inference(holder)
@@ -217,8 +295,8 @@ def test_which_layer_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         (False, "no compiler", None, PackedLinear),
         (False, "no compiler", "no oneDNN", None),
     ):
-        monkeypatch.setattr(cpu_linear, "is_best", lambda best=best: best)
-        monkeypatch.setattr(cpu_linear, "missing", lambda missing=missing: missing)
+        monkeypatch.setattr(linear_layers, "is_best", lambda best=best: best)
+        monkeypatch.setattr(linear_layers, "missing", lambda missing=missing: missing)
         monkeypatch.setattr(linear_layers, "unavailable", lambda dtype, without=without: without)
         layer, why = fast_layer(torch.bfloat16)
         assert layer is wanted

@@ -243,6 +243,22 @@ def test_stale_stages_go_and_live_ones_stay(tmp_path: Path) -> None:
     assert (tmp_path / ".child2.regroup-other").exists()
 
 
+def test_folders_of_other_users_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where many may write, anybody can leave a folder that looks like that of a killed run."""
+    left = tmp_path / ".child.regroup-stale"
+    left.mkdir()
+    real = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: real + 1)
+    assert stage.left_behind(tmp_path / "child") == []
+    with staged_folder(tmp_path / "child", adopt=lambda folder: pytest.fail(f"adopted {folder}")):
+        assert left.exists()
+    assert left.exists()
+    monkeypatch.undo()
+    assert stage.left_behind(tmp_path / "child") == [left]
+    with staged_folder(tmp_path / "again"), staged_folder(tmp_path / "child2", adopt=lambda folder: True):
+        assert left.exists()
+
+
 def test_a_shard_file_takes_exact_bytes_in_any_order(tmp_path: Path) -> None:
     values = {"a": torch.arange(3, dtype=torch.float32), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
     file = ShardFile(tmp_path / "x.safetensors", {"a": ("F32", (3,)), "b": ("BF16", (2, 2))}, {"format": "pt"})

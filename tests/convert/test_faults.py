@@ -302,6 +302,19 @@ def test_what_was_finished_is_kept_for_the_same_work_alone(half: Path, sharded: 
     assert digests(tmp_path / "same" / "child") != digests(tmp_path / "plan" / "child")
 
 
+def test_another_model_of_the_same_sizes_and_times_is_another(half: Path, sharded: Path, tmp_path: Path) -> None:
+    parent = copy(sharded, tmp_path / "other")
+    status = (parent / SHARD).stat()
+    with (parent / SHARD).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")
+    os.utime(parent / SHARD, ns=(status.st_atime_ns, status.st_mtime_ns))
+    told = Noted()
+    child(parent, half / "child", "mean", told)
+    assert "the source has changed since, so it starts anew" in told.notes[0]
+    assert digests(half / "child") == digests(child(parent, tmp_path / "expected", "mean"))
+
+
 def test_a_finished_file_that_is_damaged_is_made_again(half: Path, sharded: Path, expected: Any) -> None:
     (stage,) = half.iterdir()
     finished = json.loads((stage / resume.JOURNAL_FILE).read_text())["finished"]

@@ -171,6 +171,14 @@ def test_companions_come_along_and_stale_weights_do_not(saved: Saved, tmp_path: 
     assert (tmp_path / "child").stat().st_mode & 0o777 == (parent.stat().st_mode & 0o777)
 
 
+def test_records_of_the_parents_own_conversion_stay_behind(saved: Saved, tmp_path: Path) -> None:
+    """`verify` compares no merged tensor where a record of calibration lies beside them."""
+    parent = copy(saved("llama"), tmp_path / "parent")
+    (parent / "regroup_calibration.json").write_text("{}")
+    regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=2, method="mean")
+    assert not (tmp_path / "child" / "regroup_calibration.json").exists()
+
+
 def card_of(folder: Path) -> tuple[dict[str, Any], str]:
     _, head, body = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     return yaml.safe_load(head), body

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+import regroup
 import tiny
 from export.block_llama import block_llama_logits
 from helpers import (
@@ -103,6 +105,26 @@ def test_the_least_common_multiple_is_enough(saved: Saved, tmp_path: Path) -> No
     assert run("convert", saved("llama"), regroup, "--layers", "0:2,1:1,2:1", "--method", "mean")[0] == 0
     said(regroup, tmp_path / "out", "--to", "hf", "--expand")
     assert config_of(tmp_path / "out")["num_key_value_heads"] == 2
+
+
+def test_pickles_are_unpacked_beside_the_destination(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the folder for temporary files, which on many systems is memory."""
+    source = copy(saved("llama"), tmp_path / "source")
+    torch.save(tensors(source), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: pytest.fail("the folder for temporary files was used"))
+    regroup.export_checkpoint(str(source), str(tmp_path / "new" / "out"), to="hf", allow_pickle=True, check=False)
+    assert_same_tensors(tensors(tmp_path / "new" / "out"), tensors(saved("llama")))
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out"]
+
+
+def test_a_card_that_cannot_be_read_is_refused(saved: Saved, tmp_path: Path) -> None:
+    source = copy(saved("llama"), tmp_path / "source")
+    (source / "README.md").write_bytes(b"caf\xe9")
+    assert "model card cannot be read" in refused("export", source, tmp_path / "out", "--to", "hf", "--no-check")
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_check_it_says_so(converted: Converted, tmp_path: Path) -> None:

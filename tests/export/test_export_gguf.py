@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+import regroup
 import tiny
 from helpers import assert_same_tensors, bits, config_of, copy, everything, layout_of, logits, refused, run, tensors
 from regroup.export import gguf_target, llama_cpp
@@ -146,6 +149,39 @@ class TestWritten:
         message = refused("export", changed("llama", tmp_path, **changes), tmp_path / "m.gguf", "--to", "gguf")
         assert [word for word in words if word not in message] == []
         assert not (tmp_path / "m.gguf").exists()
+
+    def test_a_disk_without_links(self, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def link(*_: Any) -> None:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", link)
+        said(saved("llama"), tmp_path / "new" / "m.gguf", "--to", "gguf", "--no-check")
+        assert everything(tmp_path) == ["new", "new/m.gguf"]
+
+        def appears(*_: Any) -> None:
+            (tmp_path / "n.gguf").write_text("mine")
+            link()
+
+        monkeypatch.setattr(os, "link", appears)
+        message = refused("export", saved("llama"), tmp_path / "n.gguf", "--to", "gguf", "--no-check")
+        assert "the destination appeared" in message
+        assert (tmp_path / "n.gguf").read_text() == "mine"
+        assert everything(tmp_path) == ["n.gguf", "new", "new/m.gguf"]
+
+    def test_a_disk_that_fails_at_the_name(self, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def link(*_: Any) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(os, "link", link)
+        message = refused("export", saved("llama"), tmp_path / "new" / "m.gguf", "--to", "gguf", "--no-check")
+        assert "the system refused to read or to write; nothing was left behind" in message
+        assert everything(tmp_path) == []
+
+    def test_what_a_killed_export_left_goes(self, saved: Saved, tmp_path: Path) -> None:
+        (tmp_path / ".m.gguf.regroup-killed").mkdir()
+        (tmp_path / ".m.gguf.regroup-killed" / "m.gguf").write_text("half")
+        regroup.export_checkpoint(str(saved("llama")), str(tmp_path / "m.gguf"), to="gguf", check=False)
+        assert everything(tmp_path) == ["m.gguf"]
 
     def test_other_families_are_refused(self, saved: Saved, tmp_path: Path) -> None:
         message = refused("export", saved("gpt2"), tmp_path / "m.gguf", "--to", "gguf")
@@ -389,6 +425,28 @@ class TestTokenizers:
         assert "of 24 greedy tokens the same" in message
         answer = llama_cpp.ask(tmp_path / "m.gguf", {"rows": [[0]], "prompt": TEXT, "new_tokens": 0})
         assert answer["prompt_ids"] == tokenizer(TEXT)["input_ids"]
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda t: setattr(t, "normalizer", normalizers.Lowercase()), "Lowercase"),
+            (
+                lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
+                "add_prefix_space",
+            ),
+            (lambda t: setattr(t.model, "end_of_word_suffix", "</w>"), "end_of_word_suffix"),
+            (lambda t: setattr(t.model, "ignore_merges", True), "ignore_merges"),
+        ],
+    )
+    def test_byte_level_with_other_habits(self, change: Callable[[Any], None], words: str, tmp_path: Path) -> None:
+        """Each would give other token ids in llama.cpp, some for rare texts alone."""
+        tokenizer = byte_level(tmp_path, None, 300)
+        backend = tokenizer.backend_tokenizer
+        backend.normalizer = normalizers.NFC()
+        assert vocabulary(tokenizer, 300).pre == "gpt-2"
+        change(backend)
+        with pytest.raises(Exception, match=words):
+            vocabulary(tokenizer, 300)
 
     @needs_stories
     def test_sentencepiece(self) -> None:

@@ -36,16 +36,19 @@ def is_best() -> bool:
 
 def serves(states: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether :func:`linear` can compute a product; where it cannot, PyTorch's can."""
-    if states.dtype not in _TYPES or states.dtype != weight.dtype or states.device.type != "cpu":
-        return False
-    if weight.device.type != "cpu" or weight.stride() != (weight.shape[1], 1) or not states.numel():
-        return False
     tensors = (states, weight) if bias is None else (states, weight, bias)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if states.dtype not in _TYPES or hidden_from_kernels(tensors) is not None:
         return False
-    if bias is not None and (bias.dtype != states.dtype or bias.stride() != (1,)):
+    if any(tensor.dtype != states.dtype or tensor.device.type != "cpu" for tensor in tensors):
         return False
-    return states.numel() <= MAX_ROWS * states.shape[-1] and hidden_from_kernels(tensors) is None
+    # The kernel believes what it is told of sizes. Where they do not fit, PyTorch says so, or broadcasts.
+    if states.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
+        return False
+    if weight.stride() != (weight.shape[1], 1) or (bias is not None and bias.stride() != (1,)):
+        return False
+    if not 0 < states.numel() <= MAX_ROWS * states.shape[-1] or torch.is_autocast_enabled("cpu"):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 @functools.cache

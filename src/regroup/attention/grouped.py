@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import RegroupError
-from . import cpu_decode
 from .call import Call, make_call
+from .cpu_decode import has_short_vectors
 from .packed import is_fused
 
 _FILES = {
@@ -84,7 +84,7 @@ def _multiplies(call: Call) -> bool:
     heads = call.batch * call.num_key_value_heads
     if call.group * call.query_length < _MANY_ROWS or heads < 2 * torch.get_num_threads():
         return False
-    return cpu_decode.has_short_vectors() and is_fused(call)
+    return has_short_vectors() and is_fused(call)
 
 
 def _choose(call: Call) -> str:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..errors import RegroupError
-from . import cpu_linear
+from .cpu_linear import is_best, missing, serves
+from .cpu_linear import linear as linear_of_few_rows
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -52,7 +53,7 @@ class PackedLinear(nn.Module):
                 got=states.dtype,
                 remedy="convert the model before prepare_for_inference, and do not use torch.autocast after it",
             )
-        if states.shape[-1] != self.in_features:
+        if states.shape[-1:] != (self.in_features,):
             raise RegroupError(
                 "the states do not fit a packed linear layer",
                 expected=f"(…, {self.in_features})",
@@ -98,21 +99,36 @@ class DirectLinear(nn.Module):
     Args:
         weight: (out, in). It is kept as it is, shared with whoever has it, unless it is a transposed view.
         bias: (out,) or None.
+
+    Attributes:
+        stored_transposed: whether state dicts hold the weight as (in, out), as that of the layer in whose place it is.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.stored_transposed = False
         self.weight = _parameter(weight)
         self.bias = None if bias is None else _parameter(bias)
 
     def forward(self, states: Tensor) -> Tensor:
-        if cpu_linear.serves(states, self.weight, self.bias):
-            return cpu_linear.linear(states, self.weight, self.bias)
+        if serves(states, self.weight, self.bias):
+            return linear_of_few_rows(states, self.weight, self.bias)
         if states.dtype == self.weight.dtype == torch.bfloat16 and states.device.type == "cpu":
             bias = None if self.bias is None else self.bias.float()
             return linear(states.float(), self.weight.float(), bias).to(states.dtype)
         return linear(states, self.weight, self.bias)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.stored_transposed:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].t()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any, **named: Any) -> None:
+        name = f"{prefix}weight"
+        if self.stored_transposed and name in state_dict:
+            state_dict = {**state_dict, name: state_dict[name].t().contiguous()}
+        super()._load_from_state_dict(state_dict, prefix, *others, **named)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -132,15 +148,15 @@ def fast_layer(dtype: torch.dtype) -> tuple[type[DirectLinear | PackedLinear] | 
     """
     if dtype not in DTYPES:
         return None, f"{dtype} is not served, float32 and bfloat16 are"
-    if cpu_linear.is_best():
+    if is_best():
         return DirectLinear, "the compiled kernel is the fastest on this processor"
     without = unavailable(dtype)
     if without is None:
         return PackedLinear, "oneDNN's layout"
-    missing = cpu_linear.missing()
-    if missing is None:
+    why_not = missing()
+    if why_not is None:
         return DirectLinear, f"the compiled kernel: {without}"
-    return None, f"{without}; the compiled kernel is missing: {missing}"
+    return None, f"{without}; the compiled kernel is missing: {why_not}"
 
 
 def unavailable(dtype: torch.dtype) -> str | None:

@@ -32,6 +32,8 @@ def hidden_from_kernels(tensors: Iterable[Tensor]) -> str | None:
     for tensor in tensors:
         if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
             return f"a {type(tensor).__name__} may hold its numbers elsewhere"
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            return "a tensor's numbers do not lie in rows (sparse, nested, or oneDNN's layout)"
         if tensor.is_neg():
             return "a tensor is a view that is negated when it is read"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import RegroupError
@@ -19,8 +20,8 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
     or converted. The model is left in evaluation mode and takes no gradients. Results differ from before by rounding
     alone. Call it after loading, moving and converting the model; a second call takes what has come since.
 
-    Layers with hooks or a ``forward`` of their own stay as they are, as do those whose weights are read past them
-    (``nn.TransformerEncoderLayer``).
+    Layers with hooks or a ``forward`` of their own stay as they are, as do those whose weights are no plain tensors
+    (quantised, spread over devices) or are read past them (``nn.TransformerEncoderLayer``).
 
     Args:
         model: on the CPU, float32 or bfloat16; any mixture of them. A module that contains linear layers, not one.
@@ -38,10 +39,12 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
         if isinstance(each, nn.TransformerEncoderLayer)
         for child in each.children()
     }
+    # named_children would pass over the second place of a module that has two.
     found = {
-        name: module
-        for name, module in model.named_modules()
-        if name and id(module) not in past and _weight(module) is not None
+        f"{path}.{name}" if path else name: child
+        for path, parent in model.named_modules()
+        for name, child in parent._modules.items()
+        if child is not None and id(child) not in past and _weight(child) is not None
     }
     weights = {name: _weight(module) for name, module in found.items()}
     elsewhere = {name: weight.device for name, weight in weights.items() if weight is not None and _off_cpu(weight)}
@@ -77,6 +80,8 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
         weight = _weight(module)
         assert weight is not None
         fast = made.get(id(module)) or layer(weight, module.bias)
+        if isinstance(fast, DirectLinear):
+            fast.stored_transposed = _is_conv1d(module)
         made[id(module)] = fast
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, fast)
@@ -86,13 +91,23 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
 
 def _weight(module: Any) -> Tensor | None:
     """The weight (out, in) of a module that is a plain linear layer, and does nothing beside."""
+    if not (type(module) is nn.Linear or type(module).__name__ == "FalconLinear" or _is_conv1d(module)):
+        return None
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return None
-    if type(module) is nn.Linear or type(module).__name__ == "FalconLinear":
-        return module.weight if module.weight.numel() else None
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's, (in, out)
-        return module.weight.t()
-    return None
+    # A subclass may be quantised or spread over devices; without numbers there is nothing to read.
+    if (
+        type(module.weight) is not nn.Parameter
+        or module.weight.layout is not torch.strided
+        or not module.weight.numel()
+    ):
+        return None
+    return module.weight.t() if _is_conv1d(module) else module.weight
+
+
+def _is_conv1d(module: Any) -> bool:
+    """Whether it is GPT-2's linear layer, whose weight is (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _off_cpu(weight: Tensor) -> bool:

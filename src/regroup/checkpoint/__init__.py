@@ -4,7 +4,7 @@ from .gguf import read_gguf
 from .header import TensorEntry, read_header
 from .reader import Checkpoint, open_checkpoint
 from .source import fetch, fingerprint, headers_of, is_hub_id, remote_headers
-from .stage import scratch_folder, staged_folder
+from .stage import scratch_folder, staged_file, staged_folder
 from .writer import ShardFile
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "read_header",
     "remote_headers",
     "scratch_folder",
+    "staged_file",
     "staged_folder",
 ]

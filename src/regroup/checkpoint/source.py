@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
-from .header import TensorEntry
+from .header import TensorEntry, unreadable
 from .reader import open_checkpoint, read_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
@@ -117,12 +118,17 @@ def _unreachable(source: str, error: Exception) -> RegroupError:
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells checkpoints apart: config, and size and first and last megabyte of each weight file."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    """Tells checkpoints apart: config, and size and first and last megabyte of each weight file.
+
+    Raises:
+        RegroupError: a file cannot be read.
+    """
+    with unreadable(folder / "config.json"):
+        digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
+        with unreadable(path), path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{path.name} {size}".encode())
             digest.update(file.read(1 << 20))
             file.seek(max(0, size - (1 << 20)))
             digest.update(file.read())

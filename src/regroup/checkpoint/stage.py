@@ -1,7 +1,8 @@
 """Hidden folders: one that becomes the destination when it is complete, and scratch that does not outlive its use.
 
 Whoever works on a hidden folder holds a lock on it, which the system lets go of when a process dies, however it dies:
-a folder without a lock was left by a run that was killed outright.
+a folder without a lock was left by a run that was killed outright. Folders of other users are left alone: what is in
+them is theirs to change.
 """
 
 from __future__ import annotations
@@ -47,16 +48,16 @@ def staged_folder(destination: Path, *, adopt: Callable[[Path], bool] | None = N
     try:
         yield stage
         stage.chmod(0o777 & ~_umask())
-        for folder, _, _ in os.walk(stage):
-            sync_folder(Path(folder))
+        # Libraries write files of their own, and do not flush them.
+        for folder, _, files in os.walk(stage):
+            for name in (*files, ""):
+                sync(Path(folder) / name)
         try:
             stage.rename(destination)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
-            raise RegroupError(
-                "the destination appeared while the result was being written", file=destination
-            ) from error
+            raise _appeared(destination) from error
     except BaseException as error:
         with _undisturbed():
             shutil.rmtree(stage, ignore_errors=True)
@@ -66,8 +67,47 @@ def staged_folder(destination: Path, *, adopt: Callable[[Path], bool] | None = N
         raise
     finally:
         os.close(lock)
+    _confirm(destination)
+
+
+@contextlib.contextmanager
+def staged_file(destination: Path) -> Iterator[Path]:
+    """A file in a hidden folder beside ``destination`` that becomes it when the block ends well (``staged_folder``).
+
+    Raises:
+        RegroupError: the destination appeared meanwhile, the disk is full, or the system refuses to read or to write.
+    """
+    with scratch_folder(destination.absolute().parent, _prefix(destination)) as folder:
+        made = folder / destination.name
+        yield made
+        sync(made)
+        try:
+            _place(made, destination)
+        except FileExistsError as error:
+            raise _appeared(destination) from error
+    _confirm(destination)
+
+
+def _place(made: Path, destination: Path) -> None:
+    """Give a file its name, which nothing may have yet."""
     try:
-        sync_folder(parent)
+        os.link(made, destination)  # unlike a rename, it replaces nothing
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        # A file system without links.
+        if os.path.lexists(destination):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(destination)) from error
+        made.rename(destination)
+
+
+def _appeared(destination: Path) -> RegroupError:
+    return RegroupError("the destination appeared while the result was being written", file=destination)
+
+
+def _confirm(destination: Path) -> None:
+    try:
+        sync(destination.absolute().parent)
     except OSError as error:
         raise RegroupError(
             "the result is complete, but the system does not confirm that its name is on the disk",
@@ -124,9 +164,9 @@ def allocated(folder: Path) -> int:
     return total
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of files to the disk."""
-    fd = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's list of files, to the disk."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -162,13 +202,15 @@ def _stage(parent: Path, prefix: str, adopt: Callable[[Path], bool] | None) -> t
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[int | None]:
-    """A descriptor that holds the folder's lock, or None where another process does or there is no such folder."""
+    """A descriptor that holds the folder's lock, or None: another process does, it is another user's, or not there."""
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         yield None
         return
     try:
+        if os.fstat(fd).st_uid != os.geteuid():
+            raise PermissionError
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(fd)

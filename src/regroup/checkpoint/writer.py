@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from ..errors import RegroupError
 from .header import encode_header, nbytes_of, unreadable
-from .stage import allocated, left_behind, staged_folder, sync_folder
+from .stage import allocated, left_behind
 
 # Large enough to run at disk speed, small enough that two workers stay far below the memory goal.
 COPY_BYTES = 8 << 20
@@ -210,34 +210,6 @@ def check_destination(destination: Path, source: Path | None, nbytes: int) -> No
             got=f"{free / 1e9:.2f} GB free",
             remedy="free some space or choose a destination on another disk",
         )
-
-
-@contextlib.contextmanager
-def staged_file(destination: Path) -> Iterator[Path]:
-    """A file in a hidden folder beside ``destination`` that becomes it when the block ends well (``staged_folder``).
-
-    Raises:
-        RegroupError: the destination appeared meanwhile, or the disk is full; nothing is left behind.
-    """
-    folder = destination.with_name(f".{destination.name}.parts")
-    # What a run that was killed between the two steps below left.
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        with staged_folder(folder) as stage:
-            yield stage / destination.name
-        made = folder / destination.name
-        with made.open("rb") as file:
-            os.fsync(file.fileno())
-        try:
-            # Unlike a rename, a link does not replace what is there.
-            os.link(made, destination)
-        except FileExistsError as error:
-            raise RegroupError(
-                "the destination appeared while the result was being written", file=destination
-            ) from error
-        sync_folder(destination.absolute().parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def existing_parent(path: Path) -> Path:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Checkpoint, read_header
+from ..checkpoint import Checkpoint, fingerprint, read_header
 from ..checkpoint.reader import read_json
-from ..checkpoint.stage import left_behind, sync_folder
+from ..checkpoint.stage import left_behind, sync
 from ..checkpoint.writer import write_text
 from ..errors import RegroupError
 from ..plan import Plan
@@ -97,7 +97,7 @@ class Journal:
         part = self._stage / f"{JOURNAL_FILE}.part"
         write_text(part, json.dumps({**self._facts, "finished": self.finished}) + "\n")
         part.replace(self._stage / JOURNAL_FILE)
-        sync_folder(self._stage)
+        sync(self._stage)
 
     def _whole(self, stage: Path, file: str) -> bool:
         try:
@@ -124,6 +124,8 @@ def _facts(checkpoint: Checkpoint, plan: Plan, asked: str | None, calibrated: bo
     return {
         "version": importlib.metadata.version("regroup-gqa"),
         "source": {file: list(stamp) for file, stamp in checkpoint.stamps.items()},
+        # Archives and package managers give all files one time, and two models of one kind have the same sizes.
+        "content": fingerprint(checkpoint.folder),
         "plan": plan.digest(),
         "asked": asked,
         "calibrated": calibrated,
@@ -137,6 +139,7 @@ def _obstacle(found: Mapping[str, Any], facts: Mapping[str, Any]) -> str | None:
     reasons = {
         "version": "another version of regroup wrote it",
         "source": "the source has changed since",
+        "content": "the source has changed since",
         "plan": "it had another plan",
         "asked": "it had another plan",
     }

@@ -20,7 +20,7 @@ from ..plan import Plan
 from .card import model_card
 from .config import child_config, is_stock
 from .forecast import Forecast
-from .resume import Journal
+from .resume import PLAN_FILE, Journal
 from .rewrite import Change, Given, rewrites
 from .shards import Shards, ShardWriter, child_index
 
@@ -142,7 +142,9 @@ def prepare(
         RegroupError: the plan does not fit, or the parent's files cannot travel along.
     """
     ahead = preview(checkpoint, layout, plan, given)
-    companions = tuple(checkpoint.companions())
+    # What a parent's own conversion was is not what this one is: `verify` would believe it.
+    records = (PLAN_FILE, CALIBRATION_FILE)
+    companions = tuple(path for path in checkpoint.companions() if path.as_posix() not in records)
     card = next((checkpoint.folder / path for path in companions if path.as_posix() == "README.md"), None)
     return Ready(
         checkpoint=checkpoint,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ..convert.resume import PLAN_FILE
 from ..convert.rewrite import Change
 from ..convert.shards import ShardWriter, child_index
 from ..convert.stream import CALIBRATION_FILE
+from ..errors import RegroupError
 from ..models import MODELING_FILE
 
 CONFIGURATION_FILE = Path(__file__).with_name("configuration_nemotron_nas.py")
@@ -56,9 +56,18 @@ def write_folder(
     asked = {str(reference).partition(".")[0] for reference in config.get("auto_map", {}).values()}
     for file in (MODELING_FILE, CONFIGURATION_FILE):
         if file.stem in asked:
-            shutil.copyfile(file, stage / file.name)
+            copy_file(file, stage / file.name)
     card = stage / "README.md"
-    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    try:
+        text = card.read_text(encoding="utf-8") if card.exists() else ""
+    except UnicodeDecodeError as error:
+        raise RegroupError(
+            "the parent's model card cannot be read",
+            file=checkpoint.folder / card.name,
+            expected="UTF-8",
+            got=str(error),
+            remedy="correct or remove it",
+        ) from error
     written = f"Exported by regroup {importlib.metadata.version('regroup-gqa')}: {note}"
     write_text(card, f"{text.rstrip()}\n\n{written}\n".lstrip())
     write_text(stage / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import read_gguf
-from ..checkpoint.writer import check_destination, staged_folder
+from ..checkpoint import read_gguf, staged_folder
+from ..checkpoint.writer import check_destination
 from ..errors import RegroupError
 from . import llama_cpp
 from .check import compare, folder_logits, logits, model_inputs
@@ -39,7 +39,7 @@ def export_from_gguf(file: Path, destination: Path, request: Request) -> Exporte
     facts = read_gguf(file)
     _check_header(file, facts)
     dtype = getattr(torch, request.dtype) if request.dtype else _stored(file)
-    check_destination(destination, None, file.stat().st_size)
+    check_destination(destination, None, facts["parameters"] * dtype.itemsize)
     model = _load(file, dtype)
     _check_all_taken(file, facts, model)
     with staged_folder(destination) as stage:

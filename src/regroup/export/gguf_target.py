@@ -11,8 +11,9 @@ from typing import Any
 import gguf
 import torch
 
+from ..checkpoint import staged_file
 from ..checkpoint.reader import TORCH_DTYPES
-from ..checkpoint.writer import check_destination, staged_file
+from ..checkpoint.writer import check_destination
 from ..convert.rewrite import Change
 from ..errors import RegroupError
 from ..models import load_tokenizer

@@ -151,7 +151,23 @@ def _prefixes(data: dict[str, Any]) -> bool:
 
 
 def _pre(data: dict[str, Any]) -> str:
+    """llama.cpp's name for the way in which byte-level BPE splits a text, which it otherwise takes as it is."""
+    normalizers = [step["type"] for step in _steps(data.get("normalizer"))]
+    # Nearly every text is composed already (NFC), and there is no word in GGUF for it.
+    if unknown := [name for name in normalizers if name != "NFC"]:
+        raise _refused("text that is not changed before it is split", ", ".join(unknown))
+    if affixes := [name for name in ("continuing_subword_prefix", "end_of_word_suffix") if data["model"].get(name)]:
+        raise _refused("tokens without affixes", ", ".join(affixes))
     steps = list(_steps(data.get("pre_tokenizer")))
+    if any(step.get("add_prefix_space") for step in steps):
+        raise _refused("byte-level BPE without a space in front of a text", "add_prefix_space")
+    name = _split(steps)
+    if data["model"].get("ignore_merges") and name != "llama-bpe":
+        raise _refused(f"tokens that are merged step by step, as llama.cpp's {name} does", "ignore_merges")
+    return name
+
+
+def _split(steps: list[dict[str, Any]]) -> str:
     if [step["type"] for step in steps] == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
     if [step["type"] for step in steps] == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import staged_folder
 from ..checkpoint.header import nbytes_of
-from ..checkpoint.writer import check_destination, staged_folder
+from ..checkpoint.writer import check_destination, existing_parent
 from ..errors import RegroupError
 from ..opening import Source, open_source
 from .folder import CONFIGURATION_FILE, write_folder
@@ -65,8 +66,8 @@ class Request:
 
 
 def export_checkpoint(
-    source: str,
-    destination: Path,
+    source: str | Path,
+    destination: str | Path,
     *,
     to: str,
     expand: bool = False,
@@ -99,11 +100,11 @@ def export_checkpoint(
     if dtype is not None and dtype not in DTYPES:
         raise RegroupError("this dtype is not known here", expected=" or ".join(DTYPES), got=dtype)
     request = Request(to, expand, tensor_parallel, dtype, check)
-    file = Path(source).expanduser()
+    file, target = Path(source).expanduser(), Path(destination).expanduser()
     if file.suffix == ".gguf" and file.is_file():
         from .gguf_source import export_from_gguf
 
-        return export_from_gguf(file, destination, request)
+        return export_from_gguf(file, target, request)
     if to == "gguf" and tensor_parallel is not None:
         raise RegroupError(
             "a GGUF file is not divided by heads",
@@ -114,12 +115,14 @@ def export_checkpoint(
         raise RegroupError(
             "the tensors are copied as they are stored", got=f"--dtype {dtype}", remedy="leave --dtype out"
         )
-    with open_source(source, revision=revision, allow_pickle=allow_pickle) as opened:
+    existing_parent(target)  # refuses what can have no folder
+    scratch = target.absolute().parent
+    with open_source(str(source), revision=revision, allow_pickle=allow_pickle, scratch=scratch) as opened:
         if to == "gguf":
             from .gguf_target import export_gguf
 
-            return export_gguf(opened, destination, request)
-        return _export_folder(opened, destination, request)
+            return export_gguf(opened, target, request)
+        return _export_folder(opened, target, request)
 
 
 def _export_folder(opened: Source, destination: Path, request: Request) -> Exported:

@@ -104,7 +104,8 @@ def prepare(recipe: Recipe) -> Prepared:
     if state_folder is not None and state is not None:
         # The Trainer reads a sharded state itself, once the model is sharded.
         begun = folder if state["sharded"] else state_folder
-    student: Any = load(begun, dtype=torch.float32, progress=False, **dropouts(recipe, config))
+    options: dict[str, Any] = {**dropouts(recipe, config)}
+    student: Any = load(begun, dtype=torch.float32, progress=False, **options)
     freeze_tables(student)
     check_names(source.checkpoint, student, values=begun == folder)
     check_window(student.config, recipe.window)
