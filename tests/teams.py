@@ -89,7 +89,7 @@ def command_that_fails(at: int, kind: type[Exception], *words: object) -> Answer
         return command(*words)
 
 
-def batches(name: str, count: int) -> list[dict[str, torch.Tensor]]:
+def batches(name: str, count: int = 8) -> list[dict[str, torch.Tensor]]:
     return [tiny.inputs(name, 2, 12, seed=seed) for seed in range(count)]
 
 

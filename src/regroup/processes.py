@@ -236,13 +236,21 @@ def launched() -> Iterator[Team]:
     The first one works in the block, and may ``call`` on the others, which do nothing there but ``assist``.
 
     Raises:
-        RegroupError: as ``together``.
+        RegroupError: as ``together``, or an environment that names several processes and not where they meet.
     """
     if world() == 1:
         yield ALONE
         return
-    # Sums are merged on the CPU, so GPUs need no group of their own.
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        # Sums are merged on the CPU, so GPUs need no group of their own.
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        apart = RegroupError(
+            "the processes cannot find each other",
+            got=str(error).splitlines()[0][:200],
+            remedy="start them with torchrun or accelerate launch; where this process is alone, unset WORLD_SIZE",
+        )
+        raise AgreedError(apart, speaker=rank() == 0) from error
     team = Team(rank(), world())
     try:
         with together():

@@ -262,6 +262,17 @@ def test_one_process_exchanges_nothing(text: Path, tmp_path: Path, monkeypatch: 
     assert ALONE.added(sums)["gram"] is sums["gram"]
 
 
+def test_half_of_a_launchers_environment_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for rank, said in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        status, _, err = run("convert", PARENT, tmp_path / "child", "--kv-heads", 2)
+        assert status == 2
+        assert ("the processes cannot find each other" in err) == said
+    assert not (tmp_path / "child").exists()
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
