@@ -14,7 +14,7 @@ from .convert.resume import earlier_plan
 from .convert.text import CalibrationText, calibration_batches
 from .opening import Source, open_source
 from .plan import Plan
-from .planning import Listener, check_for_text, check_text_options, choose_plan, grouped, searches, settings_for
+from .planning import Listener, along, check_for_text, check_text_options, choose_plan, grouped, searches, settings_for
 from .processes import ALONE, Team
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def calibrated(
 
     place = device_named(team.device(device))
     with scratch_folder(scratch, ".regroup-solved-") as folder:
-        team.call(_calibrate_along, opened.checkpoint.folder, plan, batches, settings, device)
+        team.call(along, opened.checkpoint.folder, device, calibrate, plan, batches, None, settings)
         yield calibrate(
             opened.checkpoint,
             opened.layout,
@@ -178,21 +178,3 @@ def calibrated(
             progress=progress,
             team=team,
         )
-
-
-def _calibrate_along(
-    folder: Path,
-    plan: Plan,
-    batches: list[dict[str, torch.Tensor]],
-    settings: Settings,
-    device: str | None,
-    *,
-    team: Team,
-) -> None:
-    """``calibrated`` in a process that helps the first one, and writes nothing."""
-    from .convert.calibrate import calibrate
-    from .devices import device_named
-
-    place = device_named(team.device(device))
-    with open_source(str(folder)) as opened:
-        calibrate(opened.checkpoint, opened.layout, plan, batches, None, settings, device=place, team=team)

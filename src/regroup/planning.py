@@ -17,8 +17,6 @@ from .plan import Plan, allocate, layer_units, make_plan, parse_budget, token_by
 from .processes import ALONE, Team
 
 if TYPE_CHECKING:
-    import torch
-
     from .convert.attention import Settings
     from .convert.calibrate import Calibrated
     from .convert.sensitivity import Measured
@@ -171,7 +169,7 @@ def measured(
     settings = settings_for(start, repair, choose=method in (None, "auto"), search=search)
     batches = calibration_batches(calibration, opened.checkpoint.folder, opened.checkpoint.config)
     place = device_named(team.device(device))
-    team.call(_measure_along, opened.checkpoint.folder, start, choices, batches, settings, device)
+    team.call(along, opened.checkpoint.folder, device, measure, start, choices, batches, settings)
     with told.calibrating(opened.layout.layers[-1].index + 1) as count:
         return measure(
             opened.checkpoint,
@@ -186,23 +184,13 @@ def measured(
         )
 
 
-def _measure_along(
-    folder: Path,
-    start: Plan,
-    choices: Mapping[str, Sequence[int]],
-    batches: list[dict[str, torch.Tensor]],
-    settings: Settings,
-    device: str | None,
-    *,
-    team: Team,
-) -> None:
-    """``measured`` in a process that helps the first one."""
-    from .convert.sensitivity import measure
+def along(folder: Path, device: str | None, work: Callable[..., object], *arguments: object, team: Team) -> None:
+    """What a process does that helps the first one: ``work`` on the same checkpoint, with the same arguments."""
     from .devices import device_named
 
     place = device_named(team.device(device))
     with open_source(str(folder)) as opened:
-        measure(opened.checkpoint, opened.layout, start, choices, batches, settings, device=place, team=team)
+        work(opened.checkpoint, opened.layout, *arguments, device=place, team=team)
 
 
 def searches(grouping: str | None, method: str | None, plan: Plan | str | Path | None) -> bool:
