@@ -203,7 +203,7 @@ class Team:
 
     def assist(self) -> None:
         """Do what the first process calls for, until it has finished."""
-        while (wanted := self.led(lambda: None)) is not None:
+        while (wanted := self.led(_nothing)) is not None:
             function, arguments = wanted
             function(*arguments, team=self)
 
@@ -227,6 +227,11 @@ class Team:
 
 
 ALONE = Team()
+
+
+def _nothing() -> Any:
+    """What is made by a process that only receives, and by the first one when it calls for no more."""
+    return None
 
 
 @contextlib.contextmanager
@@ -256,7 +261,7 @@ def launched() -> Iterator[Team]:
         with together():
             yield team
             if team.rank == 0:
-                team.led(lambda: None)
+                team.led(_nothing)
     except KeyboardInterrupt as error:
         if team.rank == 0:
             raise
