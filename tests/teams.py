@@ -18,6 +18,7 @@ import helpers
 import tiny
 from regroup import RegroupError
 from regroup.checkpoint import open_checkpoint
+from regroup.convert import prepare, write
 from regroup.convert.attention import AttentionWorker, Settings
 from regroup.convert.calibrate import calibrate
 from regroup.convert.grouping import Groupings
@@ -113,12 +114,13 @@ def moments(team: Team, folder: Path, name: str, plan: Plan, count: int, merge: 
 
 
 def solved(team: Team, folder: Path, name: str, plan: Plan, scratch: Path, count: int, settings: Settings) -> Any:
-    """Everything that calibration comes to, with its tensors read."""
-    checkpoint = open_checkpoint(folder)
+    """What calibration comes to, and which tensors it solved; the first process writes the child, in ``scratch``."""
+    checkpoint, layout = open_checkpoint(folder), helpers.layout_of(folder)
     place = scratch if team.rank == 0 else None
-    found = calibrate(checkpoint, helpers.layout_of(folder), plan, batches(name, count), place, settings, team=team)
-    made = {tensor: given.run(tensor, checkpoint.read) for tensor, given in found.given.items()}
-    return found.plan, found.outcomes, found.kl, made
+    found = calibrate(checkpoint, layout, plan, batches(name, count), place, settings, team=team)
+    if place is not None:
+        write(prepare(checkpoint, layout, found.plan, given=found.given), place / "child")
+    return found.plan, found.outcomes, found.kl, sorted(found.given)
 
 
 def problem(count: int) -> tuple[torch.nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
