@@ -35,6 +35,7 @@ RULES: dict[str, tuple[list[str], set[str]]] = {
     # They run beside a checkpoint, and in a process of their own.
     "export/configuration_nemotron_nas.py": ([], {"torch"} | DISK | {"pathlib"}),
     "export/llama_cpp_process.py": ([], TORCH),
+    "processes.py": (["errors"], {"transformers", "safetensors"}),
     "errors.py": ([], TORCH | DISK | {"pathlib"}),
 }
 # These reach the disk in rooms that keep from it: a compiler writes what it builds.
@@ -126,6 +127,7 @@ def test_imports_keep_to_the_house(file: str) -> None:
         ("merge/pool.py", "from regroup.checkpoint.reader import read_json"),
         ("checkpoint/reader.py", "from ..layout.types import HeadSlot"),
         ("checkpoint/reader.py", "from ..plan import Plan"),
+        ("processes.py", "from .convert import prepare"),
         ("convert/stream.py", "from ..cli import app"),
         ("bench/decode.py", "from ..cli.options import numbers"),
         ("bench/decode.py", "from ..console import out"),

@@ -40,6 +40,23 @@ class RegroupError(Exception):
         super().__init__("\n".join(lines))
 
 
+class AgreedError(RegroupError):
+    """An error that every process raises; ``speaker`` is True in the one that should say it."""
+
+    def __init__(self, error: RegroupError, *, speaker: bool) -> None:
+        details = error.details
+        super().__init__(
+            error.what,
+            file=details["file"],
+            tensor=details["tensor"],
+            layer=details["layer"],
+            expected=details["expected"],
+            got=details["got"],
+            remedy=details["remedy"],
+        )
+        self.speaker = speaker
+
+
 def _short(value: object, most: int = 2000) -> str:
     """A damaged file can hold a name of megabytes."""
     text = str(value)

@@ -14,7 +14,8 @@ from .convert.resume import earlier_plan
 from .convert.text import CalibrationText, calibration_batches
 from .opening import Source, open_source
 from .plan import Plan
-from .planning import Listener, check_for_text, check_text_options, choose_plan, grouped, searches, settings_for
+from .planning import Listener, along, check_for_text, check_text_options, choose_plan, grouped, searches, settings_for
+from .processes import ALONE, Team
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,7 @@ def convert_checkpoint(
     workers: int = 2,
     dry_run: bool = False,
     listener: Listener | None = None,
+    team: Team = ALONE,
 ) -> Conversion:
     """Convert a multi-head checkpoint to grouped-query attention.
 
@@ -62,6 +64,8 @@ def convert_checkpoint(
         workers: threads that write.
         dry_run: check everything, write nothing, and foretell time and disk.
         listener: told how it goes on.
+        team: the processes that share the calibration text, which this one leads; the others ``assist`` (see
+            ``processes.launched``). They read the source from the same path.
 
     Returns:
         What was written, or would be.
@@ -73,7 +77,7 @@ def convert_checkpoint(
         >>> regroup.convert_checkpoint("meta-llama/Llama-2-7b-hf", "llama-2-7b-gqa8", kv_heads=8)  # doctest: +SKIP
     """
     target, told = Path(destination).expanduser(), listener or Listener()
-    check_text_options(repair, device, calibration)
+    check_text_options(repair, device, calibration, team)
     existing_parent(target)  # refuses what can have no folder
     scratch = target.absolute().parent
     with contextlib.ExitStack() as stack:
@@ -99,6 +103,7 @@ def convert_checkpoint(
         batches = []
         if calibration is not None:
             batches = calibration_batches(calibration, checkpoint.folder, checkpoint.config)
+            team.deal(batches)  # refuses too many processes
         asked = chosen.digest() if search else None
         earlier = earlier_plan(target, checkpoint, asked) if asked is not None and calibration is None else None
         if earlier is not None:
@@ -114,7 +119,9 @@ def convert_checkpoint(
             if not dry_run:
                 count = stack.enter_context(told.calibrating(layout.layers[-1].index + 1))
                 solved = stack.enter_context(
-                    calibrated(opened, chosen, batches, settings, scratch=scratch, device=device, progress=count)
+                    calibrated(
+                        opened, chosen, batches, settings, scratch=scratch, device=device, progress=count, team=team
+                    )
                 )
                 told.calibrated(solved)
                 record = {**calibration.describe(), "repair": repair, **solved.to_json()}
@@ -137,6 +144,7 @@ def calibrated(
     scratch: Path,
     device: str | None = None,
     progress: Callable[[int], None] | None = None,
+    team: Team = ALONE,
 ) -> Iterator[Calibrated]:
     """Carry out a plan on calibration text; the solved tensors lie in a scratch folder while the block lasts.
 
@@ -147,6 +155,7 @@ def calibrated(
         scratch: a folder on a disk with room for the attention weights.
         device: where layers run; a GPU where there is one.
         progress: called with 1 after each decoder layer.
+        team: see ``convert_checkpoint``.
 
     Raises:
         RegroupError: see ``calibrate``.
@@ -155,8 +164,17 @@ def calibrated(
     from .convert.calibrate import calibrate
     from .devices import device_named
 
-    place = device_named(device)
+    place = device_named(team.device(device))
     with scratch_folder(scratch, ".regroup-solved-") as folder:
+        team.call(along, opened.checkpoint.folder, device, calibrate, plan, batches, None, settings)
         yield calibrate(
-            opened.checkpoint, opened.layout, plan, batches, folder, settings, device=place, progress=progress
+            opened.checkpoint,
+            opened.layout,
+            plan,
+            batches,
+            folder,
+            settings,
+            device=place,
+            progress=progress,
+            team=team,
         )

@@ -14,6 +14,7 @@ from .errors import RegroupError
 from .layout import Layout
 from .opening import Source, open_layout, open_source
 from .plan import Plan, allocate, layer_units, make_plan, parse_budget, token_bytes
+from .processes import ALONE, Team
 
 if TYPE_CHECKING:
     from .convert.attention import Settings
@@ -65,6 +66,7 @@ def plan_checkpoint(
     revision: str | None = None,
     allow_pickle: bool = False,
     listener: Listener | None = None,
+    team: Team = ALONE,
 ) -> tuple[Plan, Layout]:
     """Plan a conversion, with a number of KV heads for each layer that keeps the most of the model in a given cache.
 
@@ -74,8 +76,8 @@ def plan_checkpoint(
         grouping: see ``convert_checkpoint``; without a budget ``"contiguous"`` unless given.
         calibration: with a budget, text on which each layer is converted to each G, to see what that costs. Without
             it the weights' residual energies have to do.
-        source, kv_heads, layers, method, tensor_parallel, seed, repair, device, revision, allow_pickle, listener: see
-            ``convert_checkpoint``.
+        source, kv_heads, layers, method, tensor_parallel, seed, repair, device, revision, allow_pickle, listener, team:
+            see ``convert_checkpoint``.
 
     Returns:
         The plan and the layout that it is for. With calibration the plan holds the KL divergence to be expected.
@@ -84,7 +86,7 @@ def plan_checkpoint(
         RegroupError: as ``convert_checkpoint``; a budget that cannot be read or met.
     """
     told = listener or Listener()
-    check_text_options(repair, device, calibration)
+    check_text_options(repair, device, calibration, team)
     wanted = {"method": method, "tensor_parallel": tensor_parallel, "seed": seed}
     if kv_budget is None:
         if calibration is not None:
@@ -123,7 +125,16 @@ def plan_checkpoint(
             plan = grouped(opened, plan, told) if search else plan
         else:
             found = measured(
-                opened, start, choices, calibration, told, method=method, repair=repair, search=search, device=device
+                opened,
+                start,
+                choices,
+                calibration,
+                told,
+                method=method,
+                repair=repair,
+                search=search,
+                device=device,
+                team=team,
             )
             costs = [{heads: one.kl for heads, one in found[layer.name].items()} for layer in layout.layers]
             heads = allocate(costs, units, budget, full=full)
@@ -149,6 +160,7 @@ def measured(
     repair: str,
     search: bool,
     device: str | None,
+    team: Team = ALONE,
 ) -> dict[str, dict[int, Measured]]:
     """What each layer loses at each number of KV heads, alone (see ``convert.sensitivity.measure``)."""
     from .convert.sensitivity import measure
@@ -156,6 +168,8 @@ def measured(
 
     settings = settings_for(start, repair, choose=method in (None, "auto"), search=search)
     batches = calibration_batches(calibration, opened.checkpoint.folder, opened.checkpoint.config)
+    place = device_named(team.device(device))
+    team.call(along, opened.checkpoint.folder, device, measure, start, choices, batches, settings)
     with told.calibrating(opened.layout.layers[-1].index + 1) as count:
         return measure(
             opened.checkpoint,
@@ -164,9 +178,19 @@ def measured(
             choices,
             batches,
             settings,
-            device=device_named(device),
+            device=place,
             progress=count,
+            team=team,
         )
+
+
+def along(folder: Path, device: str | None, work: Callable[..., object], *arguments: object, team: Team) -> None:
+    """What a process does that helps the first one: ``work`` on the same checkpoint, with the same arguments."""
+    from .devices import device_named
+
+    place = device_named(team.device(device))
+    with open_source(str(folder)) as opened:
+        work(opened.checkpoint, opened.layout, *arguments, device=place, team=team)
 
 
 def searches(grouping: str | None, method: str | None, plan: Plan | str | Path | None) -> bool:
@@ -190,17 +214,26 @@ def check_repair(repair: str) -> None:
         raise RegroupError("the repair is not known", expected=", ".join(REPAIRS), got=repair)
 
 
-def check_text_options(repair: str, device: str | None, calibration: CalibrationText | None) -> None:
+def check_text_options(
+    repair: str, device: str | None, calibration: CalibrationText | None, team: Team = ALONE
+) -> None:
     """Refuse what calibration could not use, before anything is read.
 
     Raises:
-        RegroupError: an unknown repair, or a device that is not there.
+        RegroupError: an unknown repair, a device that is not there, or several processes and no text for them.
     """
     check_repair(repair)
     if calibration is not None:
         from .devices import device_named
 
-        device_named(device)
+        device_named(team.device(device))
+    elif team.size > 1:
+        raise RegroupError(
+            "several processes were started, and there is no calibration text for them to share",
+            expected="--calibration, or one process",
+            got=f"{team.size} processes",
+            remedy="run the command without a launcher",
+        )
 
 
 def check_for_text(plan: Plan) -> None:

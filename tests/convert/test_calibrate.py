@@ -25,15 +25,12 @@ from regroup.convert.layers import LayerStream
 from regroup.convert.moments import weight_moments
 from regroup.convert.solve import solve_keys, solve_values
 from regroup.plan import Plan, make_plan
+from teams import batches
 
 Saved = Callable[[str], Path]
 FAMILIES = sorted(tiny.FAMILIES)
 # What a linear map cannot pass through is pooled by mean, in these.
 OBSTACLES = {"qwen3", "olmo2", "phi_norm", "stablelm_norm", "cohere_norm", "olmo"}
-
-
-def batches(name: str, count: int = 8) -> list[dict[str, torch.Tensor]]:
-    return [tiny.inputs(name, 2, 12, seed=seed) for seed in range(count)]
 
 
 def groups_of(name: str) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from ..errors import RegroupError
+from ..errors import AgreedError, RegroupError
 from . import advise, bench, convert, demo, evaluate, export, inspect, plan, report, uptrain, verify
 
 
@@ -18,6 +18,10 @@ class _Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except AgreedError as error:
+            if not error.speaker:
+                raise typer.Exit(2) from error
+            _fail(str(error))
         except RegroupError as error:
             _fail(str(error))
         except KeyboardInterrupt:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import RegroupError
 from .options import (
     AllowPickle,
     Calibration,
@@ -49,45 +50,55 @@ def convert(
     """Convert a checkpoint: fewer KV heads, everything else bit for bit."""
     from ..console import Told, err, human_bytes, show_forecast
     from ..pipeline import convert_checkpoint
+    from ..processes import launched
 
-    text = calibration.text()
-    options: dict[str, Any] = {
-        "kv_heads": kv_heads,
-        "layers": layers,
-        "method": method,
-        "grouping": grouping,
-        "tensor_parallel": tensor_parallel,
-        "seed": seed,
-        "plan": plan,
-        "calibration": text,
-        "repair": calibration.repair or "output",
-        "revision": revision,
-        "allow_pickle": allow_pickle,
-    }
+    with launched() as team:
+        if team.rank > 0:
+            team.assist()
+            return
+        text = calibration.text()
+        options: dict[str, Any] = {
+            "kv_heads": kv_heads,
+            "layers": layers,
+            "method": method,
+            "grouping": grouping,
+            "tensor_parallel": tensor_parallel,
+            "seed": seed,
+            "plan": plan,
+            "calibration": text,
+            "repair": calibration.repair or "output",
+            "revision": revision,
+            "allow_pickle": allow_pickle,
+        }
+        rest = {"device": calibration.device, "workers": workers, "dry_run": dry_run, "team": team}
 
-    def run(target: Path) -> Any:
-        return convert_checkpoint(
-            source, target, **options, device=calibration.device, workers=workers, dry_run=dry_run, listener=Told()
-        )
+        def run(target: Path) -> Any:
+            return convert_checkpoint(source, target, **options, **rest, listener=Told())
 
-    if uptrain is not None and dry_run:
-        from ..uptrain.chain import check_recipe
+        if uptrain is not None and team.size > 1:
+            raise RegroupError(
+                "--uptrain was given to several processes",
+                got=f"{team.size} processes",
+                remedy="convert first, then start `regroup uptrain` with the launcher",
+            )
+        if uptrain is not None and dry_run:
+            from ..uptrain.chain import check_recipe
 
-        check_recipe(uptrain, source, destination)
-    elif uptrain is not None:
-        from ..uptrain.chain import convert_and_uptrain
-        from ..uptrain.watch import Shown
+            check_recipe(uptrain, source, destination)
+        elif uptrain is not None:
+            from ..uptrain.chain import convert_and_uptrain
+            from ..uptrain.watch import Shown
 
-        convert_and_uptrain(source, destination, uptrain, run, options, listener=Shown())
-        err.print(f"wrote {destination}; the record of its uptraining is in {destination}.uptraining/run")
+            convert_and_uptrain(source, destination, uptrain, run, options, listener=Shown())
+            err.print(f"wrote {destination}; the record of its uptraining is in {destination}.uptraining/run")
+            err.print(f"what it cost in quality: regroup evaluate {destination} --teacher {source} --data FILE")
+            return
+        started = time.perf_counter()
+        done = run(destination)
+        if done.destination is None:
+            show_forecast(done.forecast, calibrated=text is not None)
+            return
+        rate = (done.preview.bytes_before + done.preview.bytes_after) / done.seconds
+        whole = time.perf_counter() - started
+        err.print(f"wrote {destination} in {whole:.1f} s; {human_bytes(rate)}/s read and written")
         err.print(f"what it cost in quality: regroup evaluate {destination} --teacher {source} --data FILE")
-        return
-    started = time.perf_counter()
-    done = run(destination)
-    if done.destination is None:
-        show_forecast(done.forecast, calibrated=text is not None)
-        return
-    rate = (done.preview.bytes_before + done.preview.bytes_after) / done.seconds
-    whole = time.perf_counter() - started
-    err.print(f"wrote {destination} in {whole:.1f} s; {human_bytes(rate)}/s read and written")
-    err.print(f"what it cost in quality: regroup evaluate {destination} --teacher {source} --data FILE")

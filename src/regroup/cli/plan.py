@@ -47,31 +47,37 @@ def plan(
     """Write down what a conversion should do, as JSON that you can edit; with --kv-budget, find G for each layer."""
     from ..console import Told, err, show_plan
     from ..planning import plan_checkpoint
+    from ..processes import launched
 
-    if output is not None:
-        check_file(output)
-    text = calibration.text()
-    made, layout = plan_checkpoint(
-        source,
-        kv_heads=kv_heads,
-        layers=layers,
-        kv_budget=kv_budget,
-        method=method,
-        grouping=grouping,
-        tensor_parallel=tensor_parallel,
-        seed=seed,
-        calibration=text,
-        repair=calibration.repair or "output",
-        device=calibration.device,
-        revision=revision,
-        allow_pickle=allow_pickle,
-        listener=Told(),
-    )
-    show_plan(made, layout)
-    if output is None:
-        typer.echo(made.dumps(), nl=False)
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(made.dumps(), encoding="utf-8")
-    again = "" if made.predicted_kl is None else calibration.flags()
-    err.print(f"wrote {output}; carry it out with: regroup convert {source} DST --plan {output}{again}")
+    with launched() as team:
+        if team.rank > 0:
+            team.assist()
+            return
+        if output is not None:
+            check_file(output)
+        text = calibration.text()
+        made, layout = plan_checkpoint(
+            source,
+            kv_heads=kv_heads,
+            layers=layers,
+            kv_budget=kv_budget,
+            method=method,
+            grouping=grouping,
+            tensor_parallel=tensor_parallel,
+            seed=seed,
+            calibration=text,
+            repair=calibration.repair or "output",
+            device=calibration.device,
+            revision=revision,
+            allow_pickle=allow_pickle,
+            listener=Told(),
+            team=team,
+        )
+        show_plan(made, layout)
+        if output is None:
+            typer.echo(made.dumps(), nl=False)
+            return
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(made.dumps(), encoding="utf-8")
+        again = "" if made.predicted_kl is None else calibration.flags()
+        err.print(f"wrote {output}; carry it out with: regroup convert {source} DST --plan {output}{again}")

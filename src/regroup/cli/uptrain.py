@@ -86,7 +86,7 @@ def uptrain(
 ) -> None:
     """Bring a converted checkpoint back: train it for a share α of the original compute, or distil its parent."""
     given = {name: value for name, value in locals().items() if name not in ("recipe", "dry_run")}
-    from ..uptrain.processes import AgreedError, leave, rank
+    from ..processes import leave, rank
 
     try:
         from ..uptrain.recipe import Recipe
@@ -95,10 +95,6 @@ def uptrain(
 
         given["stages"] = tuple(stages.split(",")) if stages else None
         done = run(Recipe.load(recipe, **given), listener=Shown(), dry_run=dry_run)
-    except AgreedError as error:
-        if error.speaker:
-            raise
-        raise typer.Exit(2) from error
     finally:
         leave()
     if rank() == 0:

@@ -16,6 +16,7 @@ from ..layout.types import AttentionLayer
 from ..merge import Sharing
 from ..models.modeling_regroup import regroup_attention
 from ..plan import LayerPlan
+from ..processes import ALONE, Team
 from .grouping import Groupings, Option
 from .heads import HeadWeights, gather, load_into, scatter, share
 from .layers import DecoderLayer, LayerStream, Seen
@@ -79,17 +80,18 @@ class AttentionWorker:
 
     Args:
         checkpoint: the parent.
-        stream: its decoder layers and the text.
+        stream: its decoder layers and this process's share of the text.
         settings: see there.
+        team: the processes that share the text. What is fitted and judged on is the same batches as in one process.
     """
 
-    def __init__(self, checkpoint: Checkpoint, stream: LayerStream, settings: Settings) -> None:
-        self.checkpoint, self.stream, self.settings = checkpoint, stream, settings
-        count = len(stream.batches)
-        size = max(1, stream.hidden[0].shape[0] * stream.hidden[0].shape[1])
+    def __init__(self, checkpoint: Checkpoint, stream: LayerStream, settings: Settings, team: Team = ALONE) -> None:
+        self.checkpoint, self.stream, self.settings, self.team = checkpoint, stream, settings, team
+        count = sum(team.gathered(len(stream.batches)))
+        size = team.gathered(max(1, stream.hidden[0].shape[0] * stream.hidden[0].shape[1]))[0]
         kept = max(1, min(round(count * settings.held_out), settings.held_out_tokens // size))
-        self.fit, self.held_out = range(count - kept), range(count - kept, count)
-        self.judging = self.fit[: max(1, settings.judged_on // size)]
+        self.fit, self.held_out = team.own(0, count - kept), team.own(count - kept, count)
+        self.judging = team.own(0, min(count - kept, max(1, settings.judged_on // size)))
 
     def masks(self, batch: int, layer: AttentionLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Which query positions and which memory positions hold text, (B, T) and (B, S); None for all."""
@@ -122,7 +124,7 @@ class AttentionWorker:
             for grouping in first:
                 grouping.look(seen[grouping.layer.name], *self.masks(batch, grouping.layer))
         for grouping in groupings:
-            grouping.settle()
+            grouping.settle(self.team)
         outputs: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
         after: list[torch.Tensor] = []
         for batch, states in enumerate(hidden):
@@ -141,6 +143,8 @@ class AttentionWorker:
                 outputs[layer.name].append(seen[layer.name].output.cpu())
             for grouping in groupings if batch in self.fit else ():
                 grouping.add(seen[grouping.layer.name], *self.masks(batch, grouping.layer))
+        for grouping in groupings:
+            grouping.merge(self.team)
         return outputs, after
 
     def convert(
@@ -181,7 +185,7 @@ class AttentionWorker:
 
         def install(number: int, key: str, value: str) -> HeadWeights:
             want = options[number].want
-            made = share(weights, want.order, keys_by(number, key), values_by(number, value))
+            made = self.team.led(lambda: share(weights, want.order, keys_by(number, key), values_by(number, value)))
             self._install(pupil, layer, stock, want, made)
             return made
 
@@ -252,17 +256,19 @@ class AttentionWorker:
             fitted.
         """
         bias = self._output_bias(pupil, layers[-1])
-        sums = {True: Regression(), False: Regression()}
+        own = {True: Regression(), False: Regression()}
         repaired = self.settings.repair != "none"
         for batch in (*(fit if repaired else ()), *self.held_out):
             seen, target = self._look(pupil, layers, batch, targets, child)
             mixed = self._rows(seen.mixed, batch, layers[-1])
-            sums[batch in self.fit].add(mixed, target if bias is None else target - bias)
+            own[batch in self.fit].add(mixed, target if bias is None else target - bias)
+        held_out = own[False].merged(self.team)
         if not repaired:
-            error = sums[False].error(output)
+            error = self.team.led(lambda: held_out.error(output))
             return Refit(output, error, error), None
-        best = refit_output(sums[True], sums[False], output)
-        return replace(best, weights=best.weights.to(output.dtype)), sums[True].gram
+        fitted = own[True].merged(self.team)
+        best = self.team.led(lambda: refit_output(fitted, held_out, output))
+        return replace(best, weights=best.weights.to(output.dtype)), fitted.gram
 
     def _distill(
         self,
@@ -274,9 +280,10 @@ class AttentionWorker:
     ) -> None:
         """Train the installed attention against the targets, in place."""
         layer = layers[-1]
-        power = sum(
+        energy = sum(
             float(self._look(pupil, layers, batch, targets, child)[1].square().sum()) for batch in self.held_out
-        ) / len(self.held_out)
+        )
+        power = self.team.total(energy) / self.team.total(len(self.held_out))
 
         def loss_of(batch: int) -> torch.Tensor:
             seen, target = self._look(pupil, layers, batch, targets, child)
@@ -285,7 +292,16 @@ class AttentionWorker:
         names = [name.removeprefix(layer.name + ".") for name in projection_tensors(layer)]
         inputs = self._input_moments(pupil, layers, targets, child, attended)
         with torch.enable_grad():
-            distill(pupil.attention(layer), names, loss_of, self.fit, self.held_out, self.settings.distillation, inputs)
+            distill(
+                pupil.attention(layer),
+                names,
+                loss_of,
+                self.fit,
+                self.held_out,
+                self.settings.distillation,
+                inputs,
+                self.team,
+            )
 
     def _input_moments(
         self,
@@ -304,6 +320,7 @@ class AttentionWorker:
                 flat = states.flatten(0, 1)
                 gram = (flat.T @ flat).double()
                 sums[name] = sums[name] + gram if name in sums else gram
+        sums = self.team.added(sums)
         if attended is not None:
             sums["output"] = attended
         found = {}

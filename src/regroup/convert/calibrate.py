@@ -20,6 +20,7 @@ from ..checkpoint.writer import save_tensors
 from ..errors import RegroupError
 from ..layout.types import AttentionLayer, Layout
 from ..plan import LayerPlan, Plan
+from ..processes import ALONE, Team
 from .attention import AttentionWorker, LayerOutcome, Settings, projection_tensors
 from .grouping import Groupings
 from .heads import HeadWeights, load_into
@@ -59,27 +60,31 @@ def calibrate(
     layout: Layout,
     plan: Plan,
     batches: Sequence[dict[str, torch.Tensor]],
-    scratch: Path,
+    scratch: Path | None,
     settings: Settings,
     *,
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
+    team: Team = ALONE,
 ) -> Calibrated:
     """Convert every layer that the plan changes, on calibration text.
 
     Args:
         checkpoint, layout, plan: of the parent. Methods in the plan count where ``settings.choose`` is off.
         batches: model inputs, of which the last ones are held out.
-        scratch: folder for the solved tensors, a file a layer.
+        scratch: folder for the solved tensors, a file a layer; None in processes that only help another.
         settings: see there.
         device: where layers run.
         progress: called with 1 after each decoder layer.
+        team: the processes that do this together, each called with the same arguments but those two. Each keeps hidden
+            states of its own batches alone.
 
     Raises:
-        RegroupError: a method that a layer does not allow, or a parent that transformers cannot load.
+        RegroupError: a method that a layer does not allow, a parent that transformers cannot load, or fewer batches
+            than processes.
     """
-    stream = LayerStream(checkpoint.folder, layout, batches, device=device)
-    loop = _Loop(checkpoint, plan, stream, scratch, settings)
+    stream = LayerStream(checkpoint.folder, layout, team.deal(batches), device=device)
+    loop = _Loop(checkpoint, plan, stream, scratch, AttentionWorker(checkpoint, stream, settings, team))
     for index in range(len(stream)):
         loop.layer(index)
         if progress is not None:
@@ -101,10 +106,10 @@ class _Loop:
     """Both streams, and what has been found so far."""
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, stream: LayerStream, scratch: Path, settings: Settings
+        self, checkpoint: Checkpoint, plan: Plan, stream: LayerStream, scratch: Path | None, worker: AttentionWorker
     ) -> None:
-        self.checkpoint, self.stream, self.scratch, self.settings = checkpoint, stream, scratch, settings
-        self.worker = AttentionWorker(checkpoint, stream, settings)
+        self.checkpoint, self.stream, self.scratch, self.worker = checkpoint, stream, scratch, worker
+        self.settings = worker.settings
         self.wants = {layer.name: layer for layer in plan.layers}
         self.chosen: dict[str, LayerPlan] = {}
         self.given: dict[str, Given] = {}
@@ -153,13 +158,15 @@ class _Loop:
         """Write the converted tensors to the scratch folder, in the parent's dtypes."""
         attention = pupil.attention(layer)
         entries = self.checkpoint.tensors
-        path = self.scratch / f"{layer.name}.safetensors"
         tensors = {}
         for name in projection_tensors(layer):
             value = attention.get_parameter(name.removeprefix(layer.name + ".")).detach().cpu()
             tensors[name] = value.to(TORCH_DTYPES[entries[name].dtype]).contiguous()
-            self.given[name] = Given(tuple(value.shape), entries[name].dtype, path)
-        save_tensors(tensors, path)
+        if self.scratch is not None:
+            path = self.scratch / f"{layer.name}.safetensors"
+            save_tensors(tensors, path)
+            for name, value in tensors.items():
+                self.given[name] = Given(tuple(value.shape), entries[name].dtype, path)
         # What stays in the pupil is what was written.
         load_into(attention, layer, {name: value.float() for name, value in tensors.items()})
 
@@ -194,4 +201,5 @@ def divergences(
             got = stream.logits(batch, states[place]).log_softmax(-1)
             apart = (expected.exp() * (expected - got)).sum(-1)
             totals[key] += float(apart[keep].double().sum())
-    return {key: max(total / tokens, 0.0) for key, total in totals.items()}
+    tokens = worker.team.total(tokens)
+    return {key: max(worker.team.total(total) / tokens, 0.0) for key, total in totals.items()}

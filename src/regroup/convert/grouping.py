@@ -13,6 +13,7 @@ from ..layout.types import AttentionLayer, Layout
 from ..merge import linear_residual, pair_residuals, rotary_residual
 from ..merge.rotary import Pairs
 from ..plan import LayerPlan, Plan, query_order, search_groups
+from ..processes import ALONE, Team
 from .heads import HeadWeights
 from .layers import Seen
 from .moments import Gatherer, Moments, weight_moments
@@ -103,13 +104,12 @@ class Groupings:
         assert self._whole is not None
         self._whole.add(seen, query_mask, memory_mask)
 
-    def settle(self) -> None:
+    def settle(self, team: Team = ALONE) -> None:
         """Decide which groupings are tried; moments of their groups can be gathered from then on."""
         candidates = list(self.wants)
         if self._whole is not None:
-            moments = self._whole.moments()
-            for want in self._searched:
-                order = searched(self.layer, self.weights, moments, want.num_key_value_heads, seed=self.seed)
+            self._whole.merge(team)
+            for order, want in zip(team.led(self._orders), self._searched, strict=True):
                 if order is not None:
                     candidates.append(replace(want, query_order=order))
         self._found = [
@@ -121,10 +121,23 @@ class Groupings:
         for _, gatherer in self._found:
             gatherer.add(seen, query_mask, memory_mask)
 
+    def merge(self, team: Team) -> None:
+        """Count what the other processes counted for the moments."""
+        for _, gatherer in self._found:
+            gatherer.merge(team)
+
     def options(self, kv_heads: int) -> list[Option]:
         """What there is for a number of KV heads, the plan's own order first."""
         return [
             Option(want, gatherer.moments()) for want, gatherer in self._found if want.num_key_value_heads == kv_heads
+        ]
+
+    def _orders(self) -> list[tuple[int, ...] | None]:
+        assert self._whole is not None
+        moments = self._whole.moments()
+        return [
+            searched(self.layer, self.weights, moments, want.num_key_value_heads, seed=self.seed)
+            for want in self._searched
         ]
 
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 
 from ..layout.types import AttentionLayer
+from ..processes import Team
 from .heads import HeadWeights, group_owners
 from .layers import Seen
 
@@ -92,6 +93,14 @@ class Gatherer:
             self._count(f"attended.{number}", torch.stack(moments))
         self._rows["query"] += int(rows.sum())
         self._rows["memory"] += int(columns.sum())
+
+    def merge(self, team: Team) -> None:
+        """Count what the other processes counted, so that all have the sums of all batches."""
+        if team.size > 1:
+            rows = {f"rows.{name}": torch.tensor(count) for name, count in self._rows.items()}
+            found = team.added(self._sums | rows)
+            self._rows = {name: int(found.pop(f"rows.{name}")) for name in self._rows}
+            self._sums = found
 
     def moments(self) -> Moments:
         """Means over the rows counted."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+
+from ..processes import ALONE, Team
 
 # Strengths of the ridge that are tried, relative to the mean square of the inputs; held-out text chooses.
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -39,6 +42,13 @@ class Regression:
         self.cross = cross if self.cross is None else self.cross + cross
         self.square += float(targets.double().square().sum())
         self.rows += len(inputs)
+
+    def merged(self, team: Team) -> Regression:
+        """The sums over the rows of all processes."""
+        own = {"square": torch.tensor(self.square, dtype=torch.float64), "rows": torch.tensor(self.rows)}
+        own |= {name: value for name in ("gram", "cross") if (value := getattr(self, name)) is not None}
+        found = team.added(own)
+        return Regression(found.get("gram"), found.get("cross"), float(found["square"]), int(found["rows"]))
 
     def solve(self, ridge: float) -> torch.Tensor:
         """Weights (F, E) that minimise Σ |y - aᵀW|² + ridge · mean(gram) · |W|²."""
@@ -116,8 +126,10 @@ class _Whitened(nn.Module):
         values, vectors = torch.linalg.eigh(moments.double())
         values = values.clamp(min=0) / values.clamp(min=0).mean().clamp(min=1e-300) + level
         self.axis = axis
-        self.narrow = ((vectors * values.rsqrt()) @ vectors.T).to(torch.float32)
-        self.widen = ((vectors * values.sqrt()) @ vectors.T).to(torch.float32)
+        self.narrow: torch.Tensor
+        self.widen: torch.Tensor
+        self.register_buffer("narrow", ((vectors * values.rsqrt()) @ vectors.T).to(torch.float32))
+        self.register_buffer("widen", ((vectors * values.sqrt()) @ vectors.T).to(torch.float32))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight @ self.narrow if self.axis else self.narrow @ weight
@@ -134,8 +146,11 @@ def distill(
     held_out: Sequence[int],
     settings: DistillSettings,
     inputs: Mapping[str, tuple[torch.Tensor, int]] | None = None,
+    team: Team = ALONE,
 ) -> tuple[float, float]:
     """Train a layer's attention parameters on one pass over the batches ``fit``; keep the best state seen.
+
+    With several processes a step sees a batch of each: gradients are added, and there are fewer steps.
 
     Args:
         module: the attention module; changed in place.
@@ -145,14 +160,17 @@ def distill(
         settings: see there.
         inputs: for the weights among ``names`` the second moment of what they multiply, (F, F), and the axis of the
             weight that F lies along; those are trained in whitened coordinates.
+        team: the processes that do this together, each on its own batches; all end with the same parameters.
 
     Returns:
         Held-out error before and after; after is never larger.
     """
 
+    judged = team.total(len(held_out))
+
     def judge() -> float:
         with torch.no_grad():
-            return sum(float(loss_of(batch)) for batch in held_out) / len(held_out)
+            return team.total(sum(float(loss_of(batch)) for batch in held_out)) / judged
 
     before = best = judge()
     kept = {name: module.get_parameter(name).detach().clone() for name in names}
@@ -162,8 +180,8 @@ def distill(
         owner = module.get_submodule(path)
         if inputs is not None and name in inputs:
             moments, axis = inputs[name]
-            white = _Whitened(moments, axis, settings.whitening).to(module.get_parameter(name).device)
-            parametrize.register_parametrization(owner, leaf, white)
+            white = team.led(partial(_whitened, moments, axis, settings.whitening))
+            parametrize.register_parametrization(owner, leaf, white.to(module.get_parameter(name).device))
             parameters.append(owner.get_parameter(f"parametrizations.{leaf}.original"))
         else:
             parameters.append(module.get_parameter(name))
@@ -175,15 +193,19 @@ def distill(
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(groups, betas=settings.betas)
-    steps, worse, lowest = len(fit), 0, math.inf
+    # Of some processes the last batch may be missing: they take part in the last step all the same.
+    steps, worse, lowest = max(team.gathered(len(fit))), 0, math.inf
     every = max(1, steps // settings.checks)
-    for step, batch in enumerate(fit):
+    for step in range(steps):
         scale = min(1.0, (step + 1) / max(1.0, settings.warmup * steps))
         scale *= 0.5 * (1 + math.cos(math.pi * step / steps))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * scale
         optimizer.zero_grad()
-        loss_of(batch).backward()
+        if step < len(fit):
+            loss_of(fit[step]).backward()
+        if team.size > 1:
+            _add_gradients(parameters, team)
         optimizer.step()
         if (step + 1) % every == 0 or step + 1 == steps:
             now = judge()
@@ -201,7 +223,21 @@ def distill(
         owner = module.get_submodule(path)
         if parametrize.is_parametrized(owner, leaf):
             parametrize.remove_parametrizations(owner, leaf)
+    if team.size > 1:
+        # Processors of several kinds need not round a step alike.
+        best, kept = team.led(lambda: (best, {name: value.cpu() for name, value in kept.items()}))
     with torch.no_grad():
         for name, value in kept.items():
             module.get_parameter(name).requires_grad_(False).copy_(value)
     return before, best
+
+
+def _whitened(moments: torch.Tensor, axis: int, level: float) -> _Whitened:
+    # From the CPU it can be sent to other processes.
+    return _Whitened(moments, axis, level).cpu()
+
+
+def _add_gradients(parameters: Sequence[torch.Tensor], team: Team) -> None:
+    own = {str(place): p.grad for place, p in enumerate(parameters) if p.grad is not None}
+    for place, gradient in team.added(own).items():
+        parameters[int(place)].grad = gradient.to(parameters[int(place)].device)

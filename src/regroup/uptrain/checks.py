@@ -11,8 +11,8 @@ from ..checkpoint.reader import read_json
 from ..checkpoint.writer import existing_parent
 from ..errors import RegroupError
 from ..models import load_tokenizer
+from ..processes import world
 from . import states
-from .processes import world
 from .reading import check_same_tokenizer
 from .recipe import Recipe
 

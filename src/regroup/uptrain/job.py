@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from ..data import Batch
 from ..errors import RegroupError
-from .processes import rank, world
+from ..processes import rank, world
 from .recipe import Recipe
 from .stream import ExampleStream
 from .teacher import Teacher

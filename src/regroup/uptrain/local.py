@@ -22,10 +22,10 @@ from ..convert.repair import DistillSettings, distill
 from ..errors import RegroupError
 from ..models import load
 from ..opening import open_source
+from ..processes import rank
 from . import states
 from .distill import inputs_of
 from .prepare import Prepared
-from .processes import quiet_files, rank
 from .watch import Listener
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def local_stage(ready: Prepared, told: Listener) -> None:
         errors = distill_layers(ready.checkpoint.folder, ready.teacher_folder, ready.student, batches, _device(ready))
         for name, (before, after) in errors.items():
             told.notice(f"{name}: attention output missed by {before:.1%}, now {after:.1%}")
-        with staged_folder(folder) as stage, quiet_files():
+        with staged_folder(folder) as stage, states.quiet_files():
             ready.student.save_pretrained(stage)
         return
     while not (folder / "config.json").is_file():

@@ -16,6 +16,7 @@ from ..data import Batch
 from ..errors import RegroupError
 from ..models import load, load_tokenizer
 from ..opening import Source, open_source
+from ..processes import world
 from . import states
 from .budget import Budget, known_pretraining_tokens, plan_budget
 from .cache import TeacherCache
@@ -32,7 +33,6 @@ from .distill import aligned_targets
 from .export import check_names, freeze_tables
 from .job import Job, training_arguments
 from .objective import Objective, keeps_documents_apart, make_objective
-from .processes import world
 from .recipe import Recipe, resolved
 from .stream import held_out_examples, open_stream
 from .teacher import Teacher

@@ -12,12 +12,12 @@ import torch
 
 from ..checkpoint.writer import write_text
 from ..errors import RegroupError
+from ..processes import barrier, rank, together, world
 from ..record import record, write_record
 from . import states
 from .budget import Budget
 from .export import write_model
 from .prepare import Prepared, prepare
-from .processes import barrier, rank, together, world
 from .recipe import Recipe
 from .trainer import UptrainTrainer
 from .watch import Listener, Progress, curve

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,20 @@ LOCAL_FOLDER = "local"
 # Hidden, so that neither we nor transformers takes them for states.
 _STAGING = ".saving"
 _REMOVED = ".removed-"
+
+
+@contextlib.contextmanager
+def quiet_files() -> Iterator[None]:
+    """Without transformers' bars for each file that it writes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def complete(output: Path) -> list[tuple[int, Path]]:

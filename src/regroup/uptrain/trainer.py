@@ -21,11 +21,11 @@ from ..checkpoint.reader import companion_files
 from ..data import IGNORED
 from ..errors import RegroupError
 from ..evaluate import Score, score
+from ..processes import barrier, together, world
 from . import states
 from .distill import Mix, aligned_targets, hidden_distance, layer_outputs, mixed_loss
 from .guard import LossGuard
 from .job import Job, MicroBatches
-from .processes import barrier, quiet_files, together, world
 from .schedule import schedule
 
 
@@ -236,7 +236,7 @@ class UptrainTrainer(Trainer):
 
     def _write(self, model: Any, trial: Any) -> None:
         try:
-            with quiet_files():
+            with states.quiet_files():
                 super()._save_checkpoint(model, trial)
         except Exception as error:
             # torch and safetensors say in their own ways that the system did not take what they wrote.

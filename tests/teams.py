@@ -1,0 +1,156 @@
+"""Several processes of this machine that work together as under a launcher, and stay for the next piece of work."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import helpers
+import tiny
+from regroup import RegroupError
+from regroup.checkpoint import open_checkpoint
+from regroup.convert import prepare, write
+from regroup.convert.attention import AttentionWorker, Settings
+from regroup.convert.calibrate import calibrate
+from regroup.convert.grouping import Groupings
+from regroup.convert.heads import HeadWeights
+from regroup.convert.layers import DecoderLayer, LayerStream
+from regroup.convert.moments import Gatherer, Moments
+from regroup.convert.repair import DistillSettings, distill
+from regroup.plan import Plan
+from regroup.processes import ALONE, Team, launched
+
+Answer = tuple[int, str]
+
+
+class Crew:
+    """So many processes; they have imported everything already when the second piece of work comes."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.size = size
+        self.pool = ProcessPoolExecutor(size, context, initializer=torch.set_num_threads, initargs=(1,))
+
+    def __call__(self, job: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What each process answers, called with these arguments; each gets one, since all wait for each other."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        places = [
+            {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            for rank in range(self.size)
+        ]
+        futures = [self.pool.submit(_placed, place, job, arguments) for place in places]
+        return [future.result(timeout=180) for future in futures]
+
+
+def _placed(place: dict[str, Any], job: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in place.items()}):
+        return job(*arguments)
+
+
+def joined(job: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a job with the team and these arguments, in every process alike."""
+    with launched() as team:
+        found = job(team, *arguments)
+        if team.rank > 0:
+            team.assist()
+        return found
+
+
+def command(*words: object) -> Answer:
+    """Exit status and standard error of ``regroup`` with these arguments; 1 where it ends in a traceback."""
+    try:
+        status, _, err = helpers.run(*words)
+    except ValueError as error:
+        return 1, repr(error)
+    return status, err
+
+
+def command_that_fails(at: int, kind: type[Exception], *words: object) -> Answer:
+    """The same, with an error in the process ``at`` when it has run some of its batches."""
+    calls, real = [0], DecoderLayer.observe
+
+    def observe(self: DecoderLayer, *arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if os.environ["RANK"] == str(at) and calls[0] == 5:
+            raise RegroupError("a planned fault", remedy="none") if kind is RegroupError else kind("a planned fault")
+        return real(self, *arguments, **options)
+
+    with mock.patch.object(DecoderLayer, "observe", observe):
+        return command(*words)
+
+
+def batches(name: str, count: int = 8) -> list[dict[str, torch.Tensor]]:
+    return [tiny.inputs(name, 2, 12, seed=seed) for seed in range(count)]
+
+
+def moments(team: Team, folder: Path, name: str, plan: Plan, count: int, merge: bool) -> tuple[list[Moments], int]:
+    """Of the first decoder layer, for each way to group its heads; and of how many batches hidden states are kept."""
+    layout, checkpoint = helpers.layout_of(folder), open_checkpoint(folder)
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        if not merge:
+            stack.enter_context(mock.patch.object(Gatherer, "merge", return_value=None))
+        stream = LayerStream(folder, layout, team.deal(batches(name, count)))
+        worker = AttentionWorker(checkpoint, stream, Settings(), team)
+        layers = stream.attention_layers(0)
+        groupings = [
+            Groupings(layer, HeadWeights.read(layer, checkpoint.read), [want], search=True, seed=0)
+            for layer, want in zip(layers, plan.layers, strict=False)
+        ]
+        worker.observe(stream.layer(0), layers, stream.hidden, groupings)
+        heads = plan.layers[0].num_key_value_heads
+        found = [option.moments for grouping in groupings for option in grouping.options(heads)]
+        return found, len(stream.hidden)
+
+
+def solved(team: Team, folder: Path, name: str, plan: Plan, scratch: Path, count: int, settings: Settings) -> Any:
+    """What calibration comes to, and which tensors it solved; the first process writes the child, in ``scratch``."""
+    checkpoint, layout = open_checkpoint(folder), helpers.layout_of(folder)
+    place = scratch if team.rank == 0 else None
+    found = calibrate(checkpoint, layout, plan, batches(name, count), place, settings, team=team)
+    if place is not None:
+        write(prepare(checkpoint, layout, found.plan, given=found.given), place / "child")
+    return found.plan, found.outcomes, found.kl, sorted(found.given)
+
+
+def problem(count: int) -> tuple[torch.nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """A linear layer and so many batches of random regression."""
+    draw = torch.Generator().manual_seed(3)
+    module = torch.nn.Linear(4, 3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw))
+    return module, [(torch.randn(6, 4, generator=draw), torch.randn(6, 3, generator=draw)) for _ in range(count)]
+
+
+def trained(team: Team, count: int, settings: DistillSettings) -> tuple[torch.Tensor, float, float]:
+    """The layer of ``problem``, its bias last, distilled on all batches but the last two, and its held-out errors."""
+    module, data = problem(count)
+    own = team.deal(data)
+    fit, held_out = team.own(0, count - 2), team.own(count - 2, count)
+
+    def loss_of(batch: int) -> torch.Tensor:
+        inputs, targets = own[batch]
+        return (module(inputs) - targets).square().sum()
+
+    before, after = distill(module, ["weight", "bias"], loss_of, fit, held_out, settings, team=team)
+    return weights_of(module), before, after
+
+
+def weights_of(module: Any) -> torch.Tensor:
+    return torch.cat([module.weight, module.bias[:, None]], 1).detach()
+
+
+def alone(job: Callable[..., Any], *arguments: Any) -> Any:
+    """The same job in one process."""
+    return job(ALONE, *arguments)
