@@ -85,7 +85,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs a second of a large matrix product, the best of some runs."""
     size = 2048 if device.type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    left @ right
+    timed(lambda: left @ right, device)  # warm-up
     return 2 * size**3 / min(timed(lambda: left @ right, device) for _ in range(10))
 
 
