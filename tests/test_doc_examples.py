@@ -40,6 +40,8 @@ RUN: dict[str, list[str]] = {
 }
 # The deepest layer that a page names.
 LAYERS = {"docs/plans.md": 32, "docs/export.md": 2}
+# Half a minute each; .ci/run runs them beside the suite.
+LONG = {"README.md", "docs/reporting.md", "docs/choosing-g.md"}
 # What they print is arithmetic, and has to be what the page says.
 EXACT = {"docs/llama-2-7b.md"}
 TASK = 'data: dev.jsonl\nprompt: "{source}"\nmax-new-tokens: 4\n'
@@ -49,6 +51,8 @@ def test_every_page_with_examples_is_run() -> None:
     own = {"docs/attention.md", "docs/decoding.md"}
     # For people who work on regroup, and made by programs that have tests of their own.
     others = {"CONTRIBUTING.md", "docs/adding-a-family.md", "docs/benchmarks.md", "docs/cli.md"}
+    # Commands that need GPUs, and are parsed alone.
+    others |= {"docs/scale.md"}
     found = {
         page.relative_to(ROOT).as_posix()
         for page in PAGES
@@ -112,7 +116,7 @@ def test_commands_that_it_does_not_take_are_found(line: str) -> None:
     assert misused(command.arguments)
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in RUN])
 def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     furnish(tmp_path, layers=LAYERS.get(name, 1))
     (tmp_path / "qa.yaml").write_text(TASK, encoding="utf-8")

@@ -397,3 +397,15 @@ def test_random_config_values_are_described_or_refused(saved: Saved) -> None:
                 regroup.detect(config, headers)
 
     check()
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_what_only_python_calls_json_is_no_header(tmp_path: Path, constant: str) -> None:
+    """The library refuses it; configs that Python wrote may hold it."""
+    raw = f'{{"x": {{"dtype": "F32", "shape": [], "data_offsets": [0, 4], "more": {constant}}}}}'.encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(4))
+    with pytest.raises(RegroupError, match="not a complete safetensors file"):
+        read_header(path)
+    with pytest.raises(SafetensorError), safe_open(path, "pt"):
+        pass

@@ -79,7 +79,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
                 raise _not_safetensors(path, f"a header of {length} bytes in a file of {size} bytes")
             raw = file.read(length)
     try:
-        header = parse_json(raw)
+        header = parse_json(raw, strict=True)
     except (ValueError, RecursionError) as error:
         raise _not_safetensors(path, f"a header that is not JSON ({type(error).__name__})") from error
     if not isinstance(header, dict):
@@ -113,17 +113,25 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     return ordered, metadata
 
 
-def parse_json(raw: bytes) -> Any:
+def parse_json(raw: bytes, *, strict: bool = False) -> Any:
     """JSON that can be written as UTF-8 again, and that does not become a hundred times larger in memory.
+
+    Args:
+        raw: the text.
+        strict: without Infinity and NaN, which Python writes into configs, and safetensors refuses in headers.
 
     Raises:
         ValueError, RecursionError: it is not that.
     """
     if raw.count(b",") > MAX_JSON_ITEMS:
         raise ValueError(f"more than {MAX_JSON_ITEMS} commas")
-    value = json.loads(raw.decode())
+    value = json.loads(raw.decode(), parse_constant=_refuse if strict else None)
     json.dumps(value, ensure_ascii=False).encode()  # escapes can spell text that is not Unicode
     return value
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
 
 
 @contextlib.contextmanager
