@@ -26,7 +26,7 @@ _SOURCES = ("cpu_decode.cpp", "cpu_linear.cpp", "cpu_vectors.h")
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared")
 _SECONDS = 120
 # What the library says of the processor that it is built for (regroup_features in cpu_decode.cpp).
-PAIRS, HALVES, WIDE, AVX2 = 1, 2, 4, 8
+HALVES, AVX2 = 1, 2
 _INSTALL = "install a C++ compiler (Debian, Ubuntu: apt-get install g++), or name one in $CXX"
 
 
@@ -170,8 +170,8 @@ def build() -> Built:
 
 
 def features() -> int:
-    """What the built kernels can use: a sum of :data:`PAIRS` (bfloat16 products), :data:`HALVES` (float16),
-    :data:`WIDE` (AVX-512) and :data:`AVX2` (that, and nothing wider); 0 where there are no kernels."""
+    """What the built kernels can use: a sum of :data:`HALVES` (float16) and :data:`AVX2` (that, and nothing wider); 0
+    where there are no kernels."""
     library = build().library
     return 0 if library is None else library.regroup_features()
 

@@ -226,15 +226,6 @@ INLINE float hyperbolic(float x) {
     return std::copysign(-m / (m + 2), x);
 }
 
-// What a thread works with, kept from call to call.
-struct Room {
-    std::vector<float> floats;
-    float* take(size_t n) {
-        if (floats.size() < n + 16) floats.resize(n + 16);
-        return (float*)(((uintptr_t)floats.data() + 63) & ~(uintptr_t)63);
-    }
-};
-
 struct Part {
     long b, g, first, last;
 };
@@ -603,16 +594,11 @@ void attend(const RegroupCall& call) {
 
 extern "C" {
 
-// 1: bfloat16 products in the processor. 2: float16 can be converted. 4: AVX-512. 8: AVX2 with FMA, and no AVX-512.
+// 1: float16 can be converted. 2: AVX2 with FMA, and no AVX-512.
 int regroup_features() {
-    int found = HALVES ? 2 : 0;
-#if defined(__AVX512BF16__)
-    found |= 1;
-#endif
-#if defined(__AVX512F__)
-    found |= 4;
-#elif defined(__AVX2__) && defined(__FMA__)
-    found |= 8;
+    int found = HALVES ? 1 : 0;
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+    found |= 2;
 #endif
     return found;
 }

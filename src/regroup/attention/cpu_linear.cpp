@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <vector>
 
 #include "cpu_vectors.h"
 
@@ -40,14 +39,6 @@ struct Linear {
     long piece;  // outputs that a thread takes at once: what it fetches ahead should be its own
     const float* packed;
     std::atomic<long> next{0};
-};
-
-struct Buffer {
-    std::vector<float> floats;
-    float* take(size_t n) {
-        if (floats.size() < n + 16) floats.resize(n + 16);
-        return (float*)(((uintptr_t)floats.data() + 63) & ~(uintptr_t)63);
-    }
 };
 
 // Weights as they are summed: a vector of floats, or one half of a vector of pairs, the even columns or the odd ones.
@@ -136,7 +127,7 @@ INLINE void write(const Linear& c, long row, long first, long outs, float* y) {
 
 template <class Kind>
 void work(Linear& c) {
-    static thread_local Buffer room;
+    static thread_local Room room;
     const long most = std::min(MOST_COLUMNS, X_FLOATS / std::min(c.rows, ROOM_ROWS));
     const long block = std::max<long>(c.step, most / c.step * c.step);
     const long whole = c.columns / c.step * c.step, weight_row = c.columns * c.size;
@@ -194,7 +185,7 @@ void work(Linear& c) {
 }
 
 // Rows of x as floats, in whole steps and in the order of `tile`; of a step of pairs, the even columns before the odd.
-float* pack(const Linear& c, Buffer& room) {
+float* pack(const Linear& c, Room& room) {
     float* to = room.take(c.rows * c.columns_up);
     if (c.columns < c.columns_up) std::memset(to, 0, sizeof(float) * c.rows * c.columns_up);
     const long parts = c.step / WIDTH, whole = c.columns / c.step * c.step;
@@ -220,7 +211,7 @@ float* pack(const Linear& c, Buffer& room) {
 extern "C" void regroup_linear(const void* x, const void* weight, const void* bias, void* out, int64_t rows,
                                int64_t outs, int64_t columns, int64_t x_row, int64_t type, int64_t threads,
                                void* parallel) {
-    static thread_local Buffer room;
+    static thread_local Room room;
     Linear c;
     c.x = (const char*)x, c.weight = (const char*)weight, c.bias = (const char*)bias, c.out = (char*)out;
     c.rows = rows, c.outs = outs, c.columns = columns, c.x_row = x_row, c.type = type;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -261,3 +262,12 @@ inline void widen(const void* from, long type, long step, float* to, int n) {
 #endif
     for (; i < n; i++) to[i] = from_fp16(p[i * step]);
 }
+
+// What a thread works with, kept from call to call.
+struct Room {
+    std::vector<float> floats;
+    float* take(size_t n) {
+        if (floats.size() < n + 16) floats.resize(n + 16);
+        return (float*)(((uintptr_t)floats.data() + 63) & ~(uintptr_t)63);
+    }
+};

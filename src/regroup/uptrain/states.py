@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.reader import read_json
+from ..checkpoint.stage import sync
 from ..checkpoint.writer import write_text
 from ..errors import RegroupError
 
@@ -74,13 +74,13 @@ def publish(output: Path, step: int, state: Mapping[str, Any]) -> Path:
     staged = output / _STAGING / name
     write_text(staged / STATE_FILE, json.dumps(dict(state)) + "\n")
     for path in staged.rglob("*"):
-        _sync(path)
-    _sync(staged)
+        sync(path)
+    sync(staged)
     final = output / name
     # The end of the data may fall on a step that was saved already.
     if not final.exists():
         staged.rename(final)
-        _sync(output)
+        sync(output)
     shutil.rmtree(output / _STAGING, ignore_errors=True)
     return final
 
@@ -136,11 +136,3 @@ def changed_settings(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[
 
 def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
