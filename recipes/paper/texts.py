@@ -4,7 +4,7 @@ Books are cut into passages at the ends of paragraphs, the passages are shuffled
 pre-training, uptraining, calibration, fine-tuning. Evaluation is on books of other authors.
 
 - *pronunciation*: a word to its phonemes (a dictionary; `g2p_parent.py` says more of its symbols).
-- *restoration*: a line of a book without capitals, spaces and punctuation to the line as it was printed.
+- *restoration*: a clause of a book without capitals, spaces and punctuation to the clause as it was printed.
 - *continuation*: the words that follow a passage, told from three that follow elsewhere.
 """
 
@@ -28,7 +28,7 @@ from regroup.errors import RegroupError
 PAD, END, UNKNOWN = 0, 1, 2  # token ids, as in T5
 SENTINELS = 100
 PASSAGE = 2000  # characters
-LINE = (32, 80)  # characters of a line to restore, without its spaces
+LINE = (6, 16)  # letters and digits of a clause to restore
 CHOICES = 4
 COMMON = 20  # a character that is rarer in the books is unknown
 FILES = ("gutenberg-train.txt.gz", "gutenberg-valid.txt.gz", "g2p-train.tsv", "g2p-valid.tsv", "g2p-test.tsv")
@@ -112,13 +112,7 @@ def prepare(data: Path, work: Path, *, pretraining: int, uptraining: int, calibr
         kept = found[:held_out] if place == texts.dev else found
         _write(place(task), ({"source": source, "target": target} for source, target in kept))
     _write(texts.continuation, _continuations(other[len(other) // 2 :], held_out, draw))
-    symbols = {
-        character
-        for task in ("pronunciation",)
-        for pair in pairs[texts.tuning, task]
-        for side in pair
-        for character in side
-    }
+    symbols = {character for pair in pairs[texts.tuning, "pronunciation"] for side in pair for character in side}
     new_tokenizer(books, symbols).save_pretrained(texts.tokenizer)
     (texts.folder / "complete").touch()
     return texts
@@ -183,8 +177,8 @@ def _take(passages: list[str], characters: int, path: Path) -> list[str]:
 
 
 def _lines(passage: str) -> list[str]:
-    """Sentences of a passage that are neither short nor long."""
-    found = re.findall(r"[A-Z][^.!?\n]+[.!?]", passage)
+    """Clauses of a passage that are neither short nor long, without the indentation of verse."""
+    found = (re.sub(r"\s+", " ", line).strip() for line in re.findall(r"[^.!?,;:\n]+[.!?,;:]", passage))
     return [line for line in found if LINE[0] <= len(bare(line)) <= LINE[1]]
 
 
