@@ -11,8 +11,8 @@ from regroup.evaluate.task import Task
 if TYPE_CHECKING:
     from .stages import Bench
 
-# Characters, of which a token is one: no line to restore and no pronunciation is longer.
-LONGEST = {"pronunciation": 40, "restoration": 128}
+# Characters, of which a token is one: no pronunciation and next to no clause is longer.
+LONGEST = {"pronunciation": 40, "restoration": 64}
 
 
 def evaluate_pairs(bench: Bench, folder: Path, task: str) -> dict[str, Any]:
