@@ -217,6 +217,18 @@ def test_a_card_that_cannot_be_read_is_refused(saved: Saved, tmp_path: Path) -> 
         assert not (tmp_path / "child").exists()
 
 
+def test_a_card_without_metadata_is_taken_quietly(
+    saved: Saved, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parent = copy(saved("llama"), tmp_path / "parent")
+    with caplog.at_level("WARNING"):
+        for words, expected in (("## Uptraining\n", None), ("---\nlicense: mit\n---\n# Name\n", "mit")):
+            (parent / "README.md").write_text(words)
+            regroup.convert_checkpoint(parent, tmp_path / f"child-{expected}", kv_heads=1, method="mean")
+            assert card_of(tmp_path / f"child-{expected}")[0].get("license") == expected
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("method", ["mean", "random"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_workers_and_repetition_change_no_byte(name: str, method: str, saved: Saved, tmp_path: Path) -> None:

@@ -75,6 +75,9 @@ def _kept(card: Path | None) -> dict[str, Any]:
     from yaml import YAMLError
 
     try:
+        # The library warns about a card without metadata, which is nothing to worry anybody with.
+        if not card.read_text(encoding="utf-8").lstrip().startswith("---"):
+            return {}
         data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, YAMLError) as error:
         raise RegroupError(
