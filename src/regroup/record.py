@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,11 +68,40 @@ def write_record(path: Path | None, value: Mapping[str, Any]) -> None:
     if path is None:
         sys.stdout.write(text)
         return
+    write_whole(path, text, "the record")
+
+
+def write_whole(path: Path, text: str, what: str) -> None:
+    """Write a text file that appears, or replaces the one that is there, when it is complete.
+
+    Args:
+        path: of the file; its folder is made.
+        text: for it, as UTF-8.
+        what: it is called if it cannot be written.
+
+    Raises:
+        RegroupError: the file cannot be written; what was there before is as it was.
+    """
+    import os
+
+    # A link stays one; what is no file, or in a folder that takes no new one, is written as it stands.
+    place = path.resolve()
+    staged = not place.exists() or (place.is_file() and os.access(place.parent, os.W_OK))
+    stage = place.with_name(f".{place.name}.regroup-{os.getpid()}") if staged else place
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            stage.write_text(text, encoding="utf-8")
+            if staged:
+                if place.exists():
+                    shutil.copymode(place, stage)
+                stage.replace(place)
+        except BaseException:
+            if staged:
+                stage.unlink(missing_ok=True)
+            raise
     except OSError as error:
-        raise RegroupError("the record cannot be written", file=path, got=error.strerror or str(error)) from error
+        raise RegroupError(f"{what} cannot be written", file=path, got=error.strerror or str(error)) from error
 
 
 def _plain(value: Any) -> Any:

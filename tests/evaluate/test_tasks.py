@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import runs
 import texts
 import tiny
 from helpers import refused, run
+from regroup.checkpoint import fingerprint
 from regroup.errors import RegroupError
 from regroup.evaluate.answers import evaluate_task
 from regroup.evaluate.generate import answer, settings
@@ -126,6 +128,114 @@ def test_outputs_of_another_evaluation_are_refused(saved: Saved, tmp_path: Path)
     with pytest.raises(RegroupError, match="of another evaluation"):
         evaluate_task(str(checkpoint(saved, "mistral", tmp_path)), Task.load(a_task(tmp_path)), outputs=kept)
     assert kept.read_bytes() == before
+
+
+def test_answers_with_rare_separators_are_read_again(saved: Saved, tmp_path: Path) -> None:
+    folder, kept = checkpoint(saved, "llama", tmp_path), tmp_path / "kept.jsonl"
+    rows = [{"source": f"the{mark}cat", "target": f"m{mark}a"} for mark in "\u2028\u2029\u0085\x1c\x0b\r"]
+    task = Task.load(a_task(tmp_path, rows=rows))
+    found = evaluate_task(str(folder), task, outputs=kept)
+    assert [row["prompt"] for _, row in sorted(read(kept)[1].items())] == [row["source"] for row in rows]
+    again = evaluate_task(str(folder), task, outputs=kept, against=kept)["results"]
+    assert again["metrics"]["f1"]["value"] == found["results"]["metrics"]["f1"]["value"]
+
+
+def test_an_empty_file_takes_outputs(saved: Saved, tmp_path: Path) -> None:
+    folder, kept = checkpoint(saved, "llama", tmp_path), tmp_path / "kept.jsonl"
+    kept.touch()
+    evaluate_task(str(folder), Task.load(a_task(tmp_path)), outputs=kept)
+    assert len(read(kept)[1]) == len(SOURCES)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000,
+        '{"row": 0}',
+        '{"row": 1e400, "answer": "a", "tokens": 1}',
+        '{"row": 0, "answer": 3, "tokens": 1}',
+        '{"row": 0, "answer": "a", "tokens": "1"}',
+        '{"row": 0, "log_likelihoods": ["a"]}',
+        '{"row": 0, "log_likelihoods": [-1.0, -2.0]}',
+    ],
+)
+def test_damaged_outputs_are_refused(line: str, tmp_path: Path) -> None:
+    parent, child = runs.pair(tmp_path)
+    task, kept = a_task(tmp_path, rows=[{"source": "the", "target": "cat"}]), tmp_path / "kept.jsonl"
+    evaluate_task(str(parent), Task.load(task), outputs=kept)
+    head = kept.read_text().splitlines()[0]
+    kept.write_text(f"{head}\n{line}\n")
+    for message in (
+        refused("evaluate", child, "--task", task, "--against", kept),
+        refused("evaluate", parent, "--task", task, "--outputs", kept),
+    ):
+        assert "does not hold outputs" in message or "not one to its row" in message
+        assert "kept.jsonl" in message
+    assert kept.read_text() == f"{head}\n{line}\n"
+
+
+def test_another_tensor_in_the_middle_is_another_model(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    parent, _ = runs.pair(tmp_path)
+    task, kept = a_task(tmp_path), tmp_path / "kept.jsonl"
+    # Far from both ends of the file.
+    weights = load_file(parent / "model.safetensors")
+    weights |= {f"{end}_filling": torch.zeros(400_000) for end in ("a", "z")}
+    save_file(weights, parent / "model.safetensors", {"format": "pt"})
+    before = fingerprint(parent)
+    assert fingerprint(parent) == before
+    evaluate_task(str(parent), Task.load(task), outputs=kept)
+    weights["model.layers.1.self_attn.o_proj.weight"] *= 2
+    save_file(weights, parent / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RegroupError, match="of another evaluation"):
+        evaluate_task(str(parent), Task.load(task), outputs=kept)
+
+
+def test_what_is_read_is_not_written_over(tmp_path: Path) -> None:
+    parent, child = runs.pair(tmp_path)
+    task, rows, kept = a_task(tmp_path), tmp_path / "rows.jsonl", tmp_path / "kept.jsonl"
+    evaluate_task(str(parent), Task.load(task), outputs=kept)
+    given = ("evaluate", child, "--task", task, "--against", kept)
+    before = [path.read_bytes() for path in (task, rows, kept)]
+    (tmp_path / "link").symlink_to(kept)
+    for more in (("-o", kept), ("-o", task), ("-o", rows), ("--outputs", rows), ("-o", tmp_path / "link")):
+        assert "overwrite" in refused(*given, *more)
+    assert "the record" in refused(*given, "-o", tmp_path / "x", "--outputs", tmp_path / "x")
+    assert [path.read_bytes() for path in (task, rows, kept)] == before
+
+
+def test_names_with_brackets_are_names(tmp_path: Path) -> None:
+    parent, _ = runs.pair(tmp_path)
+    task, kept = a_task(tmp_path, name="[/b]"), tmp_path / "[b]kept.jsonl"
+    evaluate_task(str(parent), Task.load(task), outputs=kept)
+    status, out, message = run("evaluate", parent, "--task", task, "--against", kept)
+    assert status == 0, message
+    assert "[b]kept" in out
+
+
+def test_tokens_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
+    parent, _ = runs.pair(tmp_path)
+    made = load_tokenizer(parent)
+    made.add_tokens([f"the{number}" for number in range(40)])
+    made.save_pretrained(parent)
+    rows = [{"source": "the39", "target": "a", "choices": ["the38", "b"], "answer": 1}]
+    for more in ({}, {"choices": "choices"}):
+        with pytest.raises(RegroupError, match="outside the model's vocabulary"):
+            evaluate_task(str(parent), Task.load(a_task(tmp_path, rows=rows, **more)))
+
+
+def test_likelihoods_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    parent, _ = runs.pair(tmp_path)
+    weights = load_file(parent / "model.safetensors")
+    weights["model.norm.weight"].fill_(math.nan)
+    save_file(weights, parent / "model.safetensors", {"format": "pt"})
+    task = a_task(tmp_path, rows=CHOICES, choices="choices")
+    message = refused("evaluate", parent, "--task", task, "-o", tmp_path / "record.json")
+    assert "not numbers" in message
+    assert not (tmp_path / "record.outputs.jsonl").exists()
 
 
 CHOICES = [
@@ -250,6 +360,14 @@ def test_two_models_are_compared_row_by_row(tmp_path: Path) -> None:
         ({"choices": "choices"}, ("line 1", "two texts or more")),
         ({"choices": "c", "rows": [{"source": "a", "c": ["x", "y"], "answer": 2}]}, ("line 1", "from 0 to 1", "2")),
         ({"source-language": "deu_Latn"}, ("source language", "knows none")),
+        ({"rows": [{"source": None, "target": "b"}]}, ("line 1", "source: a text or a number", "None")),
+        ({"rows": [{"source": ["a"], "target": "b"}]}, ("line 1", "source: a text or a number", "['a']")),
+        ({"rows": [{"source": -1, "target": "b"}], "prompt": "{source:c}"}, ("line 1", "fit the prompt", "Overflow")),
+        ({"rows": [{"source": "\ud800", "target": "b"}]}, ("line 1", "a JSON object", "surrogates")),
+        ({"rows": [{"source": "a", "target": "\ud800"}]}, ("line 1", "a JSON object", "surrogates")),
+        ({"data": "~nobody-of-that-name/rows.jsonl"}, ("data: a file's name", "~nobody")),
+        ({"data": "rows\0.jsonl"}, ("data: a file's name", "null byte")),
+        ({"max_new_tokens": 3}, ("max-new-tokens: one value", "max_new_tokens")),
         ({"max-new-tokens": tiny.MAX_POSITIONS}, ("longer than the model's positions", "max-source-tokens")),
     ],
 )
@@ -288,6 +406,13 @@ def test_broken_yaml_and_half_rows(tmp_path: Path) -> None:
     path.write_text("just words")
     with pytest.raises(RegroupError, match="table of settings"):
         Task.load(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(RegroupError, match="not valid YAML"):
+        Task.load(path)
+    path.write_text("data: rows.jsonl")
+    (tmp_path / "rows.jsonl").write_text("[" * 100_000)
+    with pytest.raises(RegroupError, match="line 1: maximum recursion"):
+        Task.load(path).rows()
     path.write_text("data: rows.tsv")
     (tmp_path / "rows.tsv").write_text("word\tanswer\nword without a tab\n")
     with pytest.raises(RegroupError, match="line 2"):
@@ -309,3 +434,8 @@ def test_stops_end_an_answer(tmp_path: Path) -> None:
     stopped = [row["answer"] for _, row in sorted(read(kept[1])[1].items())]
     assert stopped == [text.partition(stop)[0].strip() for text in free]
     assert stopped != free
+    # An answer's length is its own: what pads it while others of its batch go on is no part of it.
+    alone = tmp_path / "alone.jsonl"
+    evaluate_task(str(parent), Task.load(a_task(tmp_path, stop=[stop])), outputs=alone, batch_size=1)
+    assert read(alone)[1] == read(kept[1])[1]
+    assert len({row["tokens"] for row in read(alone)[1].values()}) > 1

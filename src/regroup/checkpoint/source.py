@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
-from .header import TensorEntry, unreadable
+from .header import TensorEntry, read_header, unreadable
 from .reader import open_checkpoint, read_json
 
+# Bytes of each end of a tensor that tell it from another.
+_SAMPLE = 4096
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 _NEVER = ["*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.gguf", "*.tflite", "original/*", "*.py"]
@@ -118,7 +119,9 @@ def _unreachable(source: str, error: Exception) -> RegroupError:
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells checkpoints apart: config, and size and first and last megabyte of each weight file.
+    """Tells checkpoints apart: config, and of each weight file its header and both ends of every tensor.
+
+    Two conversions of one parent may differ in tensors in the middle of a file alone.
 
     Raises:
         RegroupError: a file cannot be read.
@@ -126,10 +129,11 @@ def fingerprint(folder: Path) -> str:
     with unreadable(folder / "config.json"):
         digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
+        entries, _ = read_header(path)
         with unreadable(path), path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest.update(f"{path.name} {size}".encode())
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
+            for name, entry in entries.items():
+                digest.update(f"{path.name} {name} {entry}".encode())
+                for start in (entry.start, max(entry.start, entry.end - _SAMPLE)):
+                    file.seek(start)
+                    digest.update(file.read(min(_SAMPLE, entry.end - start)))
     return digest.hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,7 +57,7 @@ def evaluate(
         },
     )
     if output is not None:
-        check_file(output)
+        check_file(output, {"the data": data, "the task's file": task, "the outputs to compare with": against})
     shared: dict[str, Any] = {"batch_size": batch, "dtype": dtype, "device": device}
     if data is not None:
         from ..console import count_progress
@@ -118,8 +119,11 @@ def _answers(
     task = Task.load(file)
     if outputs is None and output is not None:
         outputs = output.with_suffix(".outputs.jsonl")
+    named = {"the task's data": task.data, "the task's file": file}
+    if output is not None:
+        check_file(output, named)
     if outputs is not None:
-        check_file(outputs)
+        check_file(outputs, {**named, "the record": output})
     done = 0
     with count_progress(task.name, len(task.rows())) as progress:
 
@@ -132,6 +136,7 @@ def _answers(
 
 
 def _show(record: dict[str, Any]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from ..console import out
@@ -139,19 +144,19 @@ def _show(record: dict[str, Any]) -> None:
     results = record["results"]
     if record["kind"] == "evaluate/task":
         compared = record["configuration"]["against"]
-        more = () if compared is None else (f"less {compared}", "95% interval", "p")
+        more = () if compared is None else (f"less {escape(compared)}", "95% interval", "p")
         table = Table("metric", "value", "95% interval", *more, title=f"{results['rows']} rows")
         for name, found in results["metrics"].items():
             cells = [
                 name.replace("_", "-"),
                 _figure(found["value"]),
-                f"{_figure(found['low'])} – {_figure(found['high'])}",
+                "–" if math.isnan(found["low"]) else f"{_figure(found['low'])} – {_figure(found['high'])}",
             ]
             if compared is not None:
                 other = found["difference"]
                 cells += [
                     f"{other['value']:+.4g}",
-                    f"{other['low']:+.4g} – {other['high']:+.4g}",
+                    "–" if math.isnan(other["low"]) else f"{other['low']:+.4g} – {other['high']:+.4g}",
                     f"{other['p']:.3f}",
                 ]
             table.add_row(*cells)

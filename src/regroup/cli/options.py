@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -132,8 +132,13 @@ def spread(verb: Callable[..., None]) -> Callable[..., None]:
     return called
 
 
-def check_file(output: Path) -> None:
-    """Refuse a file that cannot be written, before the work that would go into it."""
+def check_file(output: Path, others: Mapping[str, Path | None] | None = None) -> None:
+    """Refuse a file that cannot be written, before the work that would go into it.
+
+    Args:
+        output: the file.
+        others: what the same run reads or writes elsewhere, by what it is; none of it may be the output.
+    """
     import os
 
     from ..checkpoint.writer import existing_parent
@@ -142,6 +147,11 @@ def check_file(output: Path) -> None:
         raise RegroupError("the output is a folder", file=output, remedy="name a file")
     if not os.access(output if output.exists() else existing_parent(output), os.W_OK):
         raise RegroupError("the output cannot be written", file=output, remedy="choose another place")
+    for what, other in (others or {}).items():
+        if other is not None and output.resolve() == other.resolve():
+            raise RegroupError(
+                "the output would overwrite what this run needs", file=output, got=what, remedy="name another file"
+            )
 
 
 def numbers(text: str) -> list[int]:

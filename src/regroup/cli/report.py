@@ -19,8 +19,9 @@ def report(
     from ..console import err
     from ..report.page import write_report
 
-    check_file(output)
+    for record in records:
+        check_file(output, {f"the record {record}": record})
     unused = write_report(records, output, title=title)
     for name in unused:
         err.print(f"nothing is drawn of {name}", markup=False)
-    err.print(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
+    err.print(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB", markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from . import choices, generate
 from .bootstrap import LEVEL, RESAMPLES, interval, paired
 from .metrics import GENERATING
 from .outputs import Outputs, read
-from .prompts import check_positions, encode
+from .prompts import check_positions, check_vocabulary, encode
 from .run import check_dtype, load_for_scoring
 from .task import Row, Task
 
@@ -79,6 +80,9 @@ def evaluate_task(
             if progress is not None:
                 progress(len(kept.rows), len(rows))
     mine = [kept.rows[number] for number in range(len(rows))]
+    _check_fit(mine, rows, outputs)
+    if others is not None:
+        _check_fit(others, rows, against)
     results: dict[str, Any] = {"rows": len(rows), "metrics": {}}
     if not task.choices:
         results["mean_answer_tokens"] = float(np.mean([row["tokens"] for row in mine]))
@@ -120,6 +124,19 @@ def _others(path: Path, task: Task, digest: str, count: int) -> list[dict[str, A
     return [found[number] for number in range(count)]
 
 
+def _check_fit(answers: Sequence[dict[str, Any]], rows: Sequence[Row], path: Path | None) -> None:
+    """Refuse answers that were changed by hand so that they are not of these rows."""
+    for answer, row in zip(answers, rows, strict=True):
+        if len(answer.get("log_likelihoods", ())) != len(row.choices):
+            raise RegroupError(
+                "an answer is not one to its row",
+                file=path,
+                expected=f"a likelihood of each of {len(row.choices)} choices" if row.choices else "a text",
+                got=f"row {answer['row']}: {str(answer.get('log_likelihoods'))[:200]}",
+                remedy="delete the file and evaluate again",
+            )
+
+
 def _generated(
     model: Any, tokenizer: Any, rows: Sequence[Row], missing: Sequence[int], task: Task, batch_size: int
 ) -> Iterator[list[dict[str, Any]]]:
@@ -153,15 +170,24 @@ def _chosen(
         )
         for number in missing
     }
-    for number, found in pairs.items():
-        if not all(context and wanted for context, wanted in found):
+    for number, asked in pairs.items():
+        if not all(context and wanted for context, wanted in asked):
             raise RegroupError("a prompt or a choice has no tokens", file=task.data, got=f"row {number + 1}")
+    check_vocabulary(model, (ids for asked in pairs.values() for pair in asked for ids in pair))
     longest = {number: max(len(c) + (0 if seq2seq else len(w)) for c, w in pairs[number]) for number in missing}
     check_positions(model, task, max(longest.values()), "" if seq2seq else ", the choice included")
     order = sorted(missing, key=lambda number: (-longest[number], number))
     for first in range(0, len(order), batch_size):
         part = order[first : first + batch_size]
-        scores = iter(choices.log_likelihoods(model, [pair for number in part for pair in pairs[number]], start))
+        found = choices.log_likelihoods(model, [pair for number in part for pair in pairs[number]], start)
+        if any(math.isnan(value) for value in found):
+            raise RegroupError(
+                "the model's likelihoods are not numbers",
+                file=task.data,
+                got=f"nan at one of the rows {', '.join(str(number + 1) for number in part)}",
+                remedy="see whether the weights are sound, or pass --dtype float32",
+            )
+        scores = iter(found)
         yield [
             {
                 "row": number,

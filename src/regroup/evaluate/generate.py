@@ -67,6 +67,9 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], task: T
         if how.forced_bos_token_id is not None and row[:1] == [how.forced_bos_token_id]:
             row = row[1:]
         end = next((place for place, token in enumerate(row) if token in ends), len(row))
+        # What a stop ended is filled up with padding while others of its batch go on.
+        while task.stop and end and row[end - 1] == how.pad_token_id:
+            end -= 1
         answers.append(row[:end])
     return answers
 

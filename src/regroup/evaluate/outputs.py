@@ -19,7 +19,7 @@ class Outputs:
     written is dropped.
 
     Args:
-        path: the file; None keeps answers in memory alone.
+        path: the file, new or empty or of the same facts; None keeps answers in memory alone.
         facts: model, task and settings; a file of other facts is refused.
     """
 
@@ -29,7 +29,7 @@ class Outputs:
         self.rows: dict[int, dict[str, Any]] = {}
         if path is None:
             return
-        if path.exists():
+        if path.exists() and path.stat().st_size:
             found, self.rows, good = read(path)
             for name, value in facts.items():
                 if found.get(name) != value:
@@ -75,14 +75,25 @@ def read(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]], int]:
         raise RegroupError("the outputs cannot be read", file=path, got=error.strerror or str(error)) from error
     good = raw.rfind(b"\n") + 1
     try:
-        head, *lines = [json.loads(line) for line in raw[:good].decode("utf-8").splitlines()]
-        rows = {int(line["row"]): line for line in lines}
-        if head["format"] != _FORMAT:
+        # Not splitlines: answers hold separators of other kinds, such as U+2028, as they are.
+        head, *lines = [json.loads(line) for line in raw[:good].decode("utf-8").split("\n")[:-1]]
+        rows = {line["row"]: line for line in lines}
+        if head["format"] != _FORMAT or not all(map(_answered, lines)):
             raise KeyError
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise RegroupError(
             "the file does not hold outputs of an evaluation",
             file=path,
             expected=f"JSON lines as `regroup evaluate --task` writes them, format {_FORMAT}",
         ) from None
     return head, rows, good
+
+
+def _answered(line: dict[str, Any]) -> bool:
+    """Whether a line has what its metrics need: an answer and its length, or likelihoods."""
+    if type(line["row"]) is not int:
+        return False
+    if "log_likelihoods" in line:
+        found = line["log_likelihoods"]
+        return isinstance(found, list) and bool(found) and all(type(value) is float for value in found)
+    return isinstance(line["answer"], str) and type(line["tokens"]) is int

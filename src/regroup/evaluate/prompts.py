@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ def encode(rows: Sequence[Row], task: Task, tokenizer: Any, model: Any) -> list[
     follows.
 
     Raises:
-        RegroupError: a prompt without a token, or longer than the model's positions.
+        RegroupError: a prompt without a token, with one that the model does not have, or longer than its positions.
     """
     if task.source_language is not None:
         if not hasattr(tokenizer, "src_lang"):
@@ -40,6 +40,7 @@ def encode(rows: Sequence[Row], task: Task, tokenizer: Any, model: Any) -> list[
                 "a prompt has no tokens", file=task.data, expected="some text", got=repr(row.prompt), remedy="fill it"
             )
         found.append(ids)
+    check_vocabulary(model, found)
     new = 0 if seq2seq else task.max_new_tokens
     check_positions(model, task, max(map(len, found)) + new, f", {new} new ones included" if new else "")
     return found
@@ -56,6 +57,22 @@ def decoder_ids(prompt: str, tokenizer: Any, most: int | None = None) -> list[in
 def last(head: list[int], ids: list[int], most: int | None) -> list[int]:
     """``head`` and as many of the last ids as make ``most`` with it."""
     return head + (ids if most is None else ids[max(0, len(ids) - max(0, most - len(head))) :])
+
+
+def check_vocabulary(model: Any, rows: Iterable[Sequence[int]]) -> None:
+    """Refuse tokens that the model has no embedding of.
+
+    Raises:
+        RegroupError: with the largest of them.
+    """
+    size, largest = model.config.get_text_config().vocab_size, max(map(max, rows))
+    if largest >= size:
+        raise RegroupError(
+            "a token is outside the model's vocabulary",
+            expected=f"ids below {size}",
+            got=largest,
+            remedy="the tokenizer belongs to another model",
+        )
 
 
 def check_positions(model: Any, task: Task, longest: int, what: str) -> None:

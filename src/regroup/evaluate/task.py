@@ -74,7 +74,8 @@ class Task:
         Raises:
             RegroupError: unreadable, an unknown or missing name, or a value of the wrong kind.
         """
-        values = {key.replace("-", "_"): value for key, value in _yaml(path).items()}
+        given = _yaml(path)
+        values = {key.replace("-", "_"): value for key, value in given.items()}
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
@@ -85,12 +86,19 @@ class Task:
                     expected=" or ".join(name.replace("_", "-") for name in close),
                     got=key,
                 )
+        if len(values) < len(given):
+            twice = [key for key in given if "-" in key and key.replace("-", "_") in given]
+            raise _refused(path, twice[0], "one value", got=f"two, one of them as {twice[0].replace('-', '_')}")
         if "data" not in values:
             raise _refused(path, "data", "the file with the rows", got="nothing")
         if values.get("choices") is not None:
             values.setdefault("metrics", ["accuracy"])
         checked: dict[str, Any] = {key: _checked(path, key, value) for key, value in values.items()}
-        checked["data"] = path.parent / Path(checked["data"]).expanduser()
+        try:
+            checked["data"] = path.parent / Path(checked["data"]).expanduser()
+            checked["data"].resolve()
+        except (RuntimeError, ValueError) as error:  # the home of nobody, or a name that no file can have
+            raise _refused(path, "data", "a file's name", got=f"{checked['data']!r}: {error}") from None
         checked.setdefault("name", path.stem)
         task = cls(**checked)
         available = CHOOSING if task.choices else GENERATING
@@ -137,18 +145,23 @@ class Task:
             return {"source": source, "target": target}
         try:
             value = json.loads(line)
-        except ValueError as error:
+            json.dumps(value, ensure_ascii=False).encode()  # escapes can spell text that is not Unicode
+        except (ValueError, RecursionError) as error:
             raise self._bad(number, "a JSON object", str(error)) from None
         if not isinstance(value, dict):
             raise self._bad(number, "a JSON object", line.strip())
         return value
 
     def _row(self, found: Mapping[str, Any], number: int) -> Row:
+        for _, name, _, _ in Formatter().parse(self.prompt):
+            if name is not None and not isinstance(found.get(name), (str, int, float)):
+                value = repr(found[name]) if name in found else "nothing"
+                raise self._bad(number, f"{name}: a text or a number, for the prompt {self.prompt!r}", value)
         try:
             prompt = self.prompt.format_map(found)
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
             raise self._bad(
-                number, f"the fields of the prompt {self.prompt!r}", f"{type(error).__name__}: {error}"
+                number, f"fields that fit the prompt {self.prompt!r}", f"{type(error).__name__}: {error}"
             ) from None
         if self.choices is None:
             target = found.get(self.target)
@@ -181,7 +194,7 @@ def _yaml(path: Path) -> dict[str, Any]:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RegroupError("the task cannot be read", file=path, got=str(error)[:200]) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise RegroupError("the task is not valid YAML", file=path, got=" ".join(str(error).split())[:200]) from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise RegroupError("the task is not a table of settings", file=path, expected="lines such as: data: dev.jsonl")

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
+from ..record import write_whole
 from . import heads, paper, quality, speed, training
 from .figures import Section
 from .records import Record, read_records
 
 MOST_BYTES = 2_000_000
+# What a value of the wrong kind leads to, wherever a section uses it.
+_AMISS = (KeyError, TypeError, IndexError, AttributeError, ValueError, ArithmeticError)
 _SECTIONS = (
     heads.models,
     quality.section,
@@ -49,13 +52,7 @@ def write_report(paths: Sequence[Path], output: Path, *, title: str = "regroup r
             remedy="give records of evaluate, uptrain, bench, advise, inspect --record, or plans",
         )
     text = render(sections, records, unused, title)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        part = output.with_name(f".{output.name}.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(output)
-    except OSError as error:
-        raise RegroupError("the page cannot be written", file=output, got=error.strerror or str(error)) from error
+    write_whole(output, text, "the page")
     return unused
 
 
@@ -64,7 +61,7 @@ def made_of(records: Sequence[Record]) -> tuple[list[Section], list[str]]:
     try:
         found = [section for make in _SECTIONS if (section := make(records)) is not None]
         used = {r.file for r in records if any(make([r]) is not None for make in _SECTIONS)}
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except _AMISS as error:
         culprit = next((record for record in records if _fails(record)), records[0])
         raise RegroupError(
             "a record lacks what its kind has",
@@ -80,7 +77,7 @@ def _fails(record: Record) -> bool:
     try:
         for make in _SECTIONS:
             make([record])
-    except (KeyError, TypeError, IndexError, AttributeError):
+    except _AMISS:
         return True
     return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from ..errors import RegroupError
 
 _FORMAT = 1
+_PLAN_FORMAT = "regroup-plan/1"
+_MOST_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -53,41 +56,92 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     found: list[Record] = []
     for path in paths:
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise RegroupError("the record cannot be read", file=path, got=str(error)[:200]) from error
-        except ValueError as error:
-            raise RegroupError("the record is not valid JSON", file=path, got=str(error)[:200]) from error
+            raw = path.read_bytes()
+        except OSError as error:
+            raise RegroupError("the record cannot be read", file=path, got=error.strerror or str(error)) from error
+        if len(raw) > _MOST_BYTES:
+            raise RegroupError(
+                "the file is larger than any record",
+                file=path,
+                expected=f"at most {_MOST_BYTES / 1e6:g} MB",
+                got=f"{len(raw) / 1e6:.1f} MB",
+            )
+        try:
+            value = json.loads(raw.decode(), parse_constant=_number, parse_float=_number, parse_int=_whole)
+            json.dumps(value, ensure_ascii=False).encode()  # escapes can spell text that is not Unicode
+        except (ValueError, RecursionError) as error:
+            raise RegroupError(
+                "the record is not valid JSON",
+                file=path,
+                got=str(error)[:200],
+                remedy="give the file as the verb wrote it",
+            ) from error
         found += _records(value, path)
     return found
 
 
+def _number(text: str) -> float:
+    """A number that a browser reads: NaN and Infinity are no JSON, and 1e999 would become one of them."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+def _whole(text: str) -> int:
+    _number(text)
+    return int(text)
+
+
 def _records(value: Any, path: Path) -> list[Record]:
     if isinstance(value, dict) and "fingerprint" in value and isinstance(value.get("layers"), list):
+        _check_format(value, _PLAN_FORMAT, path)
         results = {"layers": value["layers"], "family": value.get("family")}
         return [Record(path.name, "plan", "", {}, results, {}, {})]
-    wanted = {"kind": str, "configuration": dict, "results": dict}
-    if not isinstance(value, dict) or not all(isinstance(value.get(k), kind) for k, kind in wanted.items()):
-        raise RegroupError(
-            "the file is not a record",
-            file=path,
-            expected="JSON that a verb of regroup wrote with -o, or a plan",
-            got=f"{type(value).__name__}" + (f" with {', '.join(list(value)[:6])}" if isinstance(value, dict) else ""),
-        )
-    if value.get("format") != _FORMAT:
-        raise RegroupError(
-            "the record is of another format", file=path, expected=f"format {_FORMAT}", got=value.get("format")
-        )
+    if not isinstance(value, dict):
+        raise _no_record(path, type(value).__name__)
+    for name, kind in (("kind", str), ("configuration", dict), ("results", dict)):
+        if not isinstance(value.get(name), kind):
+            raise _no_record(path, f"{name}: {str(value[name])[:80]}" if name in value else f"nothing as {name}")
+    _check_format(value, _FORMAT, path)
+    for name, kind in (("date", str), ("machine", dict), ("versions", dict)):
+        if not isinstance(value.get(name) or kind(), kind):
+            raise _no_record(path, f"{name}: {str(value[name])[:80]}")
     if value["kind"] == "benchmark/decode-runs":
-        return [record for run in value["results"].get("runs", []) for record in _records(run, path)]
+        runs = value["results"].get("runs")
+        nested = isinstance(runs, list) and any(isinstance(r, dict) and r.get("kind") == value["kind"] for r in runs)
+        if not isinstance(runs, list) or not runs or nested:
+            raise _no_record(path, f"runs: {str(runs)[:80]}")
+        return [record for run in runs for record in _records(run, path)]
     return [
         Record(
             path.name,
             value["kind"],
-            str(value.get("date", "")),
+            value.get("date") or "",
             value["configuration"],
             value["results"],
             value.get("machine") or {},
             value.get("versions") or {},
         )
     ]
+
+
+def _check_format(value: dict[str, Any], expected: object, path: Path) -> None:
+    found = value.get("format")
+    if type(found) is not type(expected) or found != expected:
+        raise RegroupError(
+            "the record is of another format",
+            file=path,
+            expected=f"format {expected}",
+            got="none" if found is None else repr(found)[:80],
+            remedy="make it anew with this version of regroup",
+        )
+
+
+def _no_record(path: Path, got: str) -> RegroupError:
+    return RegroupError(
+        "the file is not a record",
+        file=path,
+        expected="JSON that a verb of regroup wrote with -o, or a plan",
+        got=got,
+    )
