@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,9 @@ def test_a_bench_record_makes_floors_predictions(tmp_path: Path) -> None:
         (("--memory", 1e-9), ("keeps to the limits", "at best")),
         (("--max-time", 1e-9), ("keeps to the limits", "s a token, with G = 1")),
         (("--dtype", "int3"), ("dtype",)),
+        (("--memory", 0), ("keeps to the limits", "at best a batch of 0")),
+        (("--memory", "inf"), ("not a number of GB",)),
+        (("--max-time", 0), ("keeps to the limits",)),
     ],
 )
 def test_what_cannot_be_advised_is_refused(more: tuple[object, ...], words: tuple[str, ...], tmp_path: Path) -> None:
@@ -145,6 +149,54 @@ def test_records_of_other_things_are_refused(tmp_path: Path) -> None:
     ):
         other.write_text(json.dumps(value))
         assert words in refused("advise", parent, *options("--bench", other))
+
+
+def test_damaged_records_of_decoding_are_refused(tmp_path: Path) -> None:
+    parent, _ = runs.pair(tmp_path)
+    bench = tmp_path / "bench.json"
+    run("bench", "decode", parent, "--kv-heads", "6", "--batch", 2, "--prompt", 16, "--new", 4, "-o", bench)
+    whole = json.loads(bench.read_text())
+    assert "other hardware" in refused("advise", parent, *options("--bench", bench))
+    this = ("--hardware", "this", "--context", 32, "--batch", 4, "--dtype", "float32", "--bench", bench)
+    assert run("advise", parent, *this)[0] == 0
+    for value in (0, -1, math.nan, math.inf, "1", None, 10**400):
+        damaged = json.loads(json.dumps(whole))
+        damaged["results"]["models"][0]["regroup"]["token_ms"]["p50"] = value
+        bench.write_text(json.dumps(damaged))
+        assert "lacks something" in refused("advise", parent, *this)
+    for name, value in (("config", "x"), ("config", []), ("prompt", 1.5), ("batch", 10**400), ("batch", "2")):
+        bench.write_text(json.dumps({**whole, "configuration": {**whole["configuration"], name: value}}))
+        refused("advise", parent, *this)
+    bench.write_text(json.dumps({**whole, "results": {**whole["results"], "models": []}}))
+    assert "lacks something" in refused("advise", parent, *this)
+
+
+def test_a_config_alone_keeps_as_many_heads_as_fit(tmp_path: Path) -> None:
+    parent, _ = runs.pair(tmp_path)
+    config, plan, record, figure = (tmp_path / name for name in ("config.json", "plan.json", "record.json", "f.png"))
+    config.write_bytes((parent / "config.json").read_bytes())
+    found = advise(str(config), **GIVEN)
+    assert found.chosen.name == "the parent"
+    # A byte less than the parent needs.
+    short = {**GIVEN, "memory_bytes": found.predictions[0].memory_bytes - 1}
+    assert advise(str(config), **short).chosen.name == "G = 3"
+    # Nothing is written where the figure cannot be.
+    for file in (plan, record):
+        file.write_text("before")
+    assert "no loss to draw" in refused("advise", config, *options("-o", plan, "--record", record, "--figure", figure))
+    assert (plan.read_text(), record.read_text(), figure.exists()) == ("before", "before", False)
+    status, _, message = run("advise", config, *options("-o", plan))
+    assert status == 0
+    assert "no plan is needed" in message
+    assert plan.read_text() == "before"
+
+
+def test_files_of_one_run_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    parent, _ = runs.pair(tmp_path)
+    same = tmp_path / "same.json"
+    for first, second in (("-o", "--record"), ("-o", "--figure"), ("--record", "--figure"), ("--bench", "--record")):
+        assert "overwrite" in refused("advise", parent, *options(first, same, second, same))
+    assert not same.exists()
 
 
 def test_what_is_extrapolated_with_comes_from_the_records(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,3 +147,29 @@ def test_p_values_are_as_likely_as_they_say() -> None:
         rows = [np.stack([draw.normal(size=60), np.ones(60)], 1) for _ in range(2)]
         found.append(paired(rows[0], rows[1], lambda sums: float(sums[0] / sums[1]), seed=trial).p)
     assert 0.01 < np.mean(np.array(found) < 0.05) < 0.11
+
+
+def test_few_rows_do_not_pretend_to_be_sure() -> None:
+    def mean(sums: np.ndarray) -> float:
+        return float(sums[0] / sums[1])
+
+    for count in (1, 2, 5, 8, 20):
+        better, worse = np.ones((count, 2)), np.stack([np.zeros(count), np.ones(count)], 1)
+        # Of 2^n ways to swap the models row by row, two give a difference as large as this one.
+        assert paired(better, worse, mean).p == pytest.approx(max(2 / 2**count, 2 / 1001))
+    one = np.ones((1, 2))
+    assert math.isnan(interval(one, mean).low)
+    assert interval(one, mean).value == 1.0
+    assert math.isnan(paired(one, one, mean).high)
+
+
+def test_draws_are_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.stack([np.random.default_rng(6).integers(0, 9, 50), np.ones(50)], 1).astype(float)
+
+    def mean(sums: np.ndarray) -> float:
+        return float(sums[0] / sums[1])
+
+    whole = interval(rows, mean), paired(rows, rows[::-1], mean)
+    monkeypatch.setattr("regroup.evaluate.bootstrap._CELLS", 50 * 7)
+    assert (interval(rows, mean), paired(rows, rows[::-1], mean)) == whole
+    assert interval(rows, mean, seed=1) != whole[0]

@@ -27,7 +27,7 @@ Converted = Callable[[str, str], Path]
 
 def brute_force(model: Any, teacher: Any, windows: Tensor) -> dict[str, float]:
     """Every figure, one row and one token at a time."""
-    losses, teacher_losses, divergences, agreed, rows = [], [], [], 0, []
+    losses, teacher_losses, divergences, agreed, rows, theirs_of = [], [], [], 0, [], []
     for window in windows:
         with torch.no_grad():
             ours, theirs = (m(input_ids=window[None]).logits[0].double().log_softmax(-1) for m in (model, teacher))
@@ -40,11 +40,18 @@ def brute_force(model: Any, teacher: Any, windows: Tensor) -> dict[str, float]:
             agreed += int(ours[place].argmax() == theirs[place].argmax())
         losses += row
         rows.append(sum(row) / len(row))
+        theirs_of.append(sum(teacher_losses[-len(row) :]) / len(row))
     mean = sum(losses) / len(losses)
-    spread = sum((x - mean) ** 2 for x in rows) / (len(rows) - 1)
+
+    def error(values: list[float]) -> float:
+        middle = sum(values) / len(values)
+        return math.sqrt(sum((x - middle) ** 2 for x in values) / (len(values) - 1) / len(values))
+
     return {
         "nats_per_token": mean,
-        "standard_error": math.sqrt(spread / len(rows)),
+        "standard_error": error(rows),
+        "teacher_standard_error": error(theirs_of),
+        "excess_standard_error": error([mine - other for mine, other in zip(rows, theirs_of, strict=True)]),
         "teacher_nats_per_token": sum(teacher_losses) / len(losses),
         "kl_nats_per_token": sum(divergences) / len(losses),
         "top1_agreement": agreed / len(losses),

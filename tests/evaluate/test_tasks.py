@@ -219,7 +219,7 @@ def test_tokens_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
     made = load_tokenizer(parent)
     made.add_tokens([f"the{number}" for number in range(40)])
     made.save_pretrained(parent)
-    rows = [{"source": "the39", "target": "a", "choices": ["the38", "b"], "answer": 1}]
+    rows = [{"source": "the39", "target": "a", "choices": [" the38", " cat"], "answer": 1}]
     for more in ({}, {"choices": "choices"}):
         with pytest.raises(RegroupError, match="outside the model's vocabulary"):
             evaluate_task(str(parent), Task.load(a_task(tmp_path, rows=rows, **more)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -14,7 +16,7 @@ import pytest
 from helpers import refused, run
 from regroup.report.heads import _cache, _short, _some
 from regroup.report.page import made_of, render
-from regroup.report.records import read_records
+from regroup.report.records import read_records, told_apart
 
 RECORDS = sorted((Path(__file__).parents[2] / "benchmarks/records").glob("*.json"))
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -166,6 +168,21 @@ def test_many_heads_are_drawn_of_some_layers() -> None:
         (json.dumps(record("demo", {}, {})), ("lacks what its kind has", "demo", "rows")),
         (json.dumps(record("demo", {}, {"rows": 3})), ("lacks what its kind has", "record.json")),
         (json.dumps(record("nothing/known", {}, {})), ("anything to draw", "nothing/known")),
+        ("", ("not valid JSON",)),
+        ("[" * 100_000, ("not valid JSON", "recursion")),
+        (json.dumps(answered("m", math.nan)), ("not valid JSON", "NaN is not a finite number")),
+        (json.dumps(answered("m", math.inf)), ("not valid JSON", "Infinity is not a finite number")),
+        (json.dumps(answered("m", 0.5)).replace("0.5", "1e400"), ("not valid JSON", "1e400")),
+        (json.dumps(answered("m", 0.5)).replace("0.5", "1" + 400 * "0"), ("not valid JSON", "1000")),
+        (json.dumps(answered("\ud800", 0.5)), ("not valid JSON", "surrogates")),
+        (json.dumps(record("demo", {}, {}) | {"format": True}), ("another format", "True")),
+        (json.dumps(record("demo", {}, {}) | {"machine": "Z80"}), ("not a record", "machine: Z80")),
+        (json.dumps(record("demo", {}, {}) | {"versions": [3]}), ("not a record", "versions: [3]")),
+        (json.dumps(record("demo", {}, {}) | {"date": 3}), ("not a record", "date: 3")),
+        (json.dumps(record("benchmark/decode-runs", {}, {"runs": 3})), ("not a record", "runs: 3")),
+        (json.dumps(record("benchmark/decode-runs", {}, {"runs": []})), ("not a record", "runs: []")),
+        (json.dumps({"fingerprint": "f", "layers": [], "format": "regroup-plan/9"}), ("another format", "plan/9")),
+        (json.dumps(record("inspect", {}, {"layers": []})), ("lacks what its kind has", "inspect")),
     ],
 )
 def test_what_is_no_record_is_refused(content: str, words: tuple[str, ...], tmp_path: Path) -> None:
@@ -175,6 +192,95 @@ def test_what_is_no_record_is_refused(content: str, words: tuple[str, ...], tmp_
     for word in words:
         assert word in message
     assert list(tmp_path.iterdir()) == [path]
+    output.write_text("before")
+    refused("report", path, "-o", output)
+    assert output.read_text() == "before"
+
+
+def test_a_record_is_not_written_over(tmp_path: Path) -> None:
+    paths = write(tmp_path, answered("m", 0.5), answered("n", 0.5))
+    before = paths[1].read_bytes()
+    assert "overwrite" in refused("report", *paths, "-o", paths[1])
+    assert paths[1].read_bytes() == before
+
+
+def test_an_output_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = write(tmp_path, answered("m", 0.5))
+    output = tmp_path / "report.html"
+    output.write_text("before")
+
+    def full(self: Path, text: str, encoding: str) -> int:
+        with self.open("w", encoding=encoding) as file:
+            file.write(text[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert "No space left" in refused("report", path, "-o", output)
+    assert output.read_text() == "before"
+    assert sorted(tmp_path.iterdir()) == sorted([path, output])
+
+
+def test_names_are_as_long_as_they_must_be() -> None:
+    places = ["run1/child", "/a/run2/child/", "parent", "org/model"]
+    assert list(told_apart(places).values()) == ["run1/child", "run2/child", "parent", "model"]
+    assert told_apart(["x/same", "x/same"]) == {"x/same": "same"}
+
+
+def loss(model: str, value: float, *, data: str = "text.txt", teacher: str | None = None) -> dict[str, Any]:
+    found: dict[str, Any] = {"nats_per_token": value, "standard_error": 0.01}
+    if teacher is not None:
+        found |= {"teacher_nats_per_token": 1.0, "teacher_standard_error": 0.02}
+    done = {"model": model, "teacher": teacher, "data": data, "window": 512}
+    return record("evaluate/language-modeling", done, found)
+
+
+def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    values = [loss("run1/child", 2.0, teacher="parent"), loss("run2/child", 3.0, teacher="parent")]
+    page = text_of(*values, answered("run1/child", 0.5), answered("run2/child", 0.25), folder=tmp_path)
+    for name in ("run1/child", "run2/child"):
+        assert page.count(f"<td>{name}</td>") == 2
+    assert page.count("<td>parent</td>") == 1
+    # Each with its own interval.
+    assert "<td>1.9804 – 2.0196</td>" in page
+    assert "<td>0.9608 – 1.0392</td>" in page
+    # The same model twice: told apart by its records.
+    page = text_of(loss("child", 2.0), loss("child", 3.0), folder=tmp_path)
+    assert "<td>child, record-0.json</td>" in page
+    assert "<td>child, record-1.json</td>" in page
+
+
+def test_losses_on_other_texts_are_not_compared(tmp_path: Path) -> None:
+    page = text_of(loss("child", 2.0), loss("child", 3.0, data="other.txt"), folder=tmp_path)
+    assert page.count("<h3>Loss on held-out text") == 2
+    assert page.count("<td>child</td>") == 2
+
+
+def test_a_single_row_has_no_interval(tmp_path: Path) -> None:
+    value = answered("m", 0.5)
+    value["results"]["metrics"]["f1"] |= {"low": None, "high": None}
+    page = text_of(value, folder=tmp_path)
+    assert "<td>0.500</td><td>–</td>" in page
+
+
+def test_records_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    paths = []
+    for run_name in ("run1", "run2"):
+        (tmp_path / run_name).mkdir()
+        paths += write(tmp_path / run_name, answered(run_name, 0.5))
+    assert [record.file for record in read_records(paths)] == ["run1/record-0.json", "run2/record-0.json"]
+    # Given twice it is shown once.
+    assert [record.file for record in read_records([paths[0], paths[0]])] == ["record-0.json"]
+
+
+@pytest.mark.parametrize(("excess", "kind"), [(0.5, "log"), (-0.01, None)])
+def test_losses_below_the_parents_have_no_logarithm(excess: float, kind: str | None, tmp_path: Path) -> None:
+    row = {"num_key_value_heads": 2, "way": "ours", "standard_deviation": None, "seeds": 1}
+    table = [row | {"tokens": tokens, "excess_nats_per_token": excess} for tokens in (0, 100)]
+    (path,) = write(tmp_path, record("uptraining-curve", {"parent": "p"}, {"table": table}))
+    (section,), _ = made_of(read_records([path]))
+    chart = section.figures[0].chart
+    assert chart is not None
+    assert chart["layer"][0]["encoding"]["y"]["scale"].get("type") == kind
 
 
 def test_an_unknown_kind_beside_others_is_named(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def choose(
     """The fastest candidate that fits, keeps to the loss and to the time.
 
     Without ``max_loss`` it is the one with the least loss that keeps to the others; without any limit that anything
-    misses, that is the parent itself.
+    misses, that is the parent itself. Where nothing is known of losses, more KV heads are taken to lose less.
 
     Raises:
         RegroupError: none does; it says which comes nearest.
@@ -109,4 +109,6 @@ def choose(
         left = kept
     if max_loss is not None:
         return min(left, key=lambda p: (p.token_seconds, p.cache_bytes, p.judged or 0.0))
+    if all(p.judged is None for p in left):
+        return min(left, key=lambda p: (-p.cache_bytes, p.token_seconds))
     return min(left, key=lambda p: (p.judged or 0.0, p.token_seconds, p.cache_bytes))

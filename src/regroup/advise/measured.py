@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,11 +87,15 @@ class Bench:
     models: tuple[tuple[Model, float], ...]
 
     @classmethod
-    def load(cls, path: Path) -> Bench:
+    def load(cls, path: Path, *, processor: bool | None = None) -> Bench:
         """Read a record.
 
+        Args:
+            path: of the file.
+            processor: whether it has to be of a processor (True) or of an accelerator (False).
+
         Raises:
-            RegroupError: it is none of ``bench decode``, or of another format.
+            RegroupError: it is none of ``bench decode``, of another format, or of a device of the other kind.
         """
         value = read_json(path)
         if value.get("kind") != "benchmark/decode" or value.get("format") != 1:
@@ -102,13 +107,29 @@ class Bench:
             )
         try:
             done, results = value["configuration"], value["results"]
+            if processor is not None and (done["device"] == "cpu") != processor:
+                raise RegroupError(
+                    "the record was measured on other hardware",
+                    file=path,
+                    expected="a processor" if processor else "an accelerator, as the one that is asked about",
+                    got=f"{done['device']}",
+                    remedy="run `regroup bench decode` on that hardware, or leave the record out",
+                )
+            sizes = [done[name] for name in ("batch", "prompt", "new")]
+            if not all(type(size) is int and size < 2**40 for size in sizes):
+                raise TypeError(f"batch, prompt and new are {str(sizes)[:80]}")
             work = Work(done["batch"], done["prompt"], done["new"], done["dtype"], "cpu")
             models = []
             for found in results["models"]:
                 path_name = "regroup" if "regroup" in found else "transformers"
                 model = describe(done["config"], kv_heads=found["kv_heads"], layers=found["layers"])
-                models.append((model, found[path_name]["token_ms"]["p50"] / 1e3))
-        except (KeyError, TypeError) as error:
+                took = found[path_name]["token_ms"]["p50"] / 1e3
+                if not 0 < took < math.inf:
+                    raise ValueError(f"a token took {1e3 * took} ms")
+                models.append((model, took))
+            if not models:
+                raise ValueError("no model")
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise RegroupError(
                 "the record of decoding lacks something", file=path, got=f"{type(error).__name__}: {error}"
             ) from error

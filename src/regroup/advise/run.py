@@ -36,7 +36,7 @@ class Advice:
         predictions: of the parent first, then of each candidate.
         front: whether each is on the Pareto front of time and loss.
         chosen: the recommendation.
-        plan: of it, or None where it is the parent itself or the source has no weights.
+        plan: of it, or None where it is the parent itself.
         assumptions: what the figures rest on, a line each.
         record: everything (see ``regroup.record``).
     """
@@ -108,7 +108,7 @@ def advise(
     parent = describe(config, kv_heads=None, layers=None)
     check_positions(parent, Work(batch, max(1, context - (0 if parent.is_encoder_decoder else 2)), 2, dtype, "cpu"))
     machine = Machine(known, Roofs(work) if known is None else None)
-    records = [Bench.load(path) for path in bench]
+    records = [Bench.load(path, processor=known is None and own == "cpu") for path in bench]
     efficiency = efficiency_of(records, machine)
     if folder is None:
         if calibration is not None:
@@ -117,7 +117,9 @@ def advise(
     else:
         with open_source(source, revision=revision) as opened:
             found = candidates(opened, config, calibration, told, tensor_parallel, repair, device)
-    available = memory_bytes or int(0.9 * (known.memory if known else free_memory(own) or 0))
+    available = memory_bytes
+    if available is None:
+        available = int(0.9 * (known.memory if known else free_memory(own) or 0))
     recovery = Recovery.load()
     predictions = [
         _predict(candidate, parent, setting, work, machine, efficiency, records, available, recovery, uptrain_tokens)
@@ -133,6 +135,10 @@ def advise(
         plan.check(detect(config))
     front = pareto(predictions)
     lines = _assumptions(machine, efficiency, calibration, recovery, uptrain_tokens, parent, tensor_parallel)
+    if folder is None:
+        lines.append("a config alone says nothing of loss: of what keeps to the limits the most KV heads are taken")
+    elif calibration is None:
+        lines.append("loss is not known; candidates are ranked by the energy that heads lose, from weights alone")
     asked = {
         "model": Path(source).name if Path(source).exists() else source,
         "hardware": hardware_name,
@@ -249,9 +255,7 @@ def _assumptions(
         lines.append("times are floors: no engine is faster, most are slower; --bench RECORD makes them predictions")
     if tensor_parallel > 1:
         lines.append("devices share layers without loss; what they tell each other is not counted")
-    if calibration is None:
-        lines.append("loss is not known; candidates are ranked by the energy that heads lose, from weights alone")
-    else:
+    if calibration is not None:
         lines.append(
             f"loss is the sum of what layers lose alone, times {recovery.additivity:.2f}: single models were off by a "
             f"factor of {recovery.additivity_error:.2f} ({recovery.source})"

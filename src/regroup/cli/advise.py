@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..errors import RegroupError
 from .options import Calibration, Revision, check_file, spread
 
 
@@ -17,9 +19,11 @@ def advise(
     hardware: Annotated[
         str, typer.Option(help="h100, a100-80gb, l4, …, or this: measure the machine that runs the command.")
     ],
-    context: Annotated[int, typer.Option(min=2, help="Tokens a sequence; of an encoder-decoder, of its input.")],
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")],
-    new: Annotated[int, typer.Option(min=2, help="Tokens that an encoder-decoder makes.")] = 256,
+    context: Annotated[
+        int, typer.Option(min=2, max=10**9, help="Tokens a sequence; of an encoder-decoder, of its input.")
+    ],
+    batch: Annotated[int, typer.Option(min=1, max=10**9, help="Sequences at once.")],
+    new: Annotated[int, typer.Option(min=2, max=10**9, help="Tokens that an encoder-decoder makes.")] = 256,
     dtype: Annotated[str, typer.Option(help="Of weights and cache: float32, bfloat16 or float16.")] = "bfloat16",
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share every layer.")] = 1,
     memory: Annotated[
@@ -42,12 +46,16 @@ def advise(
     """How many KV heads? Predicts memory, time and loss of each number, uniform or by layer, and recommends one."""
     from ..advise.run import advise as run
     from ..console import Told, err, out
-    from ..record import write_record
+    from ..record import write_record, write_whole
     from ..uptrain.budget import parse_count
 
-    for file in (output, record, figure):
+    if memory is not None and not math.isfinite(memory):
+        raise RegroupError("the memory is not a number of GB", expected="such as 72", got=f"--memory {memory}")
+    taken: dict[str, Path | None] = {f"the bench record {path}": path for path in bench or ()}
+    for what, file in (("the plan", output), ("the record", record), ("the figure", figure)):
         if file is not None:
-            check_file(file)
+            check_file(file, taken)
+            taken[what] = file
     text = calibration.text()
     advice = run(
         source,
@@ -72,18 +80,19 @@ def advise(
     for line in advice.assumptions:
         out.print(f"- {line}", markup=False)
     _recommend(out, advice, source, output, calibration.flags())
-    if output is not None and advice.plan is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(advice.plan.dumps(), encoding="utf-8")
-        err.print(f"wrote {output}")
-    if record is not None:
-        write_record(record, advice.record)
-        err.print(f"wrote {record}")
     if figure is not None:
         from ..advise.plot import draw
 
         draw(advice.record, figure)
-        err.print(f"wrote {figure}")
+        err.print(f"wrote {figure}", markup=False)
+    if output is not None and advice.plan is not None:
+        write_whole(output, advice.plan.dumps(), "the plan")
+        err.print(f"wrote {output}", markup=False)
+    elif output is not None:
+        err.print(f"no plan is needed, so {output} was not written", markup=False)
+    if record is not None:
+        write_record(record, advice.record)
+        err.print(f"wrote {record}", markup=False)
 
 
 def _table(advice: Any, batch: int) -> Any:
@@ -102,7 +111,7 @@ def _table(advice: Any, batch: int) -> Any:
             human_bytes(one.memory_bytes),
             human_bytes(one.cache_bytes),
             f"{one.largest_batch:,}",
-            f"{1e3 * one.token_seconds:.2f}",
+            _milliseconds(one.token_seconds),
         ]
         if known:
             cells.append(f"{one.energy:.1%}" if one.loss is None else f"{one.loss:+.3f}")
@@ -112,6 +121,10 @@ def _table(advice: Any, batch: int) -> Any:
     words = f"batch {batch}; fits: the largest batch; loss in nats a token over the parent"
     table.caption = words + ("\n● nothing is both faster and better" if known else "")
     return table
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f}" if seconds >= 1e-3 else f"{1e3 * seconds:.2g}"
 
 
 def _recommend(out: Any, advice: Any, source: str, output: Path | None, flags: str) -> None:
@@ -132,4 +145,6 @@ def _recommend(out: Any, advice: Any, source: str, output: Path | None, flags: s
         return
     plan = output or "plan.json"
     before = "" if output else "add -o plan.json, then: "
-    out.print(f"{before}regroup convert {source} DST --plan {plan}{flags}", markup=False, highlight=False)
+    # A config alone cannot be converted: the checkpoint that it is of can.
+    place = "SRC" if Path(source).is_file() else source
+    out.print(f"{before}regroup convert {place} DST --plan {plan}{flags}", markup=False, highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -81,6 +82,13 @@ def evaluate(
         batches = causal_batches(cut, batch_size)
         rows = len(cut)
     result = score(student, batches, teacher=parent, progress=progress)
+    if math.isnan(result.nats_per_token):
+        raise RegroupError(
+            "the model's loss is not a number",
+            file=folder,
+            got="nan",
+            remedy="see whether the weights are sound, or pass --dtype float32",
+        )
 
     results: dict[str, Any] = {
         "rows": rows,
@@ -94,7 +102,9 @@ def evaluate(
     if result.teacher_nats_per_token is not None:
         results |= {
             "teacher_nats_per_token": result.teacher_nats_per_token,
+            "teacher_standard_error": result.teacher_standard_error,
             "excess_nats_per_token": result.nats_per_token - result.teacher_nats_per_token,
+            "excess_standard_error": result.excess_standard_error,
             "kl_nats_per_token": result.kl_nats_per_token,
             "top1_agreement": result.top1_agreement,
         }

@@ -24,6 +24,8 @@ class Score:
         teacher_nats_per_token: the parent's cross-entropy on the same tokens, or None.
         kl_nats_per_token: KL(parent ‖ model), or None.
         top1_agreement: share of positions where both put the same token first, or None.
+        teacher_standard_error, excess_standard_error: of the parent's cross-entropy, and of the difference, in which
+            what makes a row hard for both drops out; or None.
     """
 
     tokens: int
@@ -32,6 +34,8 @@ class Score:
     teacher_nats_per_token: float | None = None
     kl_nats_per_token: float | None = None
     top1_agreement: float | None = None
+    teacher_standard_error: float | None = None
+    excess_standard_error: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -66,6 +70,7 @@ def score(
     """
     device = next(model.parameters()).device
     sums: list[tuple[float, int]] = []
+    teacher_sums: list[tuple[float, int]] = []
     teacher_loss = kl = agreed = 0.0
     for batch in batches:
         targets = batch.targets.to(device)
@@ -81,7 +86,9 @@ def score(
             if other.shape != logits.shape:
                 raise RegroupError("the parent has another vocabulary", expected=logits.shape[-1], got=other.shape[-1])
             log_q = other.float().log_softmax(-1)
-            teacher_loss -= float((log_q.gather(-1, wanted).squeeze(-1) * asked).double().sum())
+            theirs = (-log_q.gather(-1, wanted).squeeze(-1) * asked).double()
+            teacher_loss += float(theirs.sum())
+            teacher_sums += zip(theirs.sum(1).tolist(), asked.sum(1).tolist(), strict=True)
             kl += float(((log_q.exp() * (log_q - log_p)).sum(-1) * asked).double().sum())
             agreed += float(((log_q.argmax(-1) == log_p.argmax(-1)) & asked).sum())
         if progress is not None:
@@ -93,7 +100,18 @@ def score(
     error = _standard_error(sums, mean, tokens)
     if teacher is None:
         return Score(tokens, mean, error)
-    return Score(tokens, mean, error, teacher_loss / tokens, kl / tokens, agreed / tokens)
+    theirs = teacher_loss / tokens
+    excess = [(loss - other, count) for (loss, count), (other, _) in zip(sums, teacher_sums, strict=True)]
+    return Score(
+        tokens,
+        mean,
+        error,
+        theirs,
+        kl / tokens,
+        agreed / tokens,
+        _standard_error(teacher_sums, theirs, tokens),
+        _standard_error(excess, mean - theirs, tokens),
+    )
 
 
 def _standard_error(sums: list[tuple[float, int]], mean: float, tokens: int) -> float:

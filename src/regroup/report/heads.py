@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 
 from .figures import COLORS, Figure, Section, Table, chart, points_and_lines, size
-from .records import Record
+from .records import Record, labels
 
 _CONTEXTS = [2**power for power in range(9, 18)]
 _16_BIT = 2
@@ -44,17 +44,25 @@ def similarity(records: Sequence[Record]) -> Section | None:
 
 
 def _name(record: Record) -> str:
-    return str(record.results.get("source", record.configuration.get("model", record.file))).rpartition("/")[2]
+    return _names([record])[0]
+
+
+def _place(record: Record) -> str:
+    return str(record.results.get("source", record.configuration.get("model", record.file)))
+
+
+def _names(records: Sequence[Record]) -> list[str]:
+    return labels([(_place(record), record.file) for record in records])
 
 
 def _facts(records: Sequence[Record]) -> Figure:
     rows = []
-    for record in records:
+    for name, record in zip(_names(records), records, strict=True):
         found, layers = record.results, record.results["layers"]
         heads = sorted({layer["num_key_value_heads"] for layer in layers})
         rows.append(
             (
-                _name(record),
+                name,
                 str(found.get("family")),
                 "–" if found.get("parameters") is None else f"{found['parameters'] / 1e6:,.1f} M",
                 str(len(layers)),
@@ -77,9 +85,10 @@ def _cache(layers: Sequence[dict[str, Any]], context: int) -> int:
 
 
 def _memory(records: Sequence[Record]) -> Figure:
+    names = _names(records)
     rows = [
-        {"model": _name(record), "context": context, "bytes": _cache(record.results["layers"], context)}
-        for record in records
+        {"model": name, "context": context, "bytes": _cache(record.results["layers"], context)}
+        for name, record in zip(names, records, strict=True)
         for context in _CONTEXTS
     ]
     for row in rows:
@@ -94,7 +103,10 @@ def _memory(records: Sequence[Record]) -> Figure:
     y = alt.Y("MiB:Q", title="MiB a sequence, 16 bits", scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=6))
     drawn = points_and_lines(rows, x=x, y=y, color="model", tooltip=tip)
     shown = [512, 4096, 32768, 131072]
-    cells = [(_name(r), *(size(_cache(r.results["layers"], context)) for context in shown)) for r in records]
+    cells = [
+        (name, *(size(_cache(record.results["layers"], context)) for context in shown))
+        for name, record in zip(names, records, strict=True)
+    ]
     caption = "; ".join(record.conditions for record in records)
     return Figure("KV cache against context", caption, drawn, Table(("model", *(f"{c:,}" for c in shown)), cells))
 

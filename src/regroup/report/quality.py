@@ -8,17 +8,21 @@ from typing import Any
 import altair as alt
 
 from .figures import Figure, Section, Table, bars, number
-from .records import Record
+from .records import Record, labels
 
+_INTERVAL = alt.Tooltip("interval:N", title="95% interval")
 _EXCESS = "loss over the parent, nats a token"
 
 
 def section(records: Sequence[Record]) -> Section | None:
     """Quality, from evaluations, the demonstration and tables of methods."""
     made: list[Figure] = []
-    losses = [record for record in records if record.kind == "evaluate/language-modeling"]
-    if losses:
-        made.append(_losses(losses))
+    losses: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        if record.kind == "evaluate/language-modeling":
+            text = tuple(record.configuration.get(key) for key in ("data", "window", "windows", "document_starts"))
+            losses.setdefault(text, []).append(record)
+    made += [_losses(same) for same in losses.values()]
     for record in records:
         if record.kind in ("demo", "conversion-methods", "conversion-g2p"):
             made.append(_methods(record))
@@ -30,28 +34,29 @@ def section(records: Sequence[Record]) -> Section | None:
 
 
 def _losses(records: Sequence[Record]) -> Figure:
-    rows = []
+    """Models on one text; a parent that several were compared with stands there once."""
+    found: list[tuple[str, str, float, float | None]] = []
     for record in records:
-        found, model = record.results, record.configuration["model"]
-        bound = 1.96 * (found.get("standard_error") or 0.0)
-        rows.append(_loss_row(model, found["nats_per_token"], bound))
+        loss, error = (record.results.get(key) for key in ("nats_per_token", "standard_error"))
+        found.append((str(record.configuration["model"]), record.file, loss, error))
         teacher = record.configuration.get("teacher")
-        if teacher and found.get("teacher_nats_per_token") is not None:
-            rows.append(_loss_row(teacher, found["teacher_nats_per_token"], bound))
-    rows = list({row["model"]: row for row in sorted(rows, key=lambda row: row["loss"])}.values())
-    tip = [alt.Tooltip("model:N"), alt.Tooltip("loss:Q", format=".4f", title="nats a token")]
-    table = Table(
-        ("model", "nats a token", "95% interval"),
-        [(row["model"], number(row["loss"], 4), f"{row['low']:.4f} – {row['high']:.4f}") for row in rows],
-    )
+        if teacher and record.results.get("teacher_nats_per_token") is not None:
+            loss, error = (record.results.get(f"teacher_{key}") for key in ("nats_per_token", "standard_error"))
+            found.append((str(teacher), record.file, loss, error))
+    once = {(model, loss): (model, file, loss, error) for model, file, loss, error in found}
+    found = sorted(once.values(), key=lambda one: one[2])
+    names = labels([(model, file) for model, file, _, _ in found])
+    rows, cells = [], []
+    for name, (_, _, loss, error) in zip(names, found, strict=True):
+        low, high = loss - 1.96 * (error or 0.0), loss + 1.96 * (error or 0.0)
+        between = "–" if error is None else f"{low:.4f} – {high:.4f}"
+        rows.append({"model": name, "loss": loss, "low": low, "high": high, "interval": between})
+        cells.append((name, number(loss, 4), between))
+    tip = [alt.Tooltip("model:N"), alt.Tooltip("loss:Q", format=".4f", title="nats a token"), _INTERVAL]
+    table = Table(("model", "nats a token", "95% interval"), cells)
     drawn = bars(rows, name="model", value="loss", title="nats a token", tooltip=tip, low="low", high="high")
-    data = ", ".join(dict.fromkeys(str(record.configuration.get("data")) for record in records))
-    return Figure("Loss on held-out text", f"{data}; {_from(records)}", drawn, table)
-
-
-def _loss_row(model: str, loss: float, bound: float) -> dict[str, Any]:
-    name = str(model).rstrip("/").rpartition("/")[2] or str(model)
-    return {"model": name, "loss": loss, "low": loss - bound, "high": loss + bound}
+    data = records[0].configuration.get("data")
+    return Figure(f"Loss on held-out text: {data}", _from(records), drawn, table)
 
 
 def _methods(record: Record) -> Figure:
@@ -71,14 +76,17 @@ def _methods(record: Record) -> Figure:
             "excess": row[key],
             "low": row["excess_95"][0] if "excess_95" in row else row[key],
             "high": row["excess_95"][1] if "excess_95" in row else row[key],
+            "interval": "{:+.3f} – {:+.3f}".format(*row["excess_95"]) if "excess_95" in row else "–",
         }
         for row in found
         if row.get(key) is not None
     ]
-    tip = [alt.Tooltip("name:N", title="way"), alt.Tooltip("excess:Q", format="+.4f", title=title)]
+    tip = [alt.Tooltip("name:N", title="way"), alt.Tooltip("excess:Q", format="+.4f", title=title), _INTERVAL]
     drawn = bars(rows, name="name", value="excess", title=title, tooltip=tip, color="G", low="low", high="high")
-    table = Table(("way", title), [(row["name"], number(row["excess"], 3, sign=True)) for row in rows])
-    return Figure("Ways to convert, before and after uptraining", record.conditions, drawn, table)
+    cells = [(row["name"], number(row["excess"], 3, sign=True), row["interval"]) for row in rows]
+    table = Table(("way", title, "95% interval"), cells)
+    parent = record.configuration.get("parent", "the demonstration's parent")
+    return Figure(f"Ways to convert {parent}, before and after uptraining", record.conditions, drawn, table)
 
 
 def _tasks(records: Sequence[Record]) -> list[Figure]:
@@ -87,23 +95,21 @@ def _tasks(records: Sequence[Record]) -> list[Figure]:
     names = dict.fromkeys(name for record in records for name in record.results["metrics"])
     for name in names:
         rows, cells = [], []
-        for record in records:
-            found = record.results["metrics"].get(name)
-            if found is None:
-                continue
-            model = _loss_row(record.configuration["model"], 0, 0)["model"]
-            rows.append({"model": model, **{k: found[k] for k in ("value", "low", "high")}})
+        asked = [record for record in records if record.results["metrics"].get(name) is not None]
+        models = labels([(str(record.configuration["model"]), record.file) for record in asked])
+        for model, record in zip(models, asked, strict=True):
+            found = record.results["metrics"][name]
+            value, low, high = (found[key] for key in ("value", "low", "high"))
+            between = "–" if low is None else f"{low:.3f} – {high:.3f}"
+            low, high = (value, value) if low is None else (low, high)
+            rows.append({"model": model, "value": value, "low": low, "high": high, "interval": between})
             difference = found.get("difference")
-            cells.append(
-                (
-                    model,
-                    number(found["value"]),
-                    f"{found['low']:.3f} – {found['high']:.3f}",
-                    "–" if difference is None else f"{difference['value']:+.3f} (p = {difference['p']:.3f})",
-                )
-            )
+            against = "–"
+            if difference is not None:
+                against = f"{difference['value']:+.3f} to {record.configuration['against']} (p = {difference['p']:.3f})"
+            cells.append((model, number(value), between, against))
         word = name.replace("_", " ")
-        tip = [alt.Tooltip("model:N"), alt.Tooltip("value:Q", format=".4f", title=word)]
+        tip = [alt.Tooltip("model:N"), alt.Tooltip("value:Q", format=".4f", title=word), _INTERVAL]
         drawn = bars(rows, name="model", value="value", title=word, tooltip=tip, low="low", high="high")
         table = Table(("model", word, "95% interval", "against the other"), cells)
         less = any(r.results["metrics"].get(name, {}).get("lower_is_better") for r in records)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import posixpath
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ class Record:
     """A record and the name of its file.
 
     Attributes:
-        file: name alone; where it lies is nobody's business.
+        file: name, with as many of its folders as tell it from the others; where it lies is nobody's business.
         kind: what was measured; ``"plan"`` for a plan's file.
         date: of the measurement, or none.
         configuration, results: as in the file.
@@ -54,7 +56,8 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
         RegroupError: unreadable, not JSON, no record, or of another format.
     """
     found: list[Record] = []
-    for path in paths:
+    names = told_apart([str(path) for path in paths])
+    for path in dict.fromkeys(paths):
         try:
             raw = path.read_bytes()
         except OSError as error:
@@ -76,8 +79,29 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
                 got=str(error)[:200],
                 remedy="give the file as the verb wrote it",
             ) from error
-        found += _records(value, path)
+        found += _records(value, path, names[str(path)])
     return found
+
+
+def told_apart(places: Sequence[str]) -> dict[str, str]:
+    """Short names of paths and hub ids: the last part of each, or as many as tell it from the others."""
+    parts = {place: posixpath.normpath(place).split("/") for place in places}
+    counts = dict.fromkeys(parts, 1)
+    while True:
+        names = {place: "/".join(words[-counts[place] :]) for place, words in parts.items()}
+        often = Counter(names.values())
+        clash = [place for place in parts if often[names[place]] > 1 and counts[place] < len(parts[place])]
+        if not clash:
+            return names
+        for place in clash:
+            counts[place] += 1
+
+
+def labels(found: Sequence[tuple[str, str]]) -> list[str]:
+    """Names of models, each with the file of its record; with the file in it where one model stands there twice."""
+    short = told_apart([model for model, _ in found])
+    often = Counter(short[model] for model, _ in found)
+    return [short[model] + (f", {file}" if often[short[model]] > 1 else "") for model, file in found]
 
 
 def _number(text: str) -> float:
@@ -93,29 +117,29 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _records(value: Any, path: Path) -> list[Record]:
+def _records(value: Any, path: Path, name: str) -> list[Record]:
     if isinstance(value, dict) and "fingerprint" in value and isinstance(value.get("layers"), list):
         _check_format(value, _PLAN_FORMAT, path)
         results = {"layers": value["layers"], "family": value.get("family")}
-        return [Record(path.name, "plan", "", {}, results, {}, {})]
+        return [Record(name, "plan", "", {}, results, {}, {})]
     if not isinstance(value, dict):
         raise _no_record(path, type(value).__name__)
-    for name, kind in (("kind", str), ("configuration", dict), ("results", dict)):
-        if not isinstance(value.get(name), kind):
-            raise _no_record(path, f"{name}: {str(value[name])[:80]}" if name in value else f"nothing as {name}")
+    for key, kind in (("kind", str), ("configuration", dict), ("results", dict)):
+        if not isinstance(value.get(key), kind):
+            raise _no_record(path, f"{key}: {str(value[key])[:80]}" if key in value else f"nothing as {key}")
     _check_format(value, _FORMAT, path)
-    for name, kind in (("date", str), ("machine", dict), ("versions", dict)):
-        if not isinstance(value.get(name) or kind(), kind):
-            raise _no_record(path, f"{name}: {str(value[name])[:80]}")
+    for key, kind in (("date", str), ("machine", dict), ("versions", dict)):
+        if not isinstance(value.get(key) or kind(), kind):
+            raise _no_record(path, f"{key}: {str(value[key])[:80]}")
     if value["kind"] == "benchmark/decode-runs":
         runs = value["results"].get("runs")
         nested = isinstance(runs, list) and any(isinstance(r, dict) and r.get("kind") == value["kind"] for r in runs)
         if not isinstance(runs, list) or not runs or nested:
             raise _no_record(path, f"runs: {str(runs)[:80]}")
-        return [record for run in runs for record in _records(run, path)]
+        return [record for run in runs for record in _records(run, path, name)]
     return [
         Record(
-            path.name,
+            name,
             value["kind"],
             value.get("date") or "",
             value["configuration"],

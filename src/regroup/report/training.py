@@ -50,7 +50,9 @@ def _curves(record: Record) -> list[Figure]:
             alt.Tooltip("loss:Q", format="+.4f"),
             alt.Tooltip("seeds:Q"),
         ]
-        y = alt.Y("loss:Q", title=title, scale=alt.Scale(type="log"))
+        # A model that came to its parent, or whose spread reaches it, has no logarithm.
+        straight = any(row["low"] <= 0 for row in rows)
+        y = alt.Y("loss:Q", title=title, scale=alt.Scale() if straight else alt.Scale(type="log"))
         x = alt.X(
             "tokens:Q",
             title="uptraining tokens",
