@@ -163,7 +163,7 @@ def test_many_heads_are_drawn_of_some_layers() -> None:
     [
         ("{", ("not valid JSON",)),
         ("[]", ("not a record", "list")),
-        ('{"kind": "demo"}', ("not a record", "kind")),
+        ('{"kind": "demo"}', ("not a record", "nothing as configuration")),
         (json.dumps(record("demo", {}, {}) | {"format": 2}), ("another format", "format 1")),
         (json.dumps(record("demo", {}, {})), ("lacks what its kind has", "demo", "rows")),
         (json.dumps(record("demo", {}, {"rows": 3})), ("lacks what its kind has", "record.json")),

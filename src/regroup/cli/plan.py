@@ -48,6 +48,7 @@ def plan(
     from ..console import Told, err, show_plan
     from ..planning import plan_checkpoint
     from ..processes import launched
+    from ..record import write_whole
 
     with launched() as team:
         if team.rank > 0:
@@ -77,7 +78,6 @@ def plan(
         if output is None:
             typer.echo(made.dumps(), nl=False)
             return
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(made.dumps(), encoding="utf-8")
+        write_whole(output, made.dumps(), "the plan")
         again = "" if made.predicted_kl is None else calibration.flags()
         err.print(f"wrote {output}; carry it out with: regroup convert {source} DST --plan {output}{again}")

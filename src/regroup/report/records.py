@@ -59,15 +59,16 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     names = told_apart([str(path) for path in paths])
     for path in dict.fromkeys(paths):
         try:
-            raw = path.read_bytes()
+            size = path.stat().st_size
+            raw = path.read_bytes() if size <= _MOST_BYTES else b""
         except OSError as error:
             raise RegroupError("the record cannot be read", file=path, got=error.strerror or str(error)) from error
-        if len(raw) > _MOST_BYTES:
+        if size > _MOST_BYTES:
             raise RegroupError(
                 "the file is larger than any record",
                 file=path,
                 expected=f"at most {_MOST_BYTES / 1e6:g} MB",
-                got=f"{len(raw) / 1e6:.1f} MB",
+                got=f"{size / 1e6:.1f} MB",
             )
         try:
             value = json.loads(raw.decode(), parse_constant=_number, parse_float=_number, parse_int=_whole)
