@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,11 +130,16 @@ def fingerprint(folder: Path) -> str:
     with unreadable(folder / "config.json"):
         digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
-        entries, _ = read_header(path)
+        try:
+            entries = read_header(path)[0]
+        except RegroupError:  # a stray file that no index names
+            entries = {}
         with unreadable(path), path.open("rb") as file:
-            for name, entry in entries.items():
-                digest.update(f"{path.name} {name} {entry}".encode())
-                for start in (entry.start, max(entry.start, entry.end - _SAMPLE)):
+            size = os.fstat(file.fileno()).st_size
+            spans = {"": (0, size), **{name: (entry.start, entry.end) for name, entry in entries.items()}}
+            for name, (first, end) in spans.items():
+                digest.update(f"{path.name} {name} {first} {end}".encode())
+                for start in (first, max(first, end - _SAMPLE)):
                     file.seek(start)
-                    digest.update(file.read(min(_SAMPLE, entry.end - start)))
+                    digest.update(file.read(min(_SAMPLE, end - first)))
     return digest.hexdigest()[:16]
