@@ -93,13 +93,12 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     position = 8 + length
     for name, entry in ordered.items():
         if entry.start != position:
-            raise RegroupError(
+            raise _damaged(
                 "the tensors of a safetensors file overlap or leave a gap",
-                file=path,
-                tensor=name,
+                path,
+                name,
                 expected=f"data from byte {position}",
                 got=f"data from byte {entry.start}",
-                remedy="the file is damaged: download or save it again",
             )
         position = entry.end
     if position != size:
@@ -190,13 +189,12 @@ def _entry(path: Path, name: str, value: object, data_start: int) -> TensorEntry
                 )
             expected = nbytes_of(dtype, tuple(shape))
             if offsets[1] - offsets[0] != expected:
-                raise RegroupError(
+                raise _damaged(
                     "a tensor's byte range does not fit its shape",
-                    file=path,
-                    tensor=name,
+                    path,
+                    name,
                     expected=f"{expected} bytes for {dtype} {shape}",
                     got=f"{offsets[1] - offsets[0]} bytes",
-                    remedy="the file is damaged: download or save it again",
                 )
             return TensorEntry(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
     raise RegroupError(
@@ -205,6 +203,17 @@ def _entry(path: Path, name: str, value: object, data_start: int) -> TensorEntry
         tensor=name,
         expected="dtype, shape and data_offsets",
         got=str(value)[:120],
+    )
+
+
+def _damaged(what: str, path: Path, tensor: str, *, expected: str, got: str) -> RegroupError:
+    return RegroupError(
+        what,
+        file=path,
+        tensor=tensor,
+        expected=expected,
+        got=got,
+        remedy="the file is damaged: download or save it again",
     )
 
 

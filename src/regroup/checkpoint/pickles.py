@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from ..errors import RegroupError
-from .reader import INDEX_FILE, SINGLE_FILE, companion_files, read_json
+from .companions import companion_files
+from .reader import INDEX_FILE, SINGLE_FILE, read_json
 from .writer import save_tensors
 
 _SINGLE = "pytorch_model.bin"

@@ -11,33 +11,13 @@ from typing import Any
 import torch
 
 from ..errors import RegroupError
+from .companions import companion_files
 from .header import MAX_HEADER_BYTES, TensorEntry, parse_json, read_header, unreadable
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-# Weights in other formats describe the parent and would contradict the child; caches and version control are noise.
-_LEFT_BEHIND = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".onnx_data",
-    ".gguf",
-    ".ggml",
-    ".tflite",
-    ".ot",
-    ".npz",
-    ".index.json",
-    ".py",
-    ".lock",
-)
 
 
 @dataclass(frozen=True)
@@ -132,33 +112,6 @@ class Checkpoint:
     def companions(self) -> Iterator[Path]:
         """The files that belong to the child too (see ``companion_files``)."""
         return companion_files(self.folder)
-
-
-def companion_files(folder: Path) -> Iterator[Path]:
-    """Paths, relative to the folder, of the files that travel with the weights: tokenizer, generation config, …
-
-    Raises:
-        RegroupError: a link points out of the folder.
-    """
-    root = folder.resolve()
-    # In huggingface_hub's cache every file is a link into the blobs folder of the same repository.
-    allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if any(part.startswith(".") for part in relative.parts) or not path.is_file():
-            continue
-        if relative.as_posix() == "config.json" or path.name.endswith(_LEFT_BEHIND):
-            continue
-        target = path.resolve()
-        if not any(target.is_relative_to(place) for place in allowed):
-            raise RegroupError(
-                "a link in the source folder points out of it",
-                file=path,
-                expected=f"a file below {root}",
-                got=target,
-                remedy="replace the link by the file, or remove it",
-            )
-        yield relative
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -272,24 +225,28 @@ def _indexed_files(path: Path, index: dict[str, Any]) -> list[str]:
 def _check_index(path: Path, weight_map: dict[str, str], shards: Mapping[str, Mapping[str, TensorEntry]]) -> None:
     for tensor, file in weight_map.items():
         if tensor not in shards[file]:
-            raise RegroupError(
-                "the index names a tensor that its file does not hold",
-                file=path,
-                tensor=tensor,
-                expected=f"in {file}",
-                got=next((f"in {other}" for other, names in shards.items() if tensor in names), "in no file"),
-                remedy="the index belongs to another version of the weights: download both again",
+            held = next((f"in {other}" for other, names in shards.items() if tensor in names), "in no file")
+            raise _another_version(
+                "the index names a tensor that its file does not hold", path, tensor, f"in {file}", got=held
             )
     for file, names in shards.items():
         for tensor in names:
             if weight_map.get(tensor) != file:
-                raise RegroupError(
-                    "a file holds a tensor that the index does not place there",
-                    file=path.parent / file,
-                    tensor=tensor,
-                    expected=f"in {weight_map[tensor]}" if tensor in weight_map else "in the index",
-                    remedy="the index belongs to another version of the weights: download both again",
+                placed = f"in {weight_map[tensor]}" if tensor in weight_map else "in the index"
+                raise _another_version(
+                    "a file holds a tensor that the index does not place there", path.parent / file, tensor, placed
                 )
+
+
+def _another_version(what: str, path: Path, tensor: str, expected: str, got: str | None = None) -> RegroupError:
+    return RegroupError(
+        what,
+        file=path,
+        tensor=tensor,
+        expected=expected,
+        got=got,
+        remedy="the index belongs to another version of the weights: download both again",
+    )
 
 
 def _no_weights(folder: Path) -> RegroupError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,9 +21,10 @@ from .families import (
     unsupported_reason,
 )
 from .nemotron_nas import as_llama
+from .numbers import is_natural, natural
 from .types import AttentionLayer, HeadSlot, Kind, Layout, Projection, Rotary, TensorInfo, fused_slots
+from .weights import Weights
 
-_FLOATS = ("BF16", "F16", "F32", "F64")
 # The key under which a checkpoint written by regroup names its KV heads, module by module.
 CONFIG_KEY = "regroup"
 CONFIG_FORMAT = 1
@@ -66,8 +66,8 @@ def detect(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None =
         )
     reader = _Reader(config, family, tensors)
     layers = tuple(reader.layers())
-    if tensors is not None:
-        reader.check_nothing_else(layers)
+    if reader.weights is not None:
+        reader.weights.check_nothing_else(layers)
     model_type = config["model_type"]
     return Layout(
         family="llama" if model_type == "deci" else model_type,
@@ -75,7 +75,7 @@ def detect(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None =
         hidden_size=reader.hidden,
         dtype=tensors[layers[0].query.weight.tensor].dtype if tensors else None,
         native_kv_heads=family.native,
-        encoder_layers=_natural(config, (family.encoder_layers,)) if family.encoder_layers else 0,
+        encoder_layers=natural(config, (family.encoder_layers,)) if family.encoder_layers else 0,
         tied_embeddings=bool(config.get("tie_word_embeddings", family.cross is not None)),
         parameters=sum(math.prod(info.shape) for info in tensors.values()) if tensors else None,
         initializer_std=initializer_std(config, reader.hidden),
@@ -86,9 +86,9 @@ class _Reader:
     """One pass over one checkpoint: holds what every layer needs to know."""
 
     def __init__(self, config: Mapping[str, Any], family: Family, tensors: Mapping[str, TensorInfo] | None) -> None:
-        self.config, self.family, self.tensors = config, family, tensors
-        self.H = _natural(config, family.heads)
-        self.count = _natural(config, family.layers)
+        self.config, self.family = config, family
+        self.H = natural(config, family.heads)
+        self.count = natural(config, family.layers)
         for what, count, most in (("layers", self.count, MAX_LAYERS), ("heads", self.H, MAX_HEADS)):
             if count > most:
                 raise RegroupError(
@@ -97,14 +97,15 @@ class _Reader:
                     expected=f"at most {most}",
                     got=count,
                 )
-        self.hidden = _natural(config, family.hidden)
+        self.hidden = natural(config, family.hidden)
         self.D = self._head_dim()
-        self.prefix = self._prefix()
+        self.weights = None if tensors is None else Weights(tensors, family, self.hidden, self.count)
+        self.prefix = family.prefixes[0] if self.weights is None else self.weights.prefix
 
     def _head_dim(self) -> int:
         for key in self.family.head_dim:
             if self.config.get(key) is not None:
-                return _natural(self.config, (key,))
+                return natural(self.config, (key,))
         if self.family.head_dim_default is not None:
             return self.family.head_dim_default
         if self.hidden % self.H:
@@ -114,20 +115,6 @@ class _Reader:
                 got=f"hidden size {self.hidden}, {self.H} heads",
             )
         return self.hidden // self.H
-
-    def _prefix(self) -> str:
-        if self.tensors is None:
-            return self.family.prefixes[0]
-        first = self.family.module.format(i=0) + "."
-        for prefix in self.family.prefixes:
-            if any(name.startswith(prefix + first) for name in self.tensors):
-                return prefix
-        raise RegroupError(
-            "the weights hold no attention layer where this family has it",
-            layer=self.family.prefixes[0] + first[:-1],
-            got=f"tensors such as {next(iter(self.tensors), 'none at all')}",
-            remedy="config.json and weights may belong to different models",
-        )
 
     def layers(self) -> Iterator[AttentionLayer]:
         for index in range(self.count):
@@ -183,8 +170,8 @@ class _Reader:
             value_obstacle=clip,
             residual_scale=residual_scale(self.config) if kind == "self" else None,
         )
-        if self.tensors is not None:
-            self._check_shapes(layer)
+        if self.weights is not None:
+            self.weights.check_shapes(layer)
         return layer
 
     def _normed(self, name: str) -> bool:
@@ -194,7 +181,7 @@ class _Reader:
         return any(self._has(f"{name}.{part}".format(head=0)) for part in shared + own)
 
     def _has(self, tensor: str, *, absent: bool = False) -> bool:
-        return absent if self.tensors is None else tensor in self.tensors
+        return absent if self.weights is None else tensor in self.weights.tensors
 
     def _extras(self, name: str, norms: tuple[tuple[str, int], ...], heads: int) -> tuple[HeadSlot, ...]:
         return tuple(
@@ -219,9 +206,7 @@ class _Reader:
             declared = table.get(module)
         else:
             declared = declared_kv_heads(self.config, self.family, self.H, index)
-        if declared is not None and (
-            not isinstance(declared, int) or isinstance(declared, bool) or declared < 1 or self.H % declared
-        ):
+        if declared is not None and (not is_natural(declared) or self.H % declared):
             raise RegroupError(
                 "the config names an impossible number of KV heads",
                 file="config.json",
@@ -229,126 +214,14 @@ class _Reader:
                 expected=f"a divisor of {self.H} query heads",
                 got=declared,
             )
-        if self.tensors is None:
-            if declared is None:
-                raise RegroupError(
-                    "the config does not name the number of KV heads",
-                    file="config.json",
-                    layer=name,
-                    expected="num_key_value_heads",
-                    remedy="add it, or inspect the folder with its weights",
-                )
-            return declared
-        family = self.family
-        part = f"{name}.{family.fused or family.key}.weight"
-        shape = self._shape(part, name)
-        rows: float = shape[1 if family.conv1d else 0] if len(shape) == 2 else 0
-        if family.fused is not None:
-            rows = (rows - self.H * self.D) / 2
-        found = rows / self.D
-        if found < 1 or found != int(found) or self.H % int(found) or (declared or found) != found:
+        if self.weights is not None:
+            return self.weights.kv_heads(name, self.H, self.D, declared)
+        if declared is None:
             raise RegroupError(
-                "the key projection does not have the shape that the config asks for",
-                tensor=part,
+                "the config does not name the number of KV heads",
+                file="config.json",
                 layer=name,
-                expected=f"{declared if declared else f'a divisor of {self.H}'} KV heads of {self.D}",
-                got=f"shape {list(shape)}",
-                remedy="config.json and weights may belong to different models",
+                expected="num_key_value_heads",
+                remedy="add it, or inspect the folder with its weights",
             )
-        return int(found)
-
-    def _shape(self, tensor: str, layer: str) -> tuple[int, ...]:
-        assert self.tensors is not None
-        if tensor not in self.tensors:
-            raise RegroupError(
-                "a tensor of an attention layer is missing",
-                tensor=tensor,
-                layer=layer,
-                expected=f"{self.count} layers, as config.json says",
-                remedy="config.json and weights may belong to different models, or a shard is missing from the index",
-            )
-        info = self.tensors[tensor]
-        if info.dtype not in _FLOATS:
-            raise RegroupError(
-                "an attention weight is quantised",
-                tensor=tensor,
-                layer=layer,
-                expected=", ".join(_FLOATS),
-                got=info.dtype,
-                remedy="start from the unquantised checkpoint",
-            )
-        return info.shape
-
-    def _check_shapes(self, layer: AttentionLayer) -> None:
-        """Compare every slot with its tensor: along the head axis exactly, across it with the hidden size."""
-        for part, projection in layer.projections().items():
-            for slot in projection.slots():
-                across = {1: (), 2: (self.hidden,)}
-                for tensor in slot.tensors():
-                    shape = self._shape(tensor, layer.name)
-                    length = slot.size if "{head}" in slot.tensor else slot.heads * slot.size
-                    if self.family.fused and part != "output" and slot not in projection.extras:
-                        length = (layer.num_attention_heads + 2 * layer.num_key_value_heads) * layer.head_dim
-                    ranks = (1, 2) if slot in projection.extras else (1 if slot is projection.bias else 2,)
-                    rest = shape[: slot.axis] + shape[slot.axis + 1 :]
-                    fits = len(shape) in ranks and slot.axis < len(shape) and shape[slot.axis] == length
-                    if slot is projection.weight:
-                        fits = fits and rest == across[2]
-                    if not fits:
-                        wanted = [self.hidden]
-                        wanted.insert(slot.axis, length)
-                        raise RegroupError(
-                            f"a {part} tensor does not have the shape that the config asks for",
-                            tensor=tensor,
-                            layer=layer.name,
-                            expected=f"shape {wanted if slot is projection.weight else [length]}",
-                            got=f"shape {list(shape)}",
-                            remedy="config.json and weights may belong to different models",
-                        )
-
-    def check_nothing_else(self, layers: tuple[AttentionLayer, ...]) -> None:
-        """Refuse parameters below an attention module that the family's row does not account for."""
-        assert self.tensors is not None
-        known = {t for layer in layers for p in layer.projections().values() for s in p.slots() for t in s.tensors()}
-        names = {layer.name for layer in layers}
-        patterns = [
-            re.compile("(" + re.escape(self.prefix + path).replace(r"\{i\}", r"(\d+)") + r")\.(.+)")
-            for path in (self.family.module, self.family.cross)
-            if path is not None
-        ]
-        for tensor in self.tensors:
-            for pattern in patterns:
-                if (match := pattern.fullmatch(tensor)) is None or tensor in known:
-                    continue
-                name, rest = match[1], match[3]
-                if name not in names:
-                    raise RegroupError(
-                        "the weights hold more layers than the config says",
-                        tensor=tensor,
-                        expected=f"{self.count} layers",
-                        got=f"layer {match[2]}",
-                    )
-                if rest not in (*self.family.ignored, f"{self.family.output}.bias"):
-                    raise RegroupError(
-                        "an attention layer holds a parameter that this family does not have",
-                        tensor=tensor,
-                        layer=name,
-                        got=f"shape {list(self.tensors[tensor].shape)}, {self.tensors[tensor].dtype}",
-                        remedy="if it is an adapter, merge it first; if the weights are quantised, start from the "
-                        "original ones",
-                    )
-
-
-def _natural(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
-    for key in keys:
-        value = config.get(key)
-        if value is not None:
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**63:
-                raise RegroupError(
-                    "the config holds an impossible number",
-                    file="config.json",
-                    expected=f"{key}: a positive integer",
-                    got=repr(value)[:80],
-                )
-            return value
-    raise RegroupError("the config lacks a number that is needed", file="config.json", expected=" or ".join(keys))
+        return declared

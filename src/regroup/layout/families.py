@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ..errors import RegroupError
+from .numbers import is_natural, number
 from .types import Packing
 
 ALIBI = "ALiBi gives every query head a slope of its own by its number"
@@ -249,7 +249,7 @@ def residual_scale(config: Mapping[str, Any]) -> float | None:
     if config.get("model_type") in ("gemma2", "olmo2"):
         return None
     if config.get("model_type") == "granite" and config.get("residual_multiplier") is not None:
-        return _number(config, "residual_multiplier", 1e6)
+        return number(config, "residual_multiplier", 1e6)
     return 1.0
 
 
@@ -273,7 +273,7 @@ def sliding_window(config: Mapping[str, Any], layer: int) -> int | None:
     """Window of a layer in tokens, or None where it attends to everything before it."""
     window = config.get("sliding_window")
     model_type = config.get("model_type")
-    if not isinstance(window, int) or isinstance(window, bool) or window <= 0:
+    if not is_natural(window):
         return None
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and layer < len(kinds):
@@ -295,28 +295,16 @@ def rotary_fraction(config: Mapping[str, Any], family: Family) -> float:
     for place in (rope if isinstance(rope, dict) else {}, config):
         for key in ("partial_rotary_factor", "rotary_pct"):
             if place.get(key) is not None:
-                return _number(place, key, 1.0)
+                return number(place, key, 1.0)
     return family.rotary_default
 
 
 def initializer_std(config: Mapping[str, Any], hidden: int) -> float:
     """Standard deviation of the family's own fresh key and value projections."""
     if config.get("model_type") in ("t5", "mt5", "umt5"):
-        scale = 1.0 if config.get("initializer_factor") is None else _number(config, "initializer_factor", 1e6)
+        scale = 1.0 if config.get("initializer_factor") is None else number(config, "initializer_factor", 1e6)
         return scale * hidden**-0.5
     for key in ("initializer_range", "init_std"):
         if config.get(key) is not None:
-            return _number(config, key, 1e6)
+            return number(config, key, 1e6)
     return 0.02
-
-
-def _number(config: Mapping[str, Any], key: str, largest: float) -> float:
-    value = config[key]
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= largest:
-        raise RegroupError(
-            "the config holds an impossible number",
-            file="config.json",
-            expected=f"{key}: a number from 0 to {largest:g}",
-            got=repr(value)[:80],
-        )
-    return float(value)

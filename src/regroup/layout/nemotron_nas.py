@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import RegroupError
+from .numbers import is_natural
 
 MODEL_TYPE = "nemotron-nas"
 ARCHITECTURE = "DeciLMForCausalLM"
@@ -105,7 +106,7 @@ def as_llama(config: Mapping[str, Any]) -> Mapping[str, Any]:
         if asked:
             raise _refused(index, "grouped attention and a feed-forward layer", ", ".join(asked))
         group = attention.get("n_heads_in_group")
-        if not isinstance(group, int) or isinstance(group, bool) or group < 1 or H % group:
+        if not is_natural(group) or H % group:
             raise _refused(index, f"n_heads_in_group: a divisor of {H}", repr(group)[:80])
         heads.append(H // group)
         widths.append(_width(ffn, hidden, index))
@@ -132,7 +133,7 @@ def _part(block: Any, name: str, index: int) -> Mapping[str, Any]:
 
 def _width(ffn: Mapping[str, Any], hidden: int, index: int) -> int:
     size, mult = ffn.get("intermediate_size"), ffn.get("ffn_mult")
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+    if is_natural(size):
         return size
     if isinstance(mult, (int, float)) and not isinstance(mult, bool) and 0 < mult < 1e6:
         return width(mult, hidden)

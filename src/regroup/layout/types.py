@@ -83,6 +83,11 @@ class Projection:
             yield self.bias
         yield from self.extras
 
+    def moved(self, weight: HeadSlot) -> Projection:
+        """The same projection with its weight elsewhere; a bias is packed as its weight is, along its only axis."""
+        bias = None if self.bias is None else replace(weight, tensor=self.bias.tensor, axis=0)
+        return replace(self, weight=weight, bias=bias)
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -139,11 +144,8 @@ class AttentionLayer:
         H, D = self.num_attention_heads, self.head_dim
 
         def narrow(projection: Projection, slot: HeadSlot) -> Projection:
-            return Projection(
-                slot,
-                # A fused bias is packed as its weight is, along its only axis.
-                replace(slot, tensor=projection.bias.tensor, axis=0) if projection.bias else None,
-                tuple(replace(extra, heads=heads) for extra in projection.extras),
+            return replace(
+                projection.moved(slot), extras=tuple(replace(extra, heads=heads) for extra in projection.extras)
             )
 
         if self.packing == "separate":
@@ -151,7 +153,7 @@ class AttentionLayer:
             key, value = replace(self.key.weight, heads=heads), replace(self.value.weight, heads=heads)
         else:
             fused = fused_slots(self.packing, self.query.weight.tensor, self.query.weight.axis, H, heads, D)
-            query, key, value = narrow_query(self.query, fused[0]), fused[1], fused[2]
+            query, key, value = self.query.moved(fused[0]), fused[1], fused[2]
         return replace(
             self,
             num_key_value_heads=heads,
@@ -162,12 +164,6 @@ class AttentionLayer:
 
     def projections(self) -> dict[str, Projection]:
         return {"query": self.query, "key": self.key, "value": self.value, "output": self.output}
-
-
-def narrow_query(projection: Projection, slot: HeadSlot) -> Projection:
-    """The query projection after its fused tensor was repacked around fewer KV heads."""
-    bias = replace(slot, tensor=projection.bias.tensor, axis=0) if projection.bias else None
-    return replace(projection, weight=slot, bias=bias)
 
 
 def fused_slots(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from ..checkpoint.reader import companion_files
+from ..checkpoint.companions import companion_files
 from ..data import IGNORED
 from ..errors import RegroupError
 from ..evaluate import Score, score
