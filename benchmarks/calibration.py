@@ -142,11 +142,10 @@ def memory(field: str) -> int:
 
 def instrument(clock: Clock) -> None:
     """Wrap what calibration and writing call, so that the clock sees which part runs."""
-    from regroup.convert import attention, calibrate, grouping, layers
+    from regroup.convert import calibrate, candidates, decoder, grouping, layers, lesson
     from regroup.convert.heads import HeadWeights
     from regroup.convert.repair import Regression
 
-    worker = attention.AttentionWorker
     # Which pass over the text the functions below are called from.
     passes = ["parent"]
 
@@ -166,9 +165,6 @@ def instrument(clock: Clock) -> None:
 
         return wrap
 
-    def refitting(self: Any, *args: Any) -> str:
-        return "candidate" if args[-1] is self.judging else "refit"
-
     def watched(*_: Any, whole: bool, **__: Any) -> str:
         return f"{'search' if passes[-1] == 'parent' and not whole else passes[-1]} forward"
 
@@ -176,21 +172,22 @@ def instrument(clock: Clock) -> None:
         # Within ``observe`` and while the stream is set up the pass counts as what that is.
         return "child forward" if clock.stack[-1] == "other" else None
 
-    during(refitting)(worker, "_refit")
+    during(lambda *_: "candidate")(candidates.Candidates, "error")
+    during(lambda *_: "candidate" if passes[-1] == "candidate" else "refit")(lesson.Lesson, "refit")
     clock.wrap(layers.LayerStream, "__init__", "load")
     clock.wrap(layers.LayerStream, "layer", lambda *_: None if clock.stack[-1] == "load" else "copy weights")
-    clock.wrap(layers.DecoderLayer, "copy", "copy weights")
+    clock.wrap(decoder.DecoderLayer, "copy", "copy weights")
     clock.wrap(HeadWeights, "read", "copy weights")
-    clock.wrap(worker, "_install", "copy weights")
-    clock.wrap(layers.DecoderLayer, "observe", watched)
-    clock.wrap(layers.DecoderLayer, "forward", run)
+    clock.wrap(candidates.Candidates, "put", "copy weights")
+    clock.wrap(decoder.DecoderLayer, "observe", watched)
+    clock.wrap(decoder.DecoderLayer, "forward", run)
     clock.wrap(grouping.Groupings, "look", "search moments")
     clock.wrap(grouping.Groupings, "add", "moments")
     clock.wrap(grouping, "searched", "head search")
-    clock.wrap(attention, "solve_keys", "solve keys")
-    clock.wrap(attention, "solve_values", "solve values")
+    clock.wrap(candidates, "solve_keys", "solve keys")
+    clock.wrap(candidates, "solve_values", "solve values")
     clock.wrap(Regression, "add", lambda *_: f"{passes[-1]} sums")
-    clock.wrap(attention, "refit_output", lambda *_: f"{passes[-1]} solve")
+    clock.wrap(lesson, "refit_output", lambda *_: f"{passes[-1]} solve")
     clock.wrap(calibrate._Loop, "_keep", "write")
     clock.wrap(calibrate, "divergences", "held-out KL")
 

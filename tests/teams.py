@@ -21,9 +21,10 @@ from regroup.checkpoint import open_checkpoint
 from regroup.convert import prepare, write
 from regroup.convert.attention import AttentionWorker, Settings
 from regroup.convert.calibrate import calibrate
+from regroup.convert.decoder import DecoderLayer
 from regroup.convert.grouping import Groupings
 from regroup.convert.heads import HeadWeights
-from regroup.convert.layers import DecoderLayer, LayerStream
+from regroup.convert.layers import LayerStream
 from regroup.convert.moments import Gatherer, Moments
 from regroup.convert.repair import DistillSettings, distill
 from regroup.plan import Plan

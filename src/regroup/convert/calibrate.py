@@ -21,10 +21,11 @@ from ..errors import RegroupError
 from ..layout.types import AttentionLayer, Layout
 from ..plan import LayerPlan, Plan
 from ..processes import ALONE, Team
-from .attention import AttentionWorker, LayerOutcome, Settings, projection_tensors
+from .attention import AttentionWorker, LayerOutcome, Settings
+from .decoder import DecoderLayer
 from .grouping import Groupings
-from .heads import HeadWeights, load_into
-from .layers import DecoderLayer, LayerStream
+from .heads import HeadWeights, load_into, projection_tensors
+from .layers import LayerStream
 from .rewrite import Given
 
 K = TypeVar("K", bound=Hashable)
@@ -192,7 +193,7 @@ def divergences(
     tokens = 0
     for place, batch in enumerate(worker.held_out):
         # With attention masks, only positions that hold text count.
-        rows, _ = worker.masks(batch, stream.layout.layers[0])
+        rows, _ = stream.masks(batch, stream.layout.layers[0])
         expected = stream.logits(batch, parent[batch]).log_softmax(-1)
         keep = torch.ones(expected.shape[:2], dtype=torch.bool) if rows is None else rows.bool()
         keep = keep.to(expected.device)

@@ -14,8 +14,8 @@ from ..merge import linear_residual, pair_residuals, rotary_residual
 from ..merge.rotary import Pairs
 from ..plan import LayerPlan, Plan, query_order, search_groups
 from ..processes import ALONE, Team
+from .decoder import Seen
 from .heads import HeadWeights
-from .layers import Seen
 from .moments import Gatherer, Moments, weight_moments
 
 

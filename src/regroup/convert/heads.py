@@ -134,3 +134,9 @@ def load_into(module: torch.nn.Module, layer: AttentionLayer, tensors: Mapping[s
     with torch.no_grad():
         for name, value in tensors.items():
             module.get_parameter(name.removeprefix(layer.name + ".")).copy_(value)
+
+
+def projection_tensors(layer: AttentionLayer) -> list[str]:
+    """Names of the weights and biases of the four projections."""
+    names = {slot.tensor for p in layer.projections().values() for slot in (p.weight, p.bias) if slot is not None}
+    return sorted(names)

@@ -9,8 +9,8 @@ import torch
 
 from ..layout.types import AttentionLayer
 from ..processes import Team
+from .decoder import Seen
 from .heads import HeadWeights, group_owners
-from .layers import Seen
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checkpoint import staged_folder
-from ..convert.attention import projection_tensors
-from ..convert.layers import DecoderLayer, LayerStream
-from ..convert.repair import DistillSettings, distill
+from ..convert.calibrate import add_lack
+from ..convert.layers import LayerStream
+from ..convert.lesson import Lesson
+from ..convert.repair import DistillSettings
 from ..errors import RegroupError
 from ..models import load
 from ..opening import open_source
@@ -27,9 +28,6 @@ from . import states
 from .distill import inputs_of
 from .prepare import Prepared
 from .watch import Listener
-
-if TYPE_CHECKING:
-    from ..layout.types import AttentionLayer
 
 # Share of the batches that is judged on and never fitted, as in conversion on text.
 _HELD_OUT = 0.125
@@ -105,46 +103,15 @@ def distill_layers(
         for number, (layer, its) in enumerate(zip(layers, taught, strict=True)):
             if layer.num_key_value_heads == its.num_key_value_heads:
                 continue
-            targets = outputs[its.name]
-            if layer.residual_scale is not None:
-                scale = layer.residual_scale
-                targets = [y + (p - c) / scale for y, p, c in zip(targets, upper, lower, strict=True)]
-            errors[layer.name] = _layer(pupil, layers[: number + 1], targets, lower, fit, held_out)
+            add_lack(layer, outputs[its.name], upper, lower)
+            lesson = Lesson(pupil, layers[: number + 1], outputs.pop(its.name), lower, held_out)
+            errors[layer.name] = lesson.distill(fit, DistillSettings())
             trained = pupil.attention(layer).state_dict()
             student.base_model.get_submodule(layer.module).load_state_dict(trained)
         with torch.no_grad():
             lower = [pupil.forward(batch, hidden).cpu() for batch, hidden in enumerate(lower)]
         upper = after
     return errors
-
-
-def _layer(
-    pupil: DecoderLayer,
-    layers: Sequence[AttentionLayer],
-    targets: Sequence[Tensor],
-    hidden: Sequence[Tensor],
-    fit: range,
-    held_out: range,
-) -> tuple[float, float]:
-    """Train the last of ``layers``; its relative error on held-out batches before and after."""
-    layer, stream = layers[-1], pupil.stream
-
-    def rows(states: Tensor, batch: int) -> Tensor:
-        mask = stream.batches[batch].get("decoder_attention_mask")
-        flat = states.flatten(0, 1)
-        return flat if mask is None else flat[mask.flatten().bool().to(flat.device)]
-
-    def target(batch: int) -> Tensor:
-        return rows(targets[batch].to(stream.device), batch)
-
-    power = sum(float(target(batch).square().sum()) for batch in held_out) / len(held_out)
-
-    def loss_of(batch: int) -> Tensor:
-        seen, _ = pupil.observe(batch, hidden[batch], layers, whole=False)
-        return (rows(seen[layer.name].output, batch) - target(batch)).square().sum() / power
-
-    names = [name.removeprefix(layer.name + ".") for name in projection_tensors(layer)]
-    return distill(pupil.attention(layer), names, loss_of, fit, held_out, DistillSettings())
 
 
 def _global_batches(ready: Prepared) -> list[dict[str, Tensor]]:
