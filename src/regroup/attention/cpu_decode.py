@@ -13,10 +13,9 @@ from torch import Tensor
 
 from .call import Call
 from .cpu_build import AVX2, HALVES, build, features, parallel
+from .decoding import arguments, result_of, strides_of, unserved
 from .onlookers import constant, hidden_from_kernels, is_recorded
 
-# Query positions: beyond them attention is a matrix product for which there are better kernels.
-MAX_QUERIES = 64
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 
 
@@ -63,12 +62,9 @@ def reason(call: Call) -> str | None:
     """Why this backend cannot serve a call; None if it can. Builds the kernel if it would serve the call."""
     if call.query.device.type != "cpu":
         return f"the tensors are on {call.query.device.type}, not on the CPU"
-    if call.query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"{call.query.dtype} is not served"
-    if call.needs_grad:
-        return "gradients are needed, and the kernel has none"
-    if call.query_length > MAX_QUERIES:
-        return f"{call.query_length} queries are more than {MAX_QUERIES}: it decodes"
+    other = unserved(call)
+    if other is not None:
+        return other
     if not _in_rows(call.key) or not _in_rows(call.value):
         return "the last dimension of key or value is not contiguous"
     for name, extra in (("mask", call.mask), ("bias", call.bias)):
@@ -88,9 +84,8 @@ def reason(call: Call) -> str | None:
 def _extra(tensor: Tensor | None) -> tuple[int | None, int, tuple[int, ...]]:
     """Address, type and strides of a mask or bias; what broadcasts has stride 0."""
     if tensor is None:
-        return None, 0, (0, 0, 0, 0)
-    strides = tuple(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), _TYPES[tensor.dtype], strides
+        return None, 0, strides_of(None)
+    return tensor.data_ptr(), _TYPES[tensor.dtype], strides_of(tensor)
 
 
 def _decode(
@@ -125,34 +120,8 @@ def _decode(
     return out
 
 
-@torch.library.custom_op("regroup::cpu_decode", mutates_args=(), device_types="cpu")
-def _op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    return _decode(query, key, value, mask, bias, is_causal, scale, window, softcap)
-
-
-@_op.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    return query.new_empty((*query.shape[:3], value.shape[3]))
+_op = torch.library.custom_op("regroup::cpu_decode", _decode, mutates_args=(), device_types="cpu")
+_op.register_fake(result_of)
 
 
 def run(call: Call) -> Tensor:
@@ -163,7 +132,5 @@ def run(call: Call) -> Tensor:
     Returns:
         (B, H, T, Dv) in the query's dtype.
     """
-    arguments = (call.query, call.key, call.value, call.mask, call.bias, call.is_causal, call.scale)
     # The dispatcher costs as much as a short context does; only who records operators needs to see one.
-    op = _op if is_recorded() else _decode
-    return op(*arguments, call.window, call.softcap)
+    return (_op if is_recorded() else _decode)(*arguments(call))

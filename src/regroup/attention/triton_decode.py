@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .call import Call
+from .decoding import arguments, result_of, strides_of, unserved
 from .onlookers import constant, hidden_from_kernels
 
-MAX_QUERIES = 64
 MAX_WIDTH = 256
 _FEWEST_KEYS = 128  # of a part
 _MOST_PARTS = 128
@@ -43,12 +43,9 @@ def _interpreted() -> bool:
 
 def reason(call: Call) -> str | None:
     """Why this backend cannot serve a call; None if it can."""
-    if call.query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"{call.query.dtype} is not served"
-    if call.needs_grad:
-        return "gradients are needed, and the kernel has none"
-    if call.query_length > MAX_QUERIES:
-        return f"{call.query_length} queries are more than {MAX_QUERIES}: it decodes"
+    other = unserved(call)
+    if other is not None:
+        return other
     if max(call.head_dim, call.value_dim) > MAX_WIDTH:
         return f"heads of {max(call.head_dim, call.value_dim)} are wider than {MAX_WIDTH}"
     device = call.query.device.type
@@ -77,13 +74,6 @@ def _programs(device: torch.device) -> int:
     if device.type == "xpu":
         return 4 * torch.xpu.get_device_properties(device).max_compute_units
     return 8
-
-
-def _strides(tensor: Tensor | None) -> tuple[int, ...]:
-    """Strides of a mask or bias; what broadcasts has stride 0."""
-    if tensor is None:
-        return (0, 0, 0, 0)
-    return tuple(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 @torch.library.custom_op("regroup::triton_decode", mutates_args=())
@@ -132,8 +122,8 @@ def _op(
             *query.stride(),
             *key.stride(),
             *value.stride(),
-            *_strides(mask),
-            *_strides(bias),
+            *strides_of(mask),
+            *strides_of(bias),
             *(G, H // G, T, S, D, Dv, low, length),
             *(scale, 1.0 if softcap is None else softcap, 0 if window is None else window),
             MASK=mask_kind,
@@ -158,19 +148,7 @@ def _op(
     return out
 
 
-@_op.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    return query.new_empty((*query.shape[:3], value.shape[3]))
+_op.register_fake(result_of)
 
 
 def run(call: Call) -> Tensor:
@@ -179,5 +157,4 @@ def run(call: Call) -> Tensor:
     Returns:
         (B, H, T, Dv) in the query's dtype.
     """
-    arguments = (call.query, call.key, call.value, call.mask, call.bias, call.is_causal, call.scale)
-    return _op(*arguments, call.window, call.softcap)
+    return _op(*arguments(call))
