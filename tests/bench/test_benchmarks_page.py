@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def report() -> Any:
+def report(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # as it is for a program there
     spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks/report.py")
     assert spec is not None
     assert spec.loader is not None
