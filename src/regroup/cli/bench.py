@@ -9,15 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RegroupError
-from .options import check_file, numbers
+from .options import Json, Record, check_file, numbers
 
 app = typer.Typer(
     no_args_is_help=True, help="How fast decoding is, beside the ceiling of this machine: whole models, or attention."
 )
 
 DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write the JSON record here.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the JSON record.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the arithmetic, measure nothing.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
 
@@ -41,7 +39,7 @@ def decode(
     ] = False,
     device: Device = "cpu",
     dry_run: DryRun = False,
-    output: Output = None,
+    output: Record = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time against KV heads into this PNG.")] = None,
     json: Json = False,
 ) -> None:
@@ -111,7 +109,7 @@ def attention(
         float | None, typer.Option(min=0, help="With --work: stop after so long, to go on another time.")
     ] = None,
     dry_run: DryRun = False,
-    output: Output = None,
+    output: Record = None,
     json: Json = False,
 ) -> None:
     """Time one decoding step of attention alone, beside PyTorch's ways to compute it and the least time it takes.

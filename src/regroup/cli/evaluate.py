@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RegroupError
-from .options import check_file
+from .options import Json, Record, check_file
 
 
 def evaluate(
@@ -39,8 +39,8 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Windows, pairs or rows at a time.")] = 8,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the JSON record here.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the JSON record.")] = False,
+    output: Record = None,
+    json: Json = False,
 ) -> None:
     """Loss on held-out text (--data), answers to a task (--task), or tasks of lm-evaluation-harness (--tasks).
 

@@ -34,6 +34,8 @@ Grouping = Annotated[
     ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Of the random method and of the search.")]
+Record = Annotated[Path | None, typer.Option("--output", "-o", help="Write the JSON record here.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the JSON record.")]
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,11 @@ class Calibration:
         return "".join(words) + (" --document-starts" if self.document_starts else "")
 
     def text(self) -> CalibrationText | None:
-        """The text that the options name; options about text that is not there are refused."""
+        """The text that the options name, or None.
+
+        Raises:
+            RegroupError: options about text that is not there, or an unknown repair.
+        """
         from ..convert.text import CalibrationText
         from ..planning import check_repair
 
@@ -138,6 +144,9 @@ def check_file(output: Path, others: Mapping[str, Path | None] | None = None) ->
     Args:
         output: the file.
         others: what the same run reads or writes elsewhere, by what it is; none of it may be the output.
+
+    Raises:
+        RegroupError: it is a folder or one of the others, or its place may not be written to.
     """
     import os
 
@@ -155,6 +164,11 @@ def check_file(output: Path, others: Mapping[str, Path | None] | None = None) ->
 
 
 def numbers(text: str) -> list[int]:
+    """Whole numbers with commas between them, in the order given.
+
+    Raises:
+        RegroupError: the text is no such list.
+    """
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import check_file
+from .options import Record, check_file
 
 
 def verify(
@@ -23,7 +23,7 @@ def verify(
     window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
     windows: Annotated[int | None, typer.Option(min=1, help="Windows or pairs at most.")] = None,
     device: Annotated[str | None, typer.Option(help="Where text is scored; a GPU where there is one.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the JSON record here.")] = None,
+    output: Record = None,
 ) -> None:
     """Check that a child is what its plan promises: tensors, untouched bytes, merged heads, and loss on text.
 
