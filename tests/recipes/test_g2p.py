@@ -12,7 +12,6 @@ import torch
 
 from helpers import load_recipe
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 WORDS = (
     "skill\tskˈɪl\nstory\tstˈɔɹi\nwhat's\twˌʌts\nchip\tʧˈɪp\nUSA\tjˌuˌɛsˈA\n"
     "dermis\tdˈɜɹməs\nanodic\tænˈɑdɪk\nkingship\tkˈɪŋʃˌɪp\nkiloton\tkˈɪlətˌʌn\nenrol\tɪnɹˈOl\n"

@@ -12,8 +12,6 @@ import runs
 import texts
 from helpers import load_recipe
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-
 
 @pytest.mark.parametrize(("optimum", "wanted"), [(0.001, 0.001), (0.0003, 0.00025), (0.009, 0.008)])
 def test_rates_are_tried_until_the_best_has_neighbours(

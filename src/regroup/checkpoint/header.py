@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_ITEMS = 10_000_000
 # What torch can hold.
 MAX_DIMENSIONS = 64
+
+_damaged = partial(RegroupError, remedy="the file is damaged: download or save it again")
 
 # Bits per element of every dtype that the format knows.
 DTYPE_BITS = {
@@ -95,8 +98,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         if entry.start != position:
             raise _damaged(
                 "the tensors of a safetensors file overlap or leave a gap",
-                path,
-                name,
+                file=path,
+                tensor=name,
                 expected=f"data from byte {position}",
                 got=f"data from byte {entry.start}",
             )
@@ -191,8 +194,8 @@ def _entry(path: Path, name: str, value: object, data_start: int) -> TensorEntry
             if offsets[1] - offsets[0] != expected:
                 raise _damaged(
                     "a tensor's byte range does not fit its shape",
-                    path,
-                    name,
+                    file=path,
+                    tensor=name,
                     expected=f"{expected} bytes for {dtype} {shape}",
                     got=f"{offsets[1] - offsets[0]} bytes",
                 )
@@ -203,17 +206,6 @@ def _entry(path: Path, name: str, value: object, data_start: int) -> TensorEntry
         tensor=name,
         expected="dtype, shape and data_offsets",
         got=str(value)[:120],
-    )
-
-
-def _damaged(what: str, path: Path, tensor: str, *, expected: str, got: str) -> RegroupError:
-    return RegroupError(
-        what,
-        file=path,
-        tensor=tensor,
-        expected=expected,
-        got=got,
-        remedy="the file is damaged: download or save it again",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from .header import MAX_HEADER_BYTES, TensorEntry, parse_json, read_header, unre
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+_another_version = partial(
+    RegroupError, remedy="the index belongs to another version of the weights: download both again"
+)
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -227,26 +232,22 @@ def _check_index(path: Path, weight_map: dict[str, str], shards: Mapping[str, Ma
         if tensor not in shards[file]:
             held = next((f"in {other}" for other, names in shards.items() if tensor in names), "in no file")
             raise _another_version(
-                "the index names a tensor that its file does not hold", path, tensor, f"in {file}", got=held
+                "the index names a tensor that its file does not hold",
+                file=path,
+                tensor=tensor,
+                expected=f"in {file}",
+                got=held,
             )
     for file, names in shards.items():
         for tensor in names:
             if weight_map.get(tensor) != file:
                 placed = f"in {weight_map[tensor]}" if tensor in weight_map else "in the index"
                 raise _another_version(
-                    "a file holds a tensor that the index does not place there", path.parent / file, tensor, placed
+                    "a file holds a tensor that the index does not place there",
+                    file=path.parent / file,
+                    tensor=tensor,
+                    expected=placed,
                 )
-
-
-def _another_version(what: str, path: Path, tensor: str, expected: str, got: str | None = None) -> RegroupError:
-    return RegroupError(
-        what,
-        file=path,
-        tensor=tensor,
-        expected=expected,
-        got=got,
-        remedy="the index belongs to another version of the weights: download both again",
-    )
 
 
 def _no_weights(folder: Path) -> RegroupError:

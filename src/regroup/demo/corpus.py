@@ -95,17 +95,7 @@ def training_text(folder: Path | None = None) -> Iterator[tuple[str, str]]:
 
 
 def held_out_text(folder: Path | None = None) -> Iterator[tuple[str, str]]:
-    """Read the held-out files one at a time, in the list's order.
-
-    Args:
-        folder: a standard library; by default, the running Python's.
-
-    Returns:
-        an iterator of (relative path, text). Files that this Python lacks are skipped.
-
-    Raises:
-        RegroupError: at once, if less than half of the listed files are there as source.
-    """
+    """The held-out files, read as ``training_text`` reads those for training."""
     return _read(folder or stdlib_folder(), held_out_files())
 
 
