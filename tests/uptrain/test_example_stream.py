@@ -20,9 +20,12 @@ from torch import Tensor
 
 import texts
 from regroup import RegroupError
-from regroup.data import sources, token_windows
+from regroup.data import chunking, token_windows
+from regroup.data.files import TextFile
+from regroup.data.sources import find_sources
 from regroup.uptrain.objective import Causal, Pairs, SpanCorruption, make_objective
-from regroup.uptrain.stream import ExampleStream, check_same_tokenizer, held_out_examples, open_stream
+from regroup.uptrain.reading import check_same_tokenizer
+from regroup.uptrain.stream import ExampleStream, held_out_examples, open_stream
 
 TOKENIZER = texts.tokenizer()
 VOCAB = 96
@@ -37,7 +40,7 @@ CAUSAL = make_objective("causal", TOKENIZER, window=16)
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(chunking, "CHUNK_BYTES", 300)
 
 
 def opened(paths: Sequence[str | Path] | str | Path, objective: Any = CAUSAL, **options: Any) -> ExampleStream:
@@ -114,7 +117,7 @@ def test_a_long_text_is_one_document_read_in_pieces(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(text.encode())
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
     for name in ("a.txt", "a.txt.gz"):
-        chunks = list(sources.TextFile(tmp_path / name).chunks())
+        chunks = list(TextFile(tmp_path / name).chunks())
         assert len(chunks) > 5
         assert "".join(chunk.documents[0] for chunk in chunks) == text
         assert [chunk.begins for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
@@ -128,13 +131,13 @@ def test_pieces_end_between_characters(text: str, size: int) -> None:
     import tempfile
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr(sources, "CHUNK_BYTES", size)
+        patch.setattr(chunking, "CHUNK_BYTES", size)
         path = Path(folder) / "a.txt"
         path.write_bytes(text.encode())
-        chunks = list(sources.TextFile(path).chunks())
+        chunks = list(TextFile(path).chunks())
         assert "".join(chunk.documents[0] for chunk in chunks) == text
         for number, chunk in enumerate(chunks):
-            assert list(sources.TextFile(path).chunks(chunk.position)) == chunks[number:]
+            assert list(TextFile(path).chunks(chunk.position)) == chunks[number:]
 
 
 def source_named(kind: str, folder: Path) -> str:
@@ -155,7 +158,7 @@ def source_named(kind: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "parquet", "hf"])
 def test_reading_goes_on_from_any_chunk(kind: str, tmp_path: Path) -> None:
-    (source,) = sources.find_sources([source_named(kind, tmp_path)], pairs=False)
+    (source,) = find_sources([source_named(kind, tmp_path)], pairs=False)
     chunks = list(source.chunks())
     assert len(chunks) > 5
     for number, chunk in enumerate(chunks):

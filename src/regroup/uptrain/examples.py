@@ -76,10 +76,12 @@ class RunningText:
 
 
 def stacked(examples: Sequence[Example], key: str) -> Tensor:
+    """One array of each example, all of one length: (examples, length), int64."""
     return torch.from_numpy(np.stack([example[key] for example in examples]).astype(np.int64))
 
 
 def padded(examples: Sequence[Example], key: str, fill: int) -> tuple[Tensor, Tensor]:
+    """One array of each example, filled up to the longest, and where it is not: both (examples, length), int64."""
     length = max(len(example[key]) for example in examples)
     values = torch.full((len(examples), length), fill, dtype=torch.int64)
     mask = torch.zeros((len(examples), length), dtype=torch.int64)
@@ -90,7 +92,7 @@ def padded(examples: Sequence[Example], key: str, fill: int) -> tuple[Tensor, Te
 
 
 def shifted(labels: Tensor, start_token: int) -> Tensor:
-    """What the decoder has seen before each label."""
+    """What the decoder has seen before each label, (examples, length) as the labels are."""
     before = torch.empty_like(labels)
     before[:, 0] = start_token
     before[:, 1:] = labels[:, :-1]
@@ -98,6 +100,7 @@ def shifted(labels: Tensor, start_token: int) -> Tensor:
 
 
 def lacking(what: str, why: str) -> RegroupError:
+    """The error of a tokenizer without a token that an objective needs."""
     return RegroupError(
         f"the tokenizer lacks {what}", expected=why, remedy="use the tokenizer of the parent, or another objective"
     )

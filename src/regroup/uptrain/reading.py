@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from threading import local
 from typing import Any
 
-from ..data.sources import Chunk, Source
+from ..data.chunking import Chunk, Source
 from ..errors import RegroupError
 from .examples import Carry, Example, Objective, Tokens
 
@@ -106,6 +106,7 @@ class Reader:
             raise self.outside(largest, where)
 
     def outside(self, token: int, where: str) -> RegroupError:
+        """The error of a token that the model has no row for; ``where`` is the source."""
         return RegroupError(
             "a token is outside the model's vocabulary",
             file=where,
@@ -116,6 +117,7 @@ class Reader:
 
 
 def sides(document: Any) -> tuple[Sequence[int], ...]:
+    """The tokens of a text, or of the source and the target of a pair."""
     return document if isinstance(document, tuple) else (document,)
 
 

@@ -25,12 +25,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..data.sources import Source, find_sources
+from ..data.chunking import Source
+from ..data.sources import find_sources
 from ..errors import RegroupError
 from .examples import Example, Objective
-from .reading import Cursor, Reader, check_same_tokenizer, sides
-
-__all__ = ["ExampleStream", "check_same_tokenizer", "held_out_examples", "open_stream"]
+from .reading import Cursor, Reader, sides
 
 _REMEMBERED = 16
 _FORMAT = 1
