@@ -3,7 +3,8 @@
 from .budget import allocate, layer_units, parse_budget, token_bytes
 from .check import allowed_kv_heads
 from .grouping import group_members, key_value_sources
-from .plan import LINEAR_METHODS, METHODS, LayerPlan, Plan, make_plan, parse_layers
+from .make import make_plan, parse_layers
+from .plan import LINEAR_METHODS, METHODS, LayerPlan, Plan
 from .search import query_order, search_groups
 
 __all__ = [

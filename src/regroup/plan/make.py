@@ -1,0 +1,117 @@
+"""A plan from numbers of KV heads: one for all layers, or some for ranges of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from ..errors import RegroupError
+from ..layout.types import AttentionLayer, Layout
+from .plan import LayerPlan, Plan
+
+
+def make_plan(
+    layout: Layout,
+    kv_heads: int | None = None,
+    *,
+    layers: str | Mapping[str, int] | None = None,
+    method: str = "mean",
+    tensor_parallel: int = 1,
+    seed: int = 0,
+) -> Plan:
+    """Plan a conversion with contiguous groups.
+
+    Args:
+        layout: of the parent.
+        kv_heads: KV heads of every layer that ``layers`` does not name; None leaves those as they are.
+        layers: for example ``"0-3:8,4-31:4"``; ``"self.0-5:4,cross.0-5:2"`` names one kind of an encoder-decoder. Or KV
+            heads by the layer's name.
+        method: the rule for keys and values: ``"mean"`` (the paper's, section 2.1), ``"first"``, ``"random"``,
+            ``"lowrank"``, ``"procrustes"``, or ``"auto"``: what does best for each layer where no text is at hand.
+        tensor_parallel: number of devices that will share each layer; KV heads must divide evenly over them.
+        seed: of the ``random`` rule.
+
+    Returns:
+        A checked plan.
+
+    Raises:
+        RegroupError: a constraint is broken; the message names the remedy.
+    """
+    if kv_heads is None and layers is None:
+        raise RegroupError("no number of KV heads was given", remedy="pass --kv-heads G, --layers, or a plan")
+    chosen = parse_layers(layers, layout) if isinstance(layers, str) else dict(layers or {})
+    plan = Plan(
+        family=layout.family,
+        fingerprint=layout.fingerprint(),
+        layers=tuple(
+            LayerPlan(
+                name=layer.name,
+                num_attention_heads=layer.num_attention_heads,
+                parent_num_key_value_heads=layer.num_key_value_heads,
+                num_key_value_heads=chosen.get(layer.name, layer.num_key_value_heads if kv_heads is None else kv_heads),
+                key_method=_key_method(method, layer),
+                value_method=_value_method(method, layer),
+            )
+            for layer in layout.layers
+        ),
+        tensor_parallel=tensor_parallel,
+        seed=seed,
+    )
+    plan.check(layout)
+    return plan
+
+
+def _key_method(method: str, layer: AttentionLayer) -> str:
+    if method != "auto":
+        return method
+    return "lowrank" if layer.key_obstacle is None else "mean"
+
+
+def _value_method(method: str, layer: AttentionLayer) -> str:
+    if method != "auto":
+        return method
+    if layer.value_obstacle is not None:
+        return "mean"
+    # Measured without text, on models with rotary positions and on one without (docs/methods.md, ablations).
+    return "lowrank" if layer.rotary is None else "procrustes"
+
+
+_RANGE = re.compile(r"(?:(self|cross|encoder)\.)?(\d+)(?:-(\d+))?:(\d+)")
+
+
+def parse_layers(text: str, layout: Layout) -> dict[str, int]:
+    """Layer names to KV heads, from text such as ``"0-3:8,4-31:4"``.
+
+    Raises:
+        RegroupError: unreadable, a layer that does not exist or is named twice, or an encoder.
+    """
+    found: dict[str, int] = {}
+    by_place = {(layer.kind, layer.index): layer.name for layer in layout.layers}
+    last = max(layer.index for layer in layout.layers)
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part.strip())
+        if match is None:
+            raise RegroupError(
+                "the layers cannot be read",
+                expected="ranges such as 0-3:8,4-31:4 (layers:KV heads), each perhaps with self. or cross. before it",
+                got=part,
+            )
+        kind, first, end = match[1], int(match[2]), int(match[3] or match[2])
+        if kind == "encoder":
+            raise RegroupError(
+                "encoder layers are not converted",
+                got=part,
+                expected="decoder layers: self.… or cross.…",
+                remedy="leave them out; an encoder runs in parallel and reads no cache (paper, section 2.2)",
+            )
+        if end < first or end > last:
+            raise RegroupError("a range names layers that do not exist", expected=f"layers 0 to {last}", got=part)
+        kinds = [kind] if kind else ["self", "cross"]
+        names = [by_place[k, i] for i in range(first, end + 1) for k in kinds if (k, i) in by_place]
+        if not names:
+            raise RegroupError("a range names layers that do not exist", expected="a decoder with them", got=part)
+        for name in names:
+            if name in found:
+                raise RegroupError("a layer is named twice", layer=name, got=text)
+            found[name] = int(match[4])
+    return found
