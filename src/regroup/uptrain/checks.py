@@ -25,6 +25,7 @@ _WIDTHS = ("d_model", "hidden_size", "n_embd")
 
 
 def is_encoder_decoder(config: dict[str, Any]) -> bool:
+    """Whether a config is of a model with an encoder; not all of them say so."""
     if "is_encoder_decoder" in config:
         return bool(config["is_encoder_decoder"])
     return "decoder_start_token_id" in config or config.get("model_type") in ("t5", "mt5", "umt5")
@@ -71,6 +72,11 @@ def state_of(recipe: Recipe, digest: str, run: dict[str, Any] | None) -> tuple[P
 
 
 def check_sharding(recipe: Recipe) -> None:
+    """Refuse sharding where there is nothing to shard over.
+
+    Raises:
+        RegroupError: one process alone, or processes on the CPU.
+    """
     if not recipe.fsdp:
         return
     from accelerate import PartialState
@@ -86,6 +92,11 @@ def check_sharding(recipe: Recipe) -> None:
 
 
 def dropouts(recipe: Recipe, config: dict[str, Any]) -> dict[str, float]:
+    """The recipe's dropout by the names that the model's config has for it; empty where the recipe leaves it alone.
+
+    Raises:
+        RegroupError: the model has none that could be set.
+    """
     if recipe.dropout is None:
         return {}
     names = [name for name in _DROPOUTS if name in config] or [name for name in _ATTENTION_DROPOUTS if name in config]
@@ -99,6 +110,11 @@ def dropouts(recipe: Recipe, config: dict[str, Any]) -> dict[str, float]:
 
 
 def check_window(config: Any, window: int) -> None:
+    """Refuse windows longer than the positions of a decoder-only model.
+
+    Raises:
+        RegroupError: they are, in tokens.
+    """
     limit = next(
         (getattr(config, n, None) for n in ("max_position_embeddings", "n_positions") if hasattr(config, n)), 0
     )
@@ -112,6 +128,15 @@ def check_window(config: Any, window: int) -> None:
 
 
 def checked_teacher(recipe: Recipe, folder: Path, tokenizer: Any, student: Any) -> Path | None:
+    """The teacher's folder, downloaded where it is a hub id; None where the recipe has none.
+
+    Args:
+        recipe: names it.
+        folder, tokenizer, student: of the model that is trained.
+
+    Raises:
+        RegroupError: another vocabulary, another tokenizer, or hidden states that cannot be matched.
+    """
     if recipe.teacher is None:
         return None
     parent = fetch(recipe.teacher)
