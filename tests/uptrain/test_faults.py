@@ -19,14 +19,6 @@ pytestmark = pytest.mark.slow
 SHORT = ("--log-every", 1, "--window", 32, "--learning-rate", 1e-3, "--device", "cpu", "--held-out-windows", 8)
 
 
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shop")
-    runs.pair(folder)
-    runs.text(folder)
-    return folder
-
-
 def options(shop: Path, output: Path, *more: object, steps: int = 12) -> list[object]:
     data = ("--data", shop / "train.txt", "--held-out", shop / "held-out.txt", "--teacher", shop / "parent")
     return [shop / "child", *data, "-o", output, "--steps", steps, *SHORT, *more]

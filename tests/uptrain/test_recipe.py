@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from regroup import RegroupError
-from regroup.uptrain.recipe import Recipe, resolved
+from regroup.uptrain.defaults import resolved
+from regroup.uptrain.recipe import Recipe
 
 LEAST: dict[str, Any] = {"model": "child", "output": "out", "data": ["a.txt"]}
 

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,6 @@ from regroup.uptrain.objective import make_objective
 from regroup.uptrain.run import uptrain
 from regroup.uptrain.stream import open_stream
 from regroup.uptrain.trainer import UptrainTrainer
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shop")
-    runs.pair(folder)
-    runs.text(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +60,33 @@ def broken_off(monkeypatch: pytest.MonkeyPatch, recipe: Any, step: int) -> None:
 # ---- what is learnt --------------------------------------------------------------------------------------------------
 
 
+def assert_trained_by_hand(
+    record: Any,
+    model: Any,
+    batches: Iterable[dict[str, torch.Tensor]],
+    loss_of: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    result: Path,
+) -> None:
+    """Three steps of AdamW in a plain loop lead to the losses of a run and to the weights that it left."""
+    decay = [p for n, p in model.named_parameters() if "norm" not in n]
+    plain = [p for n, p in model.named_parameters() if "norm" in n]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    wanted = []
+    for _, batch in zip(range(3), batches, strict=False):
+        loss = loss_of(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        wanted.append(float(loss.detach()))
+    assert record is not None
+    assert runs.losses(record) == pytest.approx(wanted, rel=1e-5)
+    trained = tensors(result)
+    for name, parameter in model.state_dict().items():
+        torch.testing.assert_close(trained[name], parameter, rtol=1e-4, atol=1e-5)
+
+
 def test_cross_entropy_is_that_of_a_loop_written_by_hand(shop: Path, tmp_path: Path) -> None:
     recipe = runs.recipe(
         shop, output=tmp_path / "run", steps=3, schedule="constant", warmup=0.0, weight_decay=0.1, clip_norm=0.5
@@ -77,24 +97,12 @@ def test_cross_entropy_is_that_of_a_loop_written_by_hand(shop: Path, tmp_path: P
     tokenizer = load_tokenizer(shop / "child")
     objective = make_objective("causal", tokenizer, window=32, isolate=True)
     stream = open_stream(recipe.data, tokenizer, objective, vocab_size=96)
-    decay = [p for n, p in model.named_parameters() if "norm" not in n]
-    plain = [p for n, p in model.named_parameters() if "norm" in n]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
-    wanted = []
-    for _, batch in zip(range(3), stream.batches(8), strict=False):
+
+    def loss_of(batch: dict[str, Any]) -> torch.Tensor:
         logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
-        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        wanted.append(float(loss.detach()))
-    assert found.record is not None
-    assert runs.losses(found.record) == pytest.approx(wanted, rel=1e-5)
-    trained = tensors(tmp_path / "run/model")
-    for name, parameter in model.state_dict().items():
-        torch.testing.assert_close(trained[name], parameter, rtol=1e-4, atol=1e-5)
+        return functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+    assert_trained_by_hand(found.record, model, stream.batches(8), loss_of, tmp_path / "run/model")
 
 
 def test_distillation_brings_the_child_nearer_to_its_parent(whole: tuple[Path, dict[str, Any]]) -> None:
@@ -118,12 +126,8 @@ def test_distillation_is_that_of_a_loop_written_by_hand(shop: Path, tmp_path: Pa
     stream = open_stream(
         recipe.data, tokenizer, make_objective("causal", tokenizer, window=32, isolate=True), vocab_size=96
     )
-    decay = [p for n, p in model.named_parameters() if "norm" not in n]
-    plain = [p for n, p in model.named_parameters() if "norm" in n]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
-    wanted = []
-    for _, batch in zip(range(3), stream.batches(8), strict=False):
+
+    def loss_of(batch: dict[str, Any]) -> torch.Tensor:
         inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
         own = model(**inputs, output_hidden_states=True)
         with torch.no_grad():
@@ -136,17 +140,9 @@ def test_distillation_is_that_of_a_loop_written_by_hand(shop: Path, tmp_path: Pa
             ((s - t)[:, :-1][asked].norm(dim=-1) / t[:, :-1][asked].norm(dim=-1)) ** 2
             for s, t in zip(own.hidden_states[1:], other.hidden_states[1:], strict=True)
         ]
-        loss = 0.6 * kl + 0.4 * entropy + 3.0 * torch.stack(shares).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        wanted.append(float(loss.detach()))
-    assert found.record is not None
-    assert runs.losses(found.record) == pytest.approx(wanted, rel=1e-5)
-    trained = tensors(tmp_path / "run/model")
-    for name, parameter in model.state_dict().items():
-        torch.testing.assert_close(trained[name], parameter, rtol=1e-4, atol=1e-5)
+        return 0.6 * kl + 0.4 * entropy + 3.0 * torch.stack(shares).mean()
+
+    assert_trained_by_hand(found.record, model, stream.batches(8), loss_of, tmp_path / "run/model")
 
 
 def test_hidden_states_can_be_left_out(shop: Path, tmp_path: Path, whole: tuple[Path, dict[str, Any]]) -> None:

@@ -6,16 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import runs
 from helpers import everything, refused, run
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shop")
-    runs.pair(folder)
-    runs.text(folder)
-    return folder
 
 
 def options(shop: Path, output: Path, *more: object) -> list[object]:
