@@ -280,6 +280,7 @@ def _divided_by_weights(
 
 
 def settings_for(plan: Plan, repair: str, *, choose: bool, search: bool) -> Settings:
+    """How to calibrate by a plan: its seed, and what is left open; see ``convert.attention.Settings``."""
     from .convert.attention import Settings
 
     return Settings(choose=choose, repair=repair, search=search, seed=plan.seed)
@@ -295,7 +296,11 @@ def choose_plan(
     tensor_parallel: int | None,
     seed: int | None,
 ) -> Plan:
-    """The plan that was given, or one made from the rest; checked against the layout either way."""
+    """The plan that was given, or one made from the rest; checked against the layout either way.
+
+    Raises:
+        RegroupError: both were given, the file is no plan, or the layout does not allow it.
+    """
     if plan is None:
         return make_plan(
             layout,

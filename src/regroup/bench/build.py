@@ -187,6 +187,7 @@ def _unbuildable(name: str, error: Exception) -> RegroupError:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
+    """Have transformers tell nothing below an error within the block."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -48,6 +48,7 @@ class DecoderLayer:
         self.stream, self.index, self.module = stream, index, module
 
     def copy(self) -> DecoderLayer:
+        """The layer with weights of its own."""
         return DecoderLayer(self.stream, self.index, copy.deepcopy(self.module))
 
     def attention(self, layer: AttentionLayer) -> nn.Module:
