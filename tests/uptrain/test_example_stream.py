@@ -20,7 +20,7 @@ from torch import Tensor
 
 import texts
 from regroup import RegroupError
-from regroup.data import chunking, token_windows
+from regroup.data import files, tables, token_windows
 from regroup.data.files import TextFile
 from regroup.data.sources import find_sources
 from regroup.uptrain.objective import Causal, Pairs, SpanCorruption, make_objective
@@ -40,7 +40,8 @@ CAUSAL = make_objective("causal", TOKENIZER, window=16)
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunking, "CHUNK_BYTES", 300)
+    for module in (files, tables):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 300)
 
 
 def opened(paths: Sequence[str | Path] | str | Path, objective: Any = CAUSAL, **options: Any) -> ExampleStream:
@@ -131,7 +132,7 @@ def test_pieces_end_between_characters(text: str, size: int) -> None:
     import tempfile
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr(chunking, "CHUNK_BYTES", size)
+        patch.setattr(files, "CHUNK_BYTES", size)
         path = Path(folder) / "a.txt"
         path.write_bytes(text.encode())
         chunks = list(TextFile(path).chunks())

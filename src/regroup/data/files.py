@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
-from . import chunking
-from .chunking import Chunk, columns
+from .chunking import CHUNK_BYTES, Chunk, columns
 
 JSON_LINES = (".jsonl", ".json")
 
@@ -36,13 +35,13 @@ class TextFile:
         with _reading(self.path) as file:
             offset = position or 0
             file.seek(offset)
-            block = file.read(chunking.CHUNK_BYTES)
+            block = file.read(CHUNK_BYTES)
             while block:
                 after = file.read(1)
                 size = len(block) if not after else _last_border(block)
                 text = _decoded(block[:size], self.path, offset)
                 rest = block[size:] + after
-                ahead = file.read(chunking.CHUNK_BYTES - len(rest)) if after else b""
+                ahead = file.read(CHUNK_BYTES - len(rest)) if after else b""
                 yield Chunk(offset, [text], size, begins=offset == 0, ends=not rest)
                 offset += size
                 block = rest + ahead
@@ -88,7 +87,7 @@ class LineFile:
                     rows.append(_tab_separated(text, where))
                 elif text.strip():
                     rows.append(columns(_json(text, where), self.pairs, where))
-                if offset - start[0] >= chunking.CHUNK_BYTES:
+                if offset - start[0] >= CHUNK_BYTES:
                     yield Chunk(start, rows, offset - start[0])
                     start, rows = [offset, number], []
             if rows:

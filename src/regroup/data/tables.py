@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
-from . import chunking
-from .chunking import Chunk, columns, document_bytes
+from .chunking import CHUNK_BYTES, Chunk, columns, document_bytes
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class ParquetFile:
                         document = columns(values, self.pairs, f"{self.path}: row {row} of row group {number + 1}")
                         rows.append(document)
                         size += document_bytes(document)
-                        if size >= chunking.CHUNK_BYTES:
+                        if size >= CHUNK_BYTES:
                             yield Chunk(start, rows, size)
                             start, rows, size = [number, row], [], 0
                 if rows:
@@ -100,7 +99,7 @@ class DataSet:
             for row in rows:
                 documents.append(columns(row, self.pairs, self.name))
                 size += document_bytes(documents[-1])
-                if size >= chunking.CHUNK_BYTES:
+                if size >= CHUNK_BYTES:
                     after = rows.state_dict()
                     yield Chunk(start, documents, size)
                     start, documents, size = after, [], 0
