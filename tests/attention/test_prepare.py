@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import regroup
 import tiny
@@ -66,6 +67,45 @@ def test_a_fast_layer_is_the_layer(
     # Views with gaps are read as they are.
     wide = torch.randn(*shape[:-1], 80).to(dtype)[..., ::2]
     torch.testing.assert_close(packed(wide), layer(wide), atol=2e-2 if dtype != torch.float32 else 1e-5, rtol=1e-2)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that operators make; views make none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}
+        if isinstance(found, torch.Tensor) and found.untyped_storage().data_ptr() not in given:
+            self.nbytes = max(self.nbytes, found.untyped_storage().nbytes())
+        return found
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("at_once", [1, 7 * 40, 100 * 40])
+@torch.no_grad()
+def test_a_large_weight_is_widened_a_few_rows_at_a_time(
+    bias: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers whose sums are exact in any order, so that blocks give the bits of the whole."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(-4, 5, (999, 41), generator=generator).bfloat16()
+    layer = DirectLinear(numbers[:, :40], numbers[:, 40] if bias else None)
+    states = torch.randint(-4, 5, (2, 35, 40), generator=generator).bfloat16()
+    with Largest() as before:
+        wanted = layer(states)
+    assert before.nbytes == 4 * max(999 * 40, 70 * 999)
+    exact = nn.functional.linear(states.double(), layer.weight.double(), numbers[:, 40].double() if bias else None)
+    assert torch.equal(wanted, exact.bfloat16())
+    monkeypatch.setattr(linear_layers, "_WIDENED", at_once)
+    with Largest() as blocks:
+        assert torch.equal(layer(states), wanted)
+    rows = max(1, at_once // 40)
+    # The result itself in bfloat16, the input in float32, some rows of the weight, and their results.
+    assert blocks.nbytes <= max(2 * 70 * 999, 4 * 70 * 40, 4 * rows * 40, 4 * 70 * rows)
 
 
 @torch.no_grad()

@@ -21,6 +21,8 @@ from .cpu_linear import is_best, missing, serves
 from .cpu_linear import linear as linear_of_few_rows
 
 DTYPES = (torch.float32, torch.bfloat16)
+# Weights that are widened to float32 at once: 16 MiB, enough rows for a matrix product at full speed.
+_WIDENED = 2**22
 
 
 class PackedLinear(nn.Module):
@@ -94,7 +96,8 @@ class DirectLinear(nn.Module):
     """``nn.Linear`` for inference on CPUs: the compiled kernel for few rows, PyTorch for many. x (…, in) to (…, out).
 
     Many rows of bfloat16 are multiplied in float32, weights widened for the call, where the processor has no
-    products of bfloat16: PyTorch's own are emulated there, and several times slower.
+    products of bfloat16: PyTorch's own are emulated there, and several times slower. Of a large weight some rows are
+    widened at a time, so that a long input takes memory for itself and for those.
 
     Args:
         weight: (out, in). It is kept as it is, shared with whoever has it, unless it is a transposed view.
@@ -115,9 +118,19 @@ class DirectLinear(nn.Module):
         if serves(states, self.weight, self.bias):
             return linear_of_few_rows(states, self.weight, self.bias)
         if states.dtype == self.weight.dtype == torch.bfloat16 and states.device.type == "cpu":
-            bias = None if self.bias is None else self.bias.float()
-            return linear(states.float(), self.weight.float(), bias).to(states.dtype)
+            return self._widened(states)
         return linear(states, self.weight, self.bias)
+
+    def _widened(self, states: Tensor) -> Tensor:
+        wide, bias = states.float(), None if self.bias is None else self.bias.float()
+        step = max(1, _WIDENED // self.in_features)
+        if step >= self.out_features:
+            return linear(wide, self.weight.float(), bias).to(states.dtype)
+        out = states.new_empty((*states.shape[:-1], self.out_features))
+        for start in range(0, self.out_features, step):
+            rows = slice(start, start + step)
+            out[..., rows] = linear(wide, self.weight[rows].float(), None if bias is None else bias[rows])
+        return out
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
