@@ -229,7 +229,10 @@ def show_outcomes(solved: Calibrated) -> None:
 
 
 class Told(Listener):
-    """Shows a conversion as it goes on."""
+    """Shows a conversion or an export as it goes on."""
+
+    def __init__(self, verb: str = "converting") -> None:
+        self.verb = verb
 
     def planned(self, source: Source, plan: Plan, ahead: Preview) -> None:
         show_plan(plan, source.layout)
@@ -250,7 +253,13 @@ class Told(Listener):
         show_outcomes(solved)
 
     def writing(self, nbytes: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        return byte_progress("converting", nbytes)
+        return byte_progress(self.verb, nbytes)
+
+    def comparison_ahead(self, nbytes: int) -> None:
+        err.print(f"source and result are compared afterwards, one at a time, which takes about {human_bytes(nbytes)}")
+
+    def comparing(self) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        return count_progress("comparing, models", 2)
 
 
 def _runs(layers: Sequence[LayerSummary]) -> list[tuple[str, LayerSummary]]:

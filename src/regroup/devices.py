@@ -1,8 +1,13 @@
-"""Which device to run on."""
+"""Which device to run on, and what memory it has left."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from .errors import RegroupError
+
+# Of the memory that is free, what a run may take.
+USABLE = 0.9
 
 
 def device_named(name: str | None) -> str:
@@ -25,3 +30,16 @@ def device_named(name: str | None) -> str:
             remedy="leave --device out to use what there is",
         ) from error
     return chosen
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that are free on a device; None where the system does not say."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)

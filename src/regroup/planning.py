@@ -26,7 +26,7 @@ REPAIRS = ("none", "output", "distill")
 
 
 class Listener:
-    """Told how a conversion goes on; this one does not listen. The command line shows tables and progress bars."""
+    """Told how a conversion or an export goes on; this one does not listen. The command line shows tables and bars."""
 
     def planned(self, source: Source, plan: Plan, ahead: Preview) -> None:
         """Everything is checked and nothing is written yet."""
@@ -47,6 +47,13 @@ class Listener:
 
     def writing(self, nbytes: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         """Something to call, from any thread, with the number of bytes just written."""
+        return contextlib.nullcontext(lambda count: None)
+
+    def comparison_ahead(self, nbytes: int) -> None:
+        """Nothing is written yet; what is will be compared with its source, in so many bytes of memory."""
+
+    def comparing(self) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        """Something to call with 1 after each of the two models that has answered."""
         return contextlib.nullcontext(lambda count: None)
 
 

@@ -88,7 +88,7 @@ def test_fewer_layers_are_said(config: Path, tmp_path: Path) -> None:
 def test_as_many_layers_as_memory_holds(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = planned.Work(1, 4, 2)
     one, three = (planned.memory_needed(planned.models_for(str(config), [1], work, layers=n)[0], work) for n in (1, 3))
-    monkeypatch.setattr(planned, "free_memory", lambda _: int((one + 0.6 * (three - one)) / planned._SHARE))
+    monkeypatch.setattr(planned, "free_memory", lambda _: int((one + 0.6 * (three - one)) / planned.USABLE))
     assert [model.layers for model in planned.models_for(str(config), [1], work)] == [2]
     status, out, _ = run("bench", "decode", config, "--kv-heads", 1, "--prompt", 4, "--new", 2, "--dry-run")
     assert status == 0

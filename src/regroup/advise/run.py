@@ -9,9 +9,9 @@ from typing import Any
 
 from ..bench.build import Model, describe, parameters_of, read_config
 from ..bench.roofline import Cost
-from ..bench.work import Roofs, Work, check_positions, free_memory, step_costs
+from ..bench.work import Roofs, Work, check_positions, step_costs
 from ..convert.text import CalibrationText
-from ..devices import device_named
+from ..devices import USABLE, device_named, free_memory
 from ..errors import RegroupError
 from ..layout import detect
 from ..opening import open_source
@@ -119,7 +119,7 @@ def advise(
             found = candidates(opened, config, calibration, told, tensor_parallel, repair, device)
     available = memory_bytes
     if available is None:
-        available = int(0.9 * (known.memory if known else free_memory(own) or 0))
+        available = int(USABLE * (known.memory if known else free_memory(own) or 0))
     recovery = Recovery.load()
     predictions = [
         _predict(candidate, parent, setting, work, machine, efficiency, records, available, recovery, uptrain_tokens)

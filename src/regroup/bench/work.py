@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..devices import USABLE, free_memory
 from ..errors import RegroupError
 from .build import DTYPES, Model, describe, read_config
 from .machine import Rate, product_rate, read_bandwidth
 from .roofline import DTYPE_BYTES, Cost, attention_flops, kv_cache_bytes, weights_cost
-
-# Of the memory that is free, what a benchmark may take.
-_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -97,18 +94,18 @@ def models_for(source: str, kv_heads: Sequence[int] | None, work: Work, *, layer
     check_positions(models[0], work)
     free = free_memory(work.device)
     largest = max(memory_needed(model, work) for model in models)
-    if free is None or largest <= free * _SHARE:
+    if free is None or largest <= free * USABLE:
         return models
     if layers is None:
         # Memory grows by the same amount with every layer.
         one, two = (max(memory_needed(m, work) for m in made(count)) for count in (1, min(2, models[0].full_layers)))
-        if two > one and one <= free * _SHARE:
-            return made(min(models[0].full_layers - 1, 1 + int((free * _SHARE - one) // (two - one))))
+        if two > one and one <= free * USABLE:
+            return made(min(models[0].full_layers - 1, 1 + int((free * USABLE - one) // (two - one))))
         largest = one
     raise RegroupError(
         "the benchmark does not fit into memory"
         + ("" if layers is not None else ", not even with one layer of the model"),
-        expected=f"at most {_SHARE:.0%} of the {free / 1e9:.1f} GB that are free",
+        expected=f"at most {USABLE:.0%} of the {free / 1e9:.1f} GB that are free",
         got=f"about {largest / 1e9:.1f} GB for weights, cache and prompt",
         remedy="lower --batch or --prompt"
         + (", or leave --layers out: as many are then taken as fit" if layers is not None else ""),
@@ -128,17 +125,6 @@ def cache_bytes(model: Model, work: Work) -> int:
     """Bytes of the KV cache when the last token has been made."""
     own = work.new if model.is_encoder_decoder else work.prompt + work.new - 1
     return kv_cache_bytes(model.attention, context=own, encoder_context=work.prompt, batch=work.batch, dtype=work.dtype)
-
-
-def free_memory(device: str) -> int | None:
-    """Bytes that are free on a device; None where the system does not say."""
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
 def step_costs(model: Model, work: Work) -> tuple[Cost, Cost]:

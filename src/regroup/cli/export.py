@@ -35,7 +35,7 @@ def export(
     """Write a checkpoint in the form that an engine reads, and compare the result with its source."""
     from rich.markup import escape
 
-    from ..console import err
+    from ..console import Told, err
     from ..export.run import export_checkpoint
 
     done = export_checkpoint(
@@ -48,6 +48,7 @@ def export(
         check=check,
         revision=revision,
         allow_pickle=allow_pickle,
+        listener=Told("exporting"),
     )
     err.print(f"wrote {escape(str(done.destination))}: {escape(done.form)}")
     for note in done.notes:

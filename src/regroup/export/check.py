@@ -10,12 +10,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..devices import USABLE, free_memory
 from ..errors import RegroupError
 from ..models import load
+from ..planning import Listener
 
 ROWS, LENGTH = 2, 16
 # Of the largest logit. Float32 sums in another order differ by about 1e-6 of it; one head in a wrong place by 1e-1.
 TOLERANCE = 1e-3
+
+
+def check_memory(source: Path, parameters: int, vocabulary: int, told: Listener) -> None:
+    """Say what a comparison takes, and refuse one that would not fit, before anything is written.
+
+    Args:
+        source: what is exported, for the message.
+        parameters: of the source or of the result, whichever has more.
+        vocabulary: as many logits does each of ``ROWS`` · ``LENGTH`` positions have.
+        told: of the bytes that it takes: one model in float32, and three times its logits.
+
+    Raises:
+        RegroupError: it needs more than is free.
+    """
+    needed = 4 * (parameters + 3 * ROWS * LENGTH * vocabulary)
+    free = free_memory("cpu")
+    if free is not None and needed > USABLE * free:
+        raise RegroupError(
+            "the comparison with the source does not fit into memory; nothing was written",
+            file=source,
+            expected=f"at most {USABLE:.0%} of the {free / 1e9:.1f} GB that are free",
+            got=f"about {needed / 1e9:.1f} GB for one model in float32",
+            remedy="pass --no-check and compare on a machine with more memory, or free some",
+        )
+    told.comparison_ahead(needed)
 
 
 @dataclass(frozen=True)

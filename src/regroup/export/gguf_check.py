@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from ..errors import RegroupError
 from ..models import load, load_tokenizer
 from ..opening import Source
+from ..planning import Listener
 from . import llama_cpp
 from .check import Comparison, compare, logits, model_inputs
 from .gguf_source import load_gguf
@@ -21,50 +23,63 @@ NEW_TOKENS = 24
 _TRANSFORMERS_READS = ("llama", "qwen2")
 
 
+def unread(arch: str) -> str | None:
+    """Why nothing that is installed reads files of this architecture; None where something does."""
+    if llama_cpp.installed() or arch in _TRANSFORMERS_READS:
+        return None
+    return f"transformers reads no GGUF of architecture {arch}, and llama-cpp-python is not installed"
+
+
 def check_gguf(
-    opened: Source, file: Path, arch: str, dtype: torch.dtype, *, has_tokenizer: bool
-) -> tuple[str | None, str | None]:
-    """Compare a file with its source.
+    opened: Source, file: Path, config: Any, dtype: torch.dtype, *, has_tokenizer: bool, told: Listener
+) -> str:
+    """Compare a file with its source, one model in memory at a time.
 
     Args:
         opened: the source.
-        file: the GGUF file.
-        arch: its architecture.
-        dtype: of its matrices.
+        file: the GGUF file, of an architecture that is read here (see ``unread``).
+        config: the transformers config of the source.
+        dtype: of the file's matrices.
         has_tokenizer: whether the file has the source's tokenizer.
+        told: of each model that has answered.
 
     Returns:
-        What was compared, or None and why nothing was.
+        What was compared.
 
     Raises:
         RegroupError: the answers differ, or llama.cpp does not load the file.
     """
-    length = check_length(opened)
-    if not llama_cpp.installed() and arch not in _TRANSFORMERS_READS:
-        return None, f"transformers reads no GGUF of architecture {arch}, and llama-cpp-python is not installed"
-    model = load(opened.checkpoint.folder, progress=False, config=source_config(opened), dtype=torch.float32)
-    # The file's rounding of the weights is not the check's business.
-    _round(model, dtype)
-    inputs = model_inputs(model.config, length=length)
-    wanted = logits(model, inputs)
-    if llama_cpp.installed():
-        tokenizer = load_tokenizer(opened.folder) if has_tokenizer else None
-        windows = [layer.window for layer in opened.layout.layers if layer.window is not None]
-        longest = min([model.config.max_position_embeddings, *windows])
-        return str(_llama_cpp(file, model, tokenizer, inputs["input_ids"], wanted, dtype, longest)), None
-    del model
-    found = logits(load_gguf(file, torch.float32), inputs)
-    return str(compare(wanted, found, f"transformers {importlib.metadata.version('transformers')}'s GGUF loader")), None
+    inputs = model_inputs(config, length=check_length(opened))
+    with told.comparing() as answered:
+        if llama_cpp.installed():
+            tokenizer = load_tokenizer(opened.folder) if has_tokenizer else None
+            windows = [layer.window for layer in opened.layout.layers if layer.window is not None]
+            longest = min([config.max_position_embeddings, *windows])
+            return str(_llama_cpp(opened, file, tokenizer, inputs["input_ids"], dtype, longest, answered))
+        wanted = logits(_rounded_source(opened, dtype), inputs)
+        answered(1)
+        found = logits(load_gguf(file, torch.float32), inputs)
+        answered(1)
+    return str(compare(wanted, found, f"transformers {importlib.metadata.version('transformers')}'s GGUF loader"))
 
 
-def _round(model: Any, dtype: torch.dtype) -> None:
+def _rounded_source(opened: Source, dtype: torch.dtype) -> Any:
+    """The source in float32, with the file's rounding of the weights, which is not the check's business."""
+    model: Any = load(opened.checkpoint.folder, progress=False, config=source_config(opened), dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data = parameter.data.to(dtype).float()
+    return model
 
 
 def _llama_cpp(
-    file: Path, model: Any, tokenizer: Any, ids: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, longest: int
+    opened: Source,
+    file: Path,
+    tokenizer: Any,
+    ids: torch.Tensor,
+    dtype: torch.dtype,
+    longest: int,
+    answered: Callable[[int], None],
 ) -> Comparison:
     """Logits at every position; with a tokenizer also the ids of a prompt and the text that follows greedily."""
     loader, text = llama_cpp.version(), ""
@@ -73,7 +88,11 @@ def _llama_cpp(
     if tokenizer is not None:
         prompt = tokenizer(PROMPT)["input_ids"]
         asked |= {"prompt": PROMPT, "new_tokens": max(0, min(NEW_TOKENS, longest - len(prompt)))}
+    # Asked before the source is loaded, in a process that has ended by then.
     answer = llama_cpp.ask(file, asked)
+    answered(1)
+    model = _rounded_source(opened, dtype)
+    wanted = logits(model, {"input_ids": ids})
     if tokenizer is not None:
         _same("token ids of a prompt", prompt, answer["prompt_ids"], loader)
         made = answer["greedy_ids"]
@@ -81,6 +100,7 @@ def _llama_cpp(
         _same("text of the tokens", told.strip(), (PROMPT + answer["greedy_text"]).strip(), loader)
         same = greedy_agreement(model, prompt, made, loader, tolerance=llama_cpp.TOLERANCES[dtype])
         text = f"{same} of {len(made)} greedy tokens the same" + ("" if same == len(made) else ", the rest near ties")
+    answered(1)
     return compare(wanted, answer["logits"], loader, tolerance=llama_cpp.TOLERANCES[dtype], text=text)
 
 

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checkpoint import read_gguf, staged_folder
 from ..checkpoint.writer import check_destination
+from ..devices import USABLE, free_memory
 from ..errors import RegroupError
+from ..planning import Listener
 from . import llama_cpp
-from .check import compare, folder_logits, logits, model_inputs
+from .check import TOLERANCE, check_memory, compare, folder_logits, logits, model_inputs
 from .run import Exported, Request
 
 # Dtypes of a file's matrices by the library's name; what is quantised is stored anew in float32.
@@ -40,13 +43,11 @@ def export_from_gguf(file: Path, destination: Path, request: Request) -> Exporte
     _check_header(file, facts)
     dtype = getattr(torch, request.dtype) if request.dtype else _stored(file)
     check_destination(destination, None, facts["parameters"] * dtype.itemsize)
-    model = _load(file, dtype)
-    _check_all_taken(file, facts, model)
+    _check_memory(file, facts["parameters"], dtype, request)
     with staged_folder(destination) as stage:
-        _save_tokenizer(file, stage, model, request)
-        model.save_pretrained(stage)
-        checked = _compare(file, stage, model) if request.check else None
-    form = f"a checkpoint of the stock {model.config.model_type} class of transformers, {str(dtype)[6:]}"
+        config, wanted = _write(file, facts["parameters"], dtype, stage, request)
+        checked = _compare(file, stage, config, wanted, request.told) if request.check else None
+    form = f"a checkpoint of the stock {config.model_type} class of transformers, {str(dtype)[6:]}"
     return Exported(destination, form, checked, None if checked else "--no-check", tuple(request.notes))
 
 
@@ -115,7 +116,38 @@ def load_gguf(file: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _check_all_taken(file: Path, facts: dict[str, Any], model: Any) -> None:
+def _check_memory(file: Path, parameters: int, dtype: torch.dtype, request: Request) -> None:
+    """The model is in memory as a whole here, checked or not, beside the blocks that it is unpacked from."""
+    needed, free = parameters * dtype.itemsize + file.stat().st_size, free_memory("cpu")
+    if free is not None and needed > USABLE * free:
+        raise RegroupError(
+            "the model of this GGUF file does not fit into memory; nothing was written",
+            file=file,
+            expected=f"at most {USABLE:.0%} of the {free / 1e9:.1f} GB that are free",
+            got=f"about {needed / 1e9:.1f} GB for {parameters:,} weights in {str(dtype)[6:]} and the file's blocks",
+            remedy="choose --dtype bfloat16 if that is less, free some memory, or start from the checkpoint that the "
+            "file was made of",
+        )
+    if request.check:
+        check_memory(file, parameters, 0, request.told)
+
+
+def _write(file: Path, parameters: int, dtype: torch.dtype, stage: Path, request: Request) -> tuple[Any, Tensor | None]:
+    """Write the checkpoint. The model is gone when this returns: the next one to be loaded is the result.
+
+    Returns:
+        The config, and the logits of the loader's model; None where llama.cpp will be asked for them, or nobody.
+    """
+    model = _load(file, dtype)
+    _check_all_taken(file, parameters, model)
+    _save_tokenizer(file, stage, model, request)
+    model.save_pretrained(stage)
+    if not request.check or llama_cpp.installed():
+        return model.config, None
+    return model.config, logits(model.float(), model_inputs(model.config))
+
+
+def _check_all_taken(file: Path, parameters: int, model: Any) -> None:
     """Its loader leaves out tensors that the config does not ask for, such as biases, without a word."""
     from gguf import GGUFReader
 
@@ -123,10 +155,10 @@ def _check_all_taken(file: Path, facts: dict[str, Any], model: Any) -> None:
     if any(tensor.name == _FREQUENCIES for tensor in tensors):
         raise _lost(file, f"{_FREQUENCIES}: Llama 3's slower frequencies")
     taken = sum(parameter.numel() for parameter in model.parameters())
-    if taken != facts["parameters"]:
+    if taken != parameters:
         kinds = sorted({tensor.name.split(".")[-2] for tensor in tensors if tensor.name.endswith(".bias")})
         biases = f"; biases in it: {', '.join(kinds)}" if kinds else ""
-        raise _lost(file, f"{taken} of {facts['parameters']} weights{biases}")
+        raise _lost(file, f"{taken} of {parameters} weights{biases}")
 
 
 def _save_tokenizer(file: Path, stage: Path, model: Any, request: Request) -> None:
@@ -150,14 +182,18 @@ def _save_tokenizer(file: Path, stage: Path, model: Any, request: Request) -> No
             setattr(config, f"{kind}_token_id", getattr(tokenizer, f"{kind}_token_id"))
 
 
-def _compare(file: Path, stage: Path, model: Any) -> str:
+def _compare(file: Path, stage: Path, config: Any, wanted: Tensor | None, told: Listener) -> str:
     """Against llama.cpp where it is installed, which reads the file by code of its own; else against the loader."""
-    found = folder_logits(stage, None)
-    inputs = model_inputs(model.config)
-    loader = f"transformers {importlib.metadata.version('transformers')}"
-    if not llama_cpp.installed():
-        return str(compare(logits(model.float(), inputs), found, f"{loader}, against its GGUF loader"))
-    asked = {"rows": inputs["input_ids"].tolist(), "prompt": None, "new_tokens": 0}
-    wanted = llama_cpp.ask(file, asked)["logits"]
-    tolerance = llama_cpp.TOLERANCES[torch.bfloat16]  # whatever the file's blocks are
-    return str(compare(wanted, found, f"{loader}, against {llama_cpp.version()}", tolerance=tolerance))
+    inputs = model_inputs(config)
+    with told.comparing() as answered:
+        if wanted is None:
+            asked = {"rows": inputs["input_ids"].tolist(), "prompt": None, "new_tokens": 0}
+            wanted, other = llama_cpp.ask(file, asked)["logits"], llama_cpp.version()
+            tolerance = llama_cpp.TOLERANCES[torch.bfloat16]  # whatever the file's blocks are
+        else:
+            other, tolerance = "its GGUF loader", TOLERANCE
+        answered(1)
+        found = folder_logits(stage, None)
+        answered(1)
+    loader = f"transformers {importlib.metadata.version('transformers')}, against {other}"
+    return str(compare(wanted, found, loader, tolerance=tolerance))

@@ -18,10 +18,11 @@ from ..convert.rewrite import Change
 from ..errors import RegroupError
 from ..models import load_tokenizer
 from ..opening import Source
-from .gguf_check import check_gguf
+from ..planning import Listener
+from .gguf_check import check_gguf, unread
 from .gguf_tokenizer import Vocabulary, vocabulary
 from .heads import LLAMA_LAYERS, heads_of, repeated, spell
-from .run import Exported, Request, source_config, wanted_heads
+from .run import Exported, Request, foresee_check, source_config, wanted_heads
 
 FAMILIES = (*LLAMA_LAYERS, "qwen2")
 _FILE_TYPES = {
@@ -76,6 +77,9 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
         )
     elements = sum(math.prod((changed.get(name) or entry).shape) for name, entry in checkpoint.tensors.items())
     check_destination(destination, opened.folder, elements * dtype.itemsize)
+    unchecked = unread(arch) if request.check else "--no-check"
+    if unchecked is None:
+        foresee_check(opened, changed, request.told)
     with staged_file(destination) as file:
         with contextlib.closing(gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[arch]])) as writer:
             _describe(writer, config, heads, layout.layers[0].head_dim, _FILE_TYPES[dtype], opened.folder.name)
@@ -83,10 +87,10 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
                 writer.add_tokenizer_model("no_vocab")
             else:
                 vocab.add_to(writer)
-            _write_tensors(writer, opened, changed, arch, config, heads, dtype)
-        checked, unchecked = None, "--no-check"
-        if request.check:
-            checked, unchecked = check_gguf(opened, file, arch, dtype, has_tokenizer=vocab is not None)
+            _write_tensors(writer, opened, changed, arch, config, heads, dtype, request.told)
+        checked = None
+        if unchecked is None:
+            checked = check_gguf(opened, file, config, dtype, has_tokenizer=vocab is not None, told=request.told)
     form = f"GGUF, architecture {arch}, {str(dtype).removeprefix('torch.')}, KV heads: {_spelled(heads)}"
     return Exported(destination, form, checked, unchecked, tuple(request.notes))
 
@@ -169,6 +173,7 @@ def _write_tensors(
     config: Any,
     heads: tuple[int, ...],
     dtype: torch.dtype,
+    told: Listener,
 ) -> None:
     """Header first, then one tensor at a time."""
     made: list[tuple[str, torch.dtype, tuple[int, ...], Callable[[], torch.Tensor]]] = []
@@ -182,14 +187,16 @@ def _write_tensors(
             )
         made.append(("rope_freqs.weight", torch.float32, tuple(factors.shape), lambda: factors))
     made += _tensors(opened, changed, arch, heads, dtype)
-    for name, kind, shape, _ in made:
-        nbytes = kind.itemsize * torch.Size(shape).numel()
+    sizes = [kind.itemsize * math.prod(shape) for _, kind, shape, _ in made]
+    for (name, kind, shape, _), nbytes in zip(made, sizes, strict=True):
         writer.add_tensor_info(name, shape, _NOT_BYTES, nbytes, raw_dtype=_GGML_TYPES[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, kind, _, read in made:
-        writer.write_tensor_data(_rounded(read(), kind, name).contiguous().view(torch.uint8).numpy())
+    with told.writing(sum(sizes)) as progress:
+        for (name, kind, _, read), nbytes in zip(made, sizes, strict=True):
+            writer.write_tensor_data(_rounded(read(), kind, name).contiguous().view(torch.uint8).numpy())
+            progress(nbytes)
 
 
 # Shapes are given in elements; for arrays of bytes the library would take them to be in bytes.

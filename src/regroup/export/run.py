@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,10 @@ from typing import Any
 from ..checkpoint import staged_folder
 from ..checkpoint.header import nbytes_of
 from ..checkpoint.writer import check_destination, existing_parent
+from ..convert.rewrite import Change
 from ..errors import RegroupError
 from ..opening import Source, open_source
+from ..planning import Listener
 from .folder import CONFIGURATION_FILE, write_folder
 from .heads import (
     FOREIGN,
@@ -62,6 +66,7 @@ class Request:
     tensor_parallel: int | None = None
     dtype: str | None = None
     check: bool = True
+    told: Listener = field(default_factory=Listener)
     notes: list[str] = field(default_factory=list)
 
 
@@ -76,6 +81,7 @@ def export_checkpoint(
     check: bool = True,
     revision: str | None = None,
     allow_pickle: bool = False,
+    listener: Listener | None = None,
 ) -> Exported:
     """Write a checkpoint in the form that an engine reads, and compare it with its source before it appears.
 
@@ -88,18 +94,19 @@ def export_checkpoint(
         tensor_parallel: devices that will share each layer. KV heads fewer than that are repeated where the reader does
             not do so itself.
         dtype: of the matrices of a GGUF file, or of a checkpoint made from one; the source's by default.
-        check: load the result and compare its logits with the source's, in float32.
+        check: load the result and compare its logits with the source's, in float32, one model at a time.
         revision, allow_pickle: see ``open_source``.
+        listener: told how it goes on.
 
     Raises:
-        RegroupError: the target holds no such model, or what was made does not answer as its source does; nothing is
-            left behind.
+        RegroupError: the target holds no such model, memory holds no comparison, or what was made does not answer as
+            its source does; nothing is left behind.
     """
     if to not in TARGETS:
         raise RegroupError("this export target is not known", expected=" or ".join(TARGETS), got=to)
     if dtype is not None and dtype not in DTYPES:
         raise RegroupError("this dtype is not known here", expected=" or ".join(DTYPES), got=dtype)
-    request = Request(to, expand, tensor_parallel, dtype, check)
+    request = Request(to, expand, tensor_parallel, dtype, check, listener or Listener())
     file, target = Path(source).expanduser(), Path(destination).expanduser()
     if file.suffix == ".gguf" and file.is_file():
         from .gguf_source import export_from_gguf
@@ -154,11 +161,15 @@ def _export_folder(opened: Source, destination: Path, request: Request) -> Expor
     else:
         config = config_with(checkpoint.config, layout, heads)
         form = f"regroup's form of {config['model_type']}, with trust_remote_code=True: {spell(layout)}"
-    growth = sum(nbytes_of(change.dtype, change.shape) for change in changed.values())
-    check_destination(destination, opened.folder, checkpoint.nbytes + growth)
+    made = {name: changed.get(name) or entry for name, entry in checkpoint.tensors.items()}
+    nbytes = sum(nbytes_of(one.dtype, one.shape) for one in made.values())
+    check_destination(destination, opened.folder, nbytes)
+    if request.check:
+        foresee_check(opened, changed, request.told)
     with staged_folder(destination) as stage:
-        write_folder(checkpoint, stage, config, changed, note=f"{form}.")
-        checked = _compare(opened, stage) if request.check else None
+        with request.told.writing(nbytes) as progress:
+            write_folder(checkpoint, stage, config, changed, note=f"{form}.", progress=progress)
+        checked = _compare(opened, stage, request.told) if request.check else None
     if blocks:
         request.notes.append("the check ran transformers' Llama layers on these blocks, not vLLM")
     return Exported(destination, form, checked, None if checked else "--no-check", tuple(request.notes))
@@ -218,15 +229,26 @@ def check_length(opened: Source) -> int:
     return min([LENGTH, *(layer.window for layer in opened.layout.layers if layer.window is not None)])
 
 
-def _compare(opened: Source, stage: Path) -> str:
+def foresee_check(opened: Source, changed: Mapping[str, Change], told: Listener) -> None:
+    """Say what memory the check at the end takes, from the headers (see ``check_memory``)."""
+    from .check import check_memory
+
+    tensors = opened.checkpoint.tensors
+    parameters = sum(math.prod((changed.get(name) or entry).shape) for name, entry in tensors.items())
+    check_memory(opened.folder, parameters, opened.checkpoint.config.get("vocab_size", 0), told)
+
+
+def _compare(opened: Source, stage: Path, told: Listener) -> str:
     import transformers
 
     from .check import compare, folder_logits
 
     length = check_length(opened)
-    wanted = folder_logits(opened.checkpoint.folder, source_config(opened), length=length)
-    with open_source(str(stage)) as made:
+    with told.comparing() as answered, open_source(str(stage)) as made:
+        wanted = folder_logits(opened.checkpoint.folder, source_config(opened), length=length)
+        answered(1)
         config = source_config(made)
         found = folder_logits(stage, config, length=length)
+        answered(1)
     own = " with regroup's classes" if "regroup" in config else ""
     return str(compare(wanted, found, f"transformers {transformers.__version__}{own}"))
