@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import tiny
+from regroup.data import causal_batches
 from regroup.demo import recovery, story
 from regroup.demo.corpus import held_out_text, training_text
 from regroup.demo.figure import draw
+from regroup.evaluate import score
 from regroup.uptrain.recipe import Recipe
 
 
@@ -35,6 +39,29 @@ def test_a_curve_is_told_in_shares_of_the_parent() -> None:
         {"alpha": 0.0, "nats_per_token": 3.0},
         {"alpha": 0.05, "nats_per_token": 2.0},
     ]
+
+
+def test_a_parent_that_remembers_answers_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    child, parent = tiny.build("llama_grouped"), tiny.build("llama")
+    calls: list[int] = []
+    right = parent.forward
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(parent, "forward", forward)
+    first, other = (tiny.inputs("llama", 5, 12, seed=seed)["input_ids"] for seed in (0, 1))
+    wanted = score(child, causal_batches(first, 2), teacher=parent)
+    assert len(calls) == 3
+    remembered = story.Remembered(parent)
+    found = [score(child, causal_batches(first, 2), teacher=remembered) for _ in range(3)]
+    assert found == [wanted] * 3
+    assert len(calls) == 6
+    assert score(remembered, causal_batches(first, 2)).nats_per_token == wanted.teacher_nats_per_token
+    assert len(calls) == 6
+    assert score(child, causal_batches(other, 2), teacher=remembered) != wanted
+    assert len(calls) == 9
 
 
 def test_the_whole_story_on_a_small_scale(
