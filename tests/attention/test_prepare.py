@@ -106,6 +106,11 @@ def test_a_large_weight_is_widened_a_few_rows_at_a_time(
     rows = max(1, at_once // 40)
     # The result itself in bfloat16, the input in float32, some rows of the weight, and their results.
     assert blocks.nbytes <= max(2 * 70 * 999, 4 * 70 * 40, 4 * rows * 40, 4 * 70 * rows)
+    with torch.enable_grad():
+        followed = states.clone().requires_grad_()
+        layer(followed).backward(torch.ones_like(wanted))
+    assert followed.grad is not None
+    assert torch.equal(followed.grad, layer.weight.float().sum(0).bfloat16().expand(2, 35, 40))
 
 
 @torch.no_grad()

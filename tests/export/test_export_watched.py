@@ -87,8 +87,11 @@ def test_an_export_is_told_as_it_goes_on(
 
 
 def test_the_command_says_what_a_comparison_takes(converted: Converted, tmp_path: Path) -> None:
-    message = run("export", converted("llama", "some"), tmp_path / "out", "--to", "hf")[2]
-    assert "source and result are compared afterwards, one at a time, which takes about " in message
+    for to, name in (("hf", "out"), ("gguf", "m.gguf")):
+        message = run("export", converted("llama", "some"), tmp_path / name, "--to", to)[2]
+        assert "source and result are compared afterwards, one at a time, which takes about " in message
+        # transformers' own bars would lie across ours.
+        assert "Loading weights" not in message
     message = run("export", converted("llama", "some"), tmp_path / "other", "--to", "hf", "--no-check")[2]
     assert "compared" not in message
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import RegroupError
-from ..models import load, load_tokenizer
+from ..models import load, load_tokenizer, without_bars
 from ..opening import Source
 from ..planning import Listener
 from . import llama_cpp
@@ -58,7 +58,9 @@ def check_gguf(
             return str(_llama_cpp(opened, file, tokenizer, inputs["input_ids"], dtype, longest, answered))
         wanted = logits(_rounded_source(opened, dtype), inputs)
         answered(1)
-        found = logits(load_gguf(file, torch.float32), inputs)
+        with without_bars():
+            made = load_gguf(file, torch.float32)
+        found = logits(made, inputs)
         answered(1)
     return str(compare(wanted, found, f"transformers {importlib.metadata.version('transformers')}'s GGUF loader"))
 

@@ -188,7 +188,8 @@ def _compare(file: Path, stage: Path, config: Any, wanted: Tensor | None, told: 
     with told.comparing() as answered:
         if wanted is None:
             asked = {"rows": inputs["input_ids"].tolist(), "prompt": None, "new_tokens": 0}
-            wanted, other = llama_cpp.ask(file, asked)["logits"], llama_cpp.version()
+            answer: Tensor = llama_cpp.ask(file, asked)["logits"]
+            wanted, other = answer, llama_cpp.version()
             tolerance = llama_cpp.TOLERANCES[torch.bfloat16]  # whatever the file's blocks are
         else:
             other, tolerance = "its GGUF loader", TOLERANCE

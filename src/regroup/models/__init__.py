@@ -6,6 +6,8 @@ imports neither torch nor transformers.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,16 +106,25 @@ def load(
     if given:
         described: Any = stock.config_class
         kwargs["config"] = described.from_dict(config)
-    shown = transformers.logging.is_progress_bar_enabled()
-    if not progress:
-        transformers.logging.disable_progress_bar()
     try:
-        # Pickles are never read here; ``regroup convert --allow-pickle`` makes safetensors of them.
-        return cls.from_pretrained(path, **{"use_safetensors": True, **kwargs})
+        with contextlib.nullcontext() if progress else without_bars():
+            # Pickles are never read here; ``regroup convert --allow-pickle`` makes safetensors of them.
+            return cls.from_pretrained(path, **{"use_safetensors": True, **kwargs})
     except (OSError, ValueError, RuntimeError) as error:
         raise RegroupError(
             "transformers cannot load the checkpoint", file=path, got=str(error).strip()[:800] or type(error).__name__
         ) from error
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Nothing of transformers' progress is shown: there is a bar already, or nobody to look at one."""
+    import transformers
+
+    shown = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
     finally:
         if shown:
             transformers.logging.enable_progress_bar()
