@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,32 +88,48 @@ import torch
 import faults, regroup, regroup.pipeline
 
 torch.set_num_threads(1)
-source, root, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+for line in sys.stdin:
+    source, root, options, numbers = json.loads(line)
 
-def run(number):
-    regroup.convert_checkpoint(source, root / str(number) / "new" / "child", **{"kv_heads": 2, **options})
+    def run(number):
+        regroup.convert_checkpoint(source, Path(root, str(number), "new", "child"), **{"kv_heads": 2, **options})
 
-print(*faults.killed_at(json.loads(sys.argv[4]), run, root))
+    print(json.dumps(faults.killed_at(numbers, run, Path(root))), flush=True)
 """
+Kill = Callable[..., list[Path]]
 
 
-def kill(source: Path, root: Path, numbers: Iterable[int], **options: Any) -> list[Path]:
-    """The folders of conversions to new/child that were each killed before their n-th change of the disk."""
-    arguments = [str(source), str(root), json.dumps(options), json.dumps(list(numbers))]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments],
-        check=True,
-        capture_output=True,
+@pytest.fixture(scope="module")
+def kill() -> Iterator[Kill]:
+    """The folders of conversions to new/child that were each killed before their n-th change of the disk.
+
+    One process, which imports everything once and starts no thread, has the others as its children.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    return [root / number for number in done.stdout.split()]
+    ) as process:
+        ask, answers = process.stdin, process.stdout
+        assert ask is not None
+        assert answers is not None
+
+        def killed(source: Path, root: Path, numbers: Iterable[int], **options: Any) -> list[Path]:
+            print(json.dumps([str(source), str(root), options, list(numbers)]), file=ask, flush=True)
+            answer = answers.readline()
+            assert answer, "the process ended; what it said is above"
+            return [root / str(number) for number in json.loads(answer)]
+
+        yield killed
+        ask.close()
 
 
 @pytest.mark.parametrize("stride", [8, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_before_any_change_of_the_disk(
-    method: str, stride: int, sharded: Path, expected: dict[str, dict[str, str]], tmp_path: Path
+    method: str, stride: int, sharded: Path, expected: dict[str, dict[str, str]], tmp_path: Path, kill: Kill
 ) -> None:
     """Then run again: the same bytes, nothing left over, and finished files are not made again."""
     resumed: list[int] = []
@@ -145,7 +161,7 @@ def test_killed_before_any_change_of_the_disk(
     assert len(set(resumed)) > (2 if stride > 1 else 4)
 
 
-def test_killed_while_pickles_are_read(saved: Saved, tmp_path: Path) -> None:
+def test_killed_while_pickles_are_read(saved: Saved, tmp_path: Path, kill: Kill) -> None:
     source, root = tmp_path / "pickled", tmp_path / "runs"
     source.mkdir()
     root.mkdir()
@@ -269,7 +285,7 @@ def test_a_source_that_goes_away(parent: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def killed(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(sharded: Path, tmp_path_factory: pytest.TempPathFactory, kill: Kill) -> Path:
     """A folder in which a conversion to ``child`` by mean was killed with some of its files finished. Shared."""
     for folder in reversed(kill(sharded, tmp_path_factory.mktemp("killed"), range(30, 120, 6), method="mean")):
         for journal in folder.glob(f"new/*/{resume.JOURNAL_FILE}"):
@@ -341,7 +357,7 @@ def test_room_that_a_killed_run_takes_counts_as_free(
     child(sharded, half / "child", "mean")
 
 
-def test_a_search_is_not_made_twice(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_is_not_made_twice(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill: Kill) -> None:
     from regroup import pipeline
 
     folders = kill(sharded, tmp_path, (40, 60), kv_heads=2)
