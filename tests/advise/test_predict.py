@@ -173,4 +173,4 @@ def test_a_config_alone_gets_memory_and_time(saved: Saved) -> None:
     )
     assert status == 0, message
     assert "times are floors" in out
-    assert "loss is not known" in out
+    assert "a config alone says nothing of loss" in out
