@@ -50,3 +50,14 @@ def converted(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Convert
         return folders[key]
 
     return convert
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a parent, a child of it and texts to uptrain and to judge on. Shared: copy what is changed."""
+    import runs
+
+    folder = tmp_path_factory.mktemp("shop")
+    runs.pair(folder)
+    runs.text(folder)
+    return folder

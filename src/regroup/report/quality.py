@@ -37,11 +37,11 @@ def _losses(records: Sequence[Record]) -> Figure:
     """Models on one text; a parent that several were compared with stands there once."""
     found: list[tuple[str, str, float, float | None]] = []
     for record in records:
-        loss, error = (record.results.get(key) for key in ("nats_per_token", "standard_error"))
+        loss, error = record.results["nats_per_token"], record.results.get("standard_error")
         found.append((str(record.configuration["model"]), record.file, loss, error))
         teacher = record.configuration.get("teacher")
         if teacher and record.results.get("teacher_nats_per_token") is not None:
-            loss, error = (record.results.get(f"teacher_{key}") for key in ("nats_per_token", "standard_error"))
+            loss, error = record.results["teacher_nats_per_token"], record.results.get("teacher_standard_error")
             found.append((str(teacher), record.file, loss, error))
     once = {(model, loss): (model, file, loss, error) for model, file, loss, error in found}
     found = sorted(once.values(), key=lambda one: one[2])
