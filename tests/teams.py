@@ -37,7 +37,9 @@ class Crew:
     """So many processes; they have imported everything already when the second piece of work comes."""
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Forked from a process that has imported the slow parts once, and has no threads.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "transformers", "regroup.convert.calibrate"])
         self.size = size
         self.pool = ProcessPoolExecutor(size, context, initializer=torch.set_num_threads, initargs=(1,))
 
