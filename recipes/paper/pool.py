@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 import torch
+import transformers
 
 
 class Pool:
@@ -25,7 +26,7 @@ class Pool:
         """
         begun = time.monotonic()
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.processes, context, initializer=_one_thread, initargs=(self.processes,)) as pool:
+        with ProcessPoolExecutor(self.processes, context, initializer=_begin, initargs=(self.processes,)) as pool:
             running = [pool.submit(action, *job) for job in jobs]
             for number, future in enumerate(as_completed(running), 1):
                 try:
@@ -37,6 +38,9 @@ class Pool:
                     self.say(f"{what}: {number} of {len(jobs)}, {(time.monotonic() - begun) / 60:.1f} min")
 
 
-def _one_thread(processes: int) -> None:
+def _begin(processes: int) -> None:
+    # Bars of saving and notes on T5's head, from several processes at once.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if processes > 1:
         torch.set_num_threads(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 from recipes.paper import experiments, figures, texts
-from recipes.paper.settings import SCALES
+from recipes.paper.settings import SCALES, TASKS
 from recipes.paper.stages import FAMILIES, OURS, Variant
 from transformers import PreTrainedTokenizerFast
 
@@ -32,8 +33,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, sentences in (("train", 4000), ("valid", 1200)):
         pieces = []
         for number in range(sentences):
-            words = " ".join(draw.choices(WORDS, k=12)).capitalize()
-            pieces.append(f"{words} {number}." + ("\n\n" if number % 5 == 4 else "\n"))
+            clauses = [" ".join(draw.choices(WORDS, k=3)) for _ in range(4)]
+            pieces.append(f"{', '.join(clauses)} {number}.".capitalize() + ("\n\n" if number % 5 == 4 else "\n"))
         with gzip.open(folder / f"gutenberg-{name}.txt.gz", "wt") as file:
             file.write("".join(pieces))
     for name in ("train", "valid", "test"):
@@ -56,15 +57,27 @@ def test_no_two_uses_share_a_passage(prepared: texts.Texts) -> None:
     assert all(uses.values())
     counted = Counter(text for found in uses.values() for text in found)
     assert max(counted.values()) == 1
-    # Lines to restore come from passages that nothing else has; sentences are numbered, so that they can be found.
+    # Clauses to restore come from passages that nothing else has; sentences are numbered, so that they can be found.
     seen = "".join(text for found in uses.values() for text in found)
     for split in (prepared.tuning("restoration"), prepared.dev("restoration")):
-        lines = [target for _, target in read_pairs(split)]
-        assert lines
-        assert not any(line in seen for line in lines[:50] if line[-5:-1].strip().isdigit())
+        numbered = [target for _, target in read_pairs(split) if target[-2].isdigit()]
+        assert numbered
+        assert not any(line in seen for line in numbered[:50])
 
 
-def test_restoration_is_its_line_without_what_is_to_be_restored(prepared: texts.Texts) -> None:
+def test_nothing_is_asked_that_was_learnt(data: Path, prepared: texts.Texts) -> None:
+    """Clauses of three of sixteen words come in many passages."""
+    for task in TASKS:
+        learnt = {source for source, _ in read_pairs(prepared.tuning(task))}
+        asked = {source for source, _ in read_pairs(prepared.dev(task))}
+        assert asked
+        assert not asked & learnt
+    with gzip.open(data / "gutenberg-valid.txt.gz", "rt") as file:
+        clauses = {texts.bare(clause) for clause in re.split("[,.]", file.read())}
+    assert clauses & {source for source, _ in read_pairs(prepared.tuning("restoration"))}
+
+
+def test_restoration_is_its_clause_without_what_is_to_be_restored(prepared: texts.Texts) -> None:
     assert texts.bare("It's 5 o'clock, Mr. Smith!") == "its5oclockmrsmith"
     for source, target in read_pairs(prepared.dev("restoration")):
         assert source == texts.bare(target)
