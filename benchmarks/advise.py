@@ -5,7 +5,7 @@
 
 ``loss`` converts a parent by every plan that is advised, uniform and by layer, on the same text, and evaluates each on
 text that no plan has seen; given again with ``--add``, a second parent's plans join the record. ``speed`` predicts a
-model's decoding at several settings from one bench record of another setting, and then measures them.
+model's decoding at several settings from bench records of two others, and then measures them.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def speed(
     config: Path,
     layers: Annotated[int | None, typer.Option(help="Of the decoder.")] = None,
     dtype: Annotated[str, typer.Option()] = "float32",
-    learn: Annotated[str, typer.Option(help="batch,prompt of the record that predictions rest on.")] = "8,512",
-    settings: Annotated[str, typer.Option(help="batch,prompt of what is predicted.")] = "1,512;4,1024;8,1024;16,512",
+    learn: Annotated[str, typer.Option(help="batch,prompt of the records that predictions rest on.")] = "1,512;16,256",
+    settings: Annotated[str, typer.Option(help="batch,prompt of what is predicted.")] = "2,1024;4,512;8,256;8,512",
     kv_heads: Annotated[str, typer.Option("--kv-heads")] = "32,8,4,1",
     new: Annotated[int, typer.Option()] = 16,
     output: Output = Path("advise-speed.json"),
@@ -119,9 +119,11 @@ def speed(
             work = Work(batch, prompt, new, dtype, "cpu", 3)
             return benchmark(config.name, models_for(str(model), heads, work), work, roofs=Roofs(work))
 
-        batch, prompt = (int(part) for part in learn.split(","))
-        known = Path(scratch) / "bench.json"
-        write_record(known, measured(batch, prompt))
+        known: list[Path] = []
+        for part in learn.split(";"):
+            batch, prompt = (int(number) for number in part.split(","))
+            known.append(Path(scratch) / f"bench-{len(known)}.json")
+            write_record(known[-1], measured(batch, prompt))
         rows = []
         for part in settings.split(";"):
             batch, prompt = (int(number) for number in part.split(","))
@@ -131,7 +133,7 @@ def speed(
                 context=prompt + new // 2,
                 batch=batch,
                 dtype=dtype,
-                bench=[known],
+                bench=known,
                 memory_bytes=10**12,
             )
             predicted = {one.kv_heads: one for one in advice.predictions}

@@ -18,6 +18,8 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
+from paper import tables as paper
+from paper.tables import heading, row
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks/records"
@@ -30,14 +32,6 @@ class DocTable:
     page: str
     records: tuple[str, ...]
     lines: Callable[..., list[str]]
-
-
-def row(*cells: object) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
-
-
-def heading(*cells: object) -> list[str]:
-    return [row(*cells), row(*("---" for _ in cells))]
 
 
 def uptraining(record: dict[str, Any]) -> list[str]:
@@ -99,60 +93,12 @@ def demo(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def paper_table_1(record: dict[str, Any]) -> list[str]:
-    """Both families' Table 1, one after the other: time, then each measure with its spread over seeds."""
-    lines: list[str] = []
-    for family, names in PAPER_MEASURES.items():
-        titles = [PAPER_TITLES[name] for name in names]
-        lines += [*([""] if lines else []), *heading(family, "ms a sample", "cache, MB", *titles)]
-        for entry in record["results"][family]["table_1"]:
-            time = f"{1e3 * entry['seconds_per_sample']['p50']:.2f}"
-            lines.append(
-                row(
-                    entry["model"],
-                    time,
-                    f"{entry['cache_bytes'] / 1e6:.1f}",
-                    *(_measure(entry, name) for name in names),
-                )
-            )
-    return lines
-
-
-def paper_figure_4(record: dict[str, Any]) -> list[str]:
-    lines: list[str] = []
-    for family, names in PAPER_LOSSES.items():
-        titles = [PAPER_TITLES[name] for name in names]
-        lines += [*([""] if lines else []), *heading(f"{family}, MQA, α = 0.05", *titles)]
-        for entry in record["results"][family]["figure_4"]:
-            lines.append(row(entry["method"], *(_measure(entry, name) for name in names)))
-    return lines
-
-
-def paper_figure_5(record: dict[str, Any]) -> list[str]:
-    lines: list[str] = []
-    for family, names in PAPER_LOSSES.items():
-        found = record["results"][family]["figure_5"]
-        alphas = list(dict.fromkeys(entry["alpha"] for entry in found))
-        title = f"{family}, {PAPER_TITLES[names[0]]}, by α"
-        lines += [*([""] if lines else []), *heading(title, *(f"{alpha:g}" for alpha in alphas))]
-        for method, heads in dict.fromkeys((entry["method"], entry["num_key_value_heads"]) for entry in found):
-            cells = [e for e in found if (e["method"], e["num_key_value_heads"]) == (method, heads)]
-            name = "MQA" if heads == 1 else f"GQA-{heads}"
-            lines.append(row(f"{name}, {method}", *(_measure(entry, names[0]) for entry in cells)))
-    return lines
-
-
-def paper_appendix(record: dict[str, Any]) -> list[str]:
-    """Spread over seeds and spikes of the loss."""
-    lines: list[str] = []
-    for family, names in PAPER_MEASURES.items():
-        spikes = family == "encoder-decoder"
-        more = ("spikes in fine-tuning", "runs that diverged") if spikes else ()
-        lines += [*([""] if lines else []), *heading(family, *(f"spread of {PAPER_TITLES[n]}" for n in names), *more)]
-        for entry in record["results"][family]["appendix_a"]:
-            cells = [_spread(entry, name) for name in names]
-            cells += [f"{sum(entry[name]['seeds']):.0f}" for name in ("spikes", "diverged")] if spikes else []
-            lines.append(row(entry["model"], *cells))
+def advise_speed(record: dict[str, Any]) -> list[str]:
+    """Predicted and measured time of a token."""
+    lines = heading("batch", "prompt", "KV heads", "predicted, ms", "measured, ms", "ratio")
+    for entry in record["results"]["rows"]:
+        times = (f"{entry[name]:.1f}" for name in ("predicted_ms", "measured_ms"))
+        lines.append(row(entry["batch"], f"{entry['prompt']:,}", entry["kv_heads"], *times, f"{entry['ratio']:.2f}"))
     return lines
 
 
@@ -244,39 +190,19 @@ def scale_measured(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-PAPER_MEASURES = {
-    "encoder-decoder": ("average", "pronunciation", "restoration", "nats_per_token"),
-    "decoder": ("nats_per_token", "continuation"),
-}
-# Without fine-tuning.
-PAPER_LOSSES = {"encoder-decoder": ("nats_per_token",), "decoder": ("nats_per_token", "continuation")}
-PAPER_TITLES = {
-    "average": "average, %",
-    "pronunciation": "pronunciation, %",
-    "restoration": "restoration, %",
-    "nats_per_token": "nats a token",
-    "continuation": "continuation, %",
-}
-
-
-def _measure(entry: dict[str, Any], name: str) -> str:
-    places, factor = (3, 1) if name == "nats_per_token" else (1, 100)
-    spread = entry[name]["standard_deviation"]
-    value = f"{factor * entry[name]['mean']:.{places}f}"
-    return value if not spread else f"{value} ± {factor * spread:.{places}f}"
-
-
-def _spread(entry: dict[str, Any], name: str) -> str:
-    places, factor = (3, 1) if name == "nats_per_token" else (1, 100)
-    values = [factor * value for value in entry[name]["seeds"]]
-    return f"{min(values):.{places}f} – {max(values):.{places}f}"
-
-
 TABLES = {
     "uptraining stories": DocTable("docs/uptraining.md", ("uptraining-stories260k.json",), uptraining),
     "uptraining demo": DocTable("docs/uptraining.md", ("uptraining-demo.json",), uptraining),
     "throughput": DocTable("docs/uptraining.md", ("uptraining-throughput.json",), throughput),
     "advise loss": DocTable("docs/choosing-g.md", ("advise-loss.json",), advise_loss),
+    "advise speed": DocTable("docs/choosing-g.md", ("advise-speed.json",), advise_speed),
+    "paper parents": DocTable("docs/results.md", ("paper.json",), paper.pretraining),
+    "paper table 1": DocTable("docs/results.md", ("paper.json",), paper.table_1),
+    "paper figure 4": DocTable("docs/results.md", ("paper.json",), paper.figure_4),
+    "paper figure 5": DocTable("docs/results.md", ("paper.json",), paper.figure_5),
+    "paper figure 6": DocTable("docs/results.md", ("decode-t5-xxl.json",), paper.figure_6),
+    "paper appendix": DocTable("docs/results.md", ("paper.json",), paper.appendix),
+    "paper": DocTable("README.md", ("paper.json",), paper.summary),
     "demo": DocTable("README.md", ("demo.json",), demo),
     "scale sizes": DocTable("docs/scale.md", ("scale-computed.json",), scale_sizes),
     "scale serving": DocTable("docs/scale.md", ("scale-computed.json",), scale_serving),

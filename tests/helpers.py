@@ -212,7 +212,8 @@ def logits(model: Any, name: str, *, length: int = 7) -> Tensor:
 
 
 def load_recipe(name: str, patch: pytest.MonkeyPatch) -> ModuleType:
-    """A recipe as a module; recipes are programs in a folder, not a package."""
+    """A recipe as a module; recipes are programs in a folder, not a package, and import one another from there."""
+    patch.syspath_prepend(Path(__file__).parents[1] / "recipes")
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"recipes/{name}.py")
     assert spec is not None
     assert spec.loader is not None

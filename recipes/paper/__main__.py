@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 
 from regroup.record import record, write_record
 
@@ -28,6 +29,7 @@ from .figures import draw
 from .pool import Pool
 from .settings import SCALES, TASKS
 from .stages import Bench, Variant
+from .tables import table_1
 from .texts import prepare
 from .timing import time_models
 
@@ -84,11 +86,13 @@ def main(
         results[family]["pretraining"] = {
             which: stages.pretraining_facts(bench, family, which) for which in stages.PARENTS
         }
+    # Of this go alone: what lay in the work folder took its time before.
     results["minutes"] = (time.monotonic() - started) / 60
     found = record("paper", {"scale": scale, **experiments.plain(chosen)}, results)
     write_record(output, found)
     if figures is not None:
         draw(found, figures)
+    console.print(Markdown("\n".join(table_1(found))), "mean ± standard deviation over seeds")
     console.print(f"done in {results['minutes']:.0f} minutes" + (f"; wrote {output}" if output else ""))
 
 

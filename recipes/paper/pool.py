@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
@@ -39,8 +40,9 @@ class Pool:
 
 
 def _begin(processes: int) -> None:
-    # Bars of saving and notes on T5's head, from several processes at once.
-    transformers.logging.set_verbosity_error()
+    # Bars of saving and notes on T5's head, from several processes at once. A Trainer sets its library's level anew,
+    # but not that of one module.
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     transformers.logging.disable_progress_bar()
     if processes > 1:
         torch.set_num_threads(1)

@@ -17,7 +17,7 @@ import tiny
 from helpers import run
 from regroup.advise.choose import Prediction, choose, pareto
 from regroup.advise.hardware import KNOWN, named
-from regroup.advise.predict import Heads, Setting, Shape, fit, largest_batch, memory
+from regroup.advise.predict import Efficiency, Heads, Setting, Shape, between, fit, largest_batch, memory
 from regroup.advise.recovery import curves_of, left_out_error
 from regroup.advise.recovery import fit as fit_recovery
 from regroup.attention.cache import KVCache
@@ -90,6 +90,15 @@ def test_more_kv_heads_and_more_context_never_take_less() -> None:
             setting = Setting(2, context, context, "float32")
             assert memory(small, setting).cache < memory(large, setting).cache
             assert memory(small, setting).cache < memory(small, replace(setting, new=2 * context)).cache
+
+
+def test_efficiency_between_two_batches() -> None:
+    measured = {2: Efficiency(1.0, 4.0, True), 8: Efficiency(4.0, 1.0, True)}
+    assert between({}, 3) == Efficiency()
+    for batch, weights, attention in ((1, 1.0, 4.0), (2, 1.0, 4.0), (4, 2.0, 2.0), (8, 4.0, 1.0), (100, 4.0, 1.0)):
+        found = between(measured, batch)
+        assert (found.weights, found.attention) == pytest.approx((weights, attention))
+        assert found.measured
 
 
 def test_efficiency_is_found_again() -> None:

@@ -16,7 +16,7 @@ from ..bench.work import Roofs, Work, step_costs
 from ..checkpoint.reader import read_json
 from ..errors import RegroupError
 from .hardware import Hardware
-from .predict import Efficiency, Rates, fit, step_floors
+from .predict import Efficiency, Rates, between, fit, step_floors
 
 _PROMPT_ROWS = 512
 
@@ -148,11 +148,12 @@ class Bench:
         return None
 
 
-def efficiency_of(records: Sequence[Bench], machine: Machine) -> Efficiency:
-    """How near their floors the steps of some records come."""
-    floors, seconds = [], []
+def efficiency_of(records: Sequence[Bench], machine: Machine, batch: int) -> Efficiency:
+    """How near their floors steps of a batch come, by the records' steps of the same batch or of others."""
+    found: dict[int, tuple[list[tuple[float, float]], list[float]]] = {}
     for bench in records:
+        floors, seconds = found.setdefault(bench.work.batch, ([], []))
         for model, took in bench.models:
             floors.append(step_floors(*step_costs(model, bench.work), machine.rates(model, bench.work)))
             seconds.append(took)
-    return fit(floors, seconds) if floors else Efficiency()
+    return between({size: fit(*measured) for size, measured in found.items()}, batch)

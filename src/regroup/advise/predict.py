@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..bench.roofline import DTYPE_BYTES, Cost, DecodingLayer, kv_cache_bytes
@@ -152,6 +152,25 @@ def fit(floors: Sequence[tuple[float, float]], seconds: Sequence[float]) -> Effi
 
 def _products(rows: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, float]], ...]:
     return [(w, w) for w, _ in rows], [(w, a) for w, a in rows], [(a, a) for _, a in rows]
+
+
+def between(measured: Mapping[int, Efficiency], batch: int) -> Efficiency:
+    """The efficiency at a batch from those at others, by batch: few rows come nearer to their floor than many.
+
+    Between two of them factors are interpolated linearly in logarithms; beyond them the nearest holds. Without any they
+    are 1.
+    """
+    if not measured:
+        return Efficiency()
+    low = max((size for size in measured if size <= batch), default=min(measured))
+    high = min((size for size in measured if size >= batch), default=max(measured))
+    share = math.log(batch / low) / math.log(high / low) if high > low else 0.0
+
+    def mixed(first: float, second: float) -> float:
+        return first ** (1 - share) * second**share
+
+    one, other = measured[low], measured[high]
+    return Efficiency(mixed(one.weights, other.weights), mixed(one.attention, other.attention), True)
 
 
 @dataclass(frozen=True)

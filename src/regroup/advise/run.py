@@ -109,7 +109,7 @@ def advise(
     check_positions(parent, Work(batch, max(1, context - (0 if parent.is_encoder_decoder else 2)), 2, dtype, "cpu"))
     machine = Machine(known, Roofs(work) if known is None else None)
     records = [Bench.load(path, processor=known is None and own == "cpu") for path in bench]
-    efficiency = efficiency_of(records, machine)
+    efficiency = efficiency_of(records, machine, batch)
     if folder is None:
         if calibration is not None:
             raise RegroupError("the source has no weights to measure a loss with", file=source, got="a config alone")
@@ -249,7 +249,7 @@ def _assumptions(
     if efficiency.measured:
         lines.append(
             f"a step takes {efficiency.weights:.2f} times its floor in linear layers and {efficiency.attention:.2f} "
-            "times in attention, from the bench record"
+            "times in attention, by the bench records and their batches"
         )
     else:
         lines.append("times are floors: no engine is faster, most are slower; --bench RECORD makes them predictions")
