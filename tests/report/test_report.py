@@ -116,6 +116,19 @@ def test_every_record_that_is_committed_makes_a_page(tmp_path: Path) -> None:
     assert charts == len(specs) > 8
 
 
+def test_the_papers_table_is_shown_by_its_figures(tmp_path: Path) -> None:
+    """Times there are of a sample, and every row's loss stands in the table."""
+    path = next(path for path in RECORDS if path.name == "paper.json")
+    output = tmp_path / "page.html"
+    assert run("report", path, "-o", output)[0] == 0
+    page = output.read_text(encoding="utf-8")
+    assert "milliseconds a sample" in page
+    assert "milliseconds a token" not in own(page)
+    for row in json.loads(path.read_text(encoding="utf-8"))["results"]["decoder"]["table_1"]:
+        assert f"{row['nats_per_token']['mean']:.4f}" in page
+        assert row["model"] in page
+
+
 def test_nothing_is_loaded_from_anywhere(tmp_path: Path) -> None:
     page = own(text_of(inspected(), answered("m", 0.5), folder=tmp_path))
     assert not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=", page)

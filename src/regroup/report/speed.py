@@ -185,9 +185,9 @@ def _advice(record: Record) -> Figure:
     return Figure(title, words, _front(rows, titles[key]) if key else None, table)
 
 
-def _front(rows: Sequence[dict[str, Any]], title: str) -> dict[str, Any]:
+def _front(rows: Sequence[dict[str, Any]], title: str, what: str = "token") -> dict[str, Any]:
     x, y = (
-        alt.X("ms:Q", title="milliseconds a token", scale=alt.Scale(zero=False, padding=30)),
+        alt.X("ms:Q", title=f"milliseconds a {what}", scale=alt.Scale(zero=False, padding=30)),
         alt.Y("value:Q", title=title),
     )
     base = alt.Chart(alt.Data(values=list(rows)))
@@ -245,7 +245,6 @@ def _paper(record: Record) -> list[Figure]:
             for row in rows
         ]
         table = Table(("model", "ms a sample", title), cells)
-        made.append(
-            Figure(f"Table 1, {family}", f"mean and spread over seeds; {record.conditions}", _front(rows, title), table)
-        )
+        drawn = _front(rows, title, "sample")
+        made.append(Figure(f"Table 1, {family}", f"mean and spread over seeds; {record.conditions}", drawn, table))
     return made
