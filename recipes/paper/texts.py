@@ -28,7 +28,7 @@ from regroup.errors import RegroupError
 PAD, END, UNKNOWN = 0, 1, 2  # token ids, as in T5
 SENTINELS = 100
 PASSAGE = 2000  # characters
-LINE = (6, 16)  # letters and digits of a clause to restore
+CLAUSE = (6, 16)  # letters and digits of a clause to restore
 CHOICES = 4
 COMMON = 20  # a character that is rarer in the books is unknown
 FILES = ("gutenberg-train.txt.gz", "gutenberg-valid.txt.gz", "g2p-train.tsv", "g2p-valid.tsv", "g2p-test.tsv")
@@ -72,7 +72,7 @@ class Texts:
 
 
 def prepare(data: Path, work: Path, *, pretraining: int, uptraining: int, calibration: int, held_out: int) -> Texts:
-    """Divide the text; numbers are of characters, ``held_out`` of words, lines and passages.
+    """Divide the text; numbers are of characters, ``held_out`` of words, clauses and passages.
 
     Raises:
         RegroupError: a file is missing, or there is too little text.
@@ -96,11 +96,11 @@ def prepare(data: Path, work: Path, *, pretraining: int, uptraining: int, calibr
     uses = {texts.pretraining: pretraining, texts.uptraining: uptraining, texts.calibration: calibration}
     for path, characters in uses.items():
         _write(path, ({"text": text} for text in _take(passages, characters, path)))
-    lines = [line for text in passages for line in _lines(text)]
+    lines = [line for text in passages for line in _clauses(text)]
     other = _passages(_read(data / FILES[1]))
     draw.shuffle(other)
     _write(texts.held_out, ({"text": text} for text in other[: len(other) // 2]))
-    unseen = [line for text in other[len(other) // 2 :] for line in _lines(text)]
+    unseen = [line for text in other[len(other) // 2 :] for line in _clauses(text)]
     pairs = {
         (texts.tuning, "restoration"): [(bare(line), line) for line in lines],
         (texts.dev, "restoration"): [(bare(line), line) for line in unseen],
@@ -180,10 +180,10 @@ def _take(passages: list[str], characters: int, path: Path) -> list[str]:
     return taken
 
 
-def _lines(passage: str) -> list[str]:
+def _clauses(passage: str) -> list[str]:
     """Clauses of a passage that are neither short nor long, without the indentation of verse."""
     found = (re.sub(r"\s+", " ", line).strip() for line in re.findall(r"[^.!?,;:\n]+[.!?,;:]", passage))
-    return [line for line in found if LINE[0] <= len(bare(line)) <= LINE[1]]
+    return [line for line in found if CLAUSE[0] <= len(bare(line)) <= CLAUSE[1]]
 
 
 def _continuations(passages: Sequence[str], count: int, draw: random.Random) -> list[dict[str, object]]:

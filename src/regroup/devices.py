@@ -32,6 +32,30 @@ def device_named(name: str | None) -> str:
     return chosen
 
 
+def check_fits(needed: int, message: str, *, file: Path, got: str, remedy: str) -> None:
+    """Refuse what would not fit into the memory that the CPU has left.
+
+    Args:
+        needed: bytes.
+        message: what does not fit.
+        file: that it is about.
+        got: what the bytes are for.
+        remedy: what to do.
+
+    Raises:
+        RegroupError: it needs more than ``USABLE`` of what is free.
+    """
+    free = free_memory("cpu")
+    if free is not None and needed > USABLE * free:
+        raise RegroupError(
+            message,
+            file=file,
+            expected=f"at most {USABLE:.0%} of the {free / 1e9:.1f} GB that are free",
+            got=f"about {needed / 1e9:.1f} GB for {got}",
+            remedy=remedy,
+        )
+
+
 def free_memory(device: str) -> int | None:
     """Bytes that are free on a device; None where the system does not say."""
     import torch

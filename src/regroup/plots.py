@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.writer import existing_parent
 from .errors import RegroupError
+from .files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -164,21 +164,9 @@ def save(figure: Figure, path: Path) -> Path:
     """Write a PNG that appears when it is complete."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
-    with _staged(path) as stage:
+    with replacing(path) as stage:
         stage.write_bytes(buffer.getvalue())
     return path
-
-
-@contextlib.contextmanager
-def _staged(path: Path) -> Iterator[Path]:
-    """A hidden name beside the path that becomes it when the block ends well, and is removed when it does not."""
-    stage = path.with_name(f".{path.name}.regroup-{os.getpid()}")
-    try:
-        yield stage
-        stage.replace(path)
-    except BaseException:
-        stage.unlink(missing_ok=True)
-        raise
 
 
 def _unwritable(folder: Path, error: OSError | None = None) -> RegroupError:

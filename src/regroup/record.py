@@ -7,13 +7,13 @@ import importlib.metadata
 import json
 import math
 import platform
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import RegroupError
+from .files import replacing
 
 PACKAGES = ("regroup-gqa", "torch", "transformers", "safetensors", "numpy")
 
@@ -82,24 +82,9 @@ def write_whole(path: Path, text: str, what: str) -> None:
     Raises:
         RegroupError: the file cannot be written; what was there before is as it was.
     """
-    import os
-
-    # A link stays one; what is no file, or in a folder that takes no new one, is written as it stands.
-    place = path.resolve()
-    staged = not place.exists() or (place.is_file() and os.access(place.parent, os.W_OK))
-    stage = place.with_name(f".{place.name}.regroup-{os.getpid()}") if staged else place
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as stage:
             stage.write_text(text, encoding="utf-8")
-            if staged:
-                if place.exists():
-                    shutil.copymode(place, stage)
-                stage.replace(place)
-        except BaseException:
-            if staged:
-                stage.unlink(missing_ok=True)
-            raise
     except OSError as error:
         raise RegroupError(f"{what} cannot be written", file=path, got=error.strerror or str(error)) from error
 

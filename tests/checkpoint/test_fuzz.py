@@ -215,10 +215,11 @@ from pathlib import Path
 from regroup import RegroupError
 from regroup.checkpoint import open_checkpoint, read_header
 from regroup.checkpoint import header
+from regroup import files
 
 # A fifth of the limits, for a fifth of the time.
 room = header.MAX_HEADER_BYTES // 5
-header.MAX_JSON_ITEMS //= 5
+files.MAX_JSON_ITEMS //= 5
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

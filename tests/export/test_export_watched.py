@@ -15,7 +15,8 @@ import transformers
 import regroup
 import tiny
 from helpers import everything, refused, run, tensors
-from regroup.export import check, gguf_source, llama_cpp
+from regroup import devices
+from regroup.export import check, llama_cpp
 from regroup.planning import Listener
 
 Converted = Callable[[str, str], Path]
@@ -102,14 +103,14 @@ def test_what_does_not_fit_is_refused_before_it_is_written(
 ) -> None:
     source = converted("llama", "some")
     needed = 4 * (sum(t.numel() for t in tensors(source).values()) + 3 * check.ROWS * check.LENGTH * tiny.VOCAB_SIZE)
-    monkeypatch.setattr(check, "free_memory", lambda device: int(needed / check.USABLE) - 1)
+    monkeypatch.setattr(devices, "free_memory", lambda device: int(needed / devices.USABLE) - 1)
     message = refused("export", source, tmp_path / name, "--to", to)
     assert "does not fit into memory" in message
     assert "--no-check" in message
     assert everything(tmp_path) == []
     assert run("export", source, tmp_path / f"unchecked-{name}", "--to", to, "--no-check")[0] == 0
-    for enough in (int(needed / check.USABLE) + 1, None):
-        monkeypatch.setattr(check, "free_memory", lambda device, enough=enough: enough)
+    for enough in (int(needed / devices.USABLE) + 1, None):
+        monkeypatch.setattr(devices, "free_memory", lambda device, enough=enough: enough)
         assert run("export", source, tmp_path / f"{enough}-{name}", "--to", to)[0] == 0
 
 
@@ -118,7 +119,7 @@ def test_a_file_that_does_not_fit_is_refused(
 ) -> None:
     """It is in memory as a whole, checked or not."""
     assert run("export", converted("llama", "some"), tmp_path / "m.gguf", "--to", "gguf", "--no-check")[0] == 0
-    monkeypatch.setattr(gguf_source, "free_memory", lambda device: 100_000)
+    monkeypatch.setattr(devices, "free_memory", lambda device: 100_000)
     message = refused("export", tmp_path / "m.gguf", tmp_path / "out", "--to", "hf", "--no-check")
     assert "the model of this GGUF file does not fit into memory" in message
     assert "--dtype bfloat16" in message

@@ -81,7 +81,7 @@ def test_restoration_is_its_clause_without_what_is_to_be_restored(prepared: text
     assert texts.bare("It's 5 o'clock, Mr. Smith!") == "its5oclockmrsmith"
     for source, target in read_pairs(prepared.dev("restoration")):
         assert source == texts.bare(target)
-        assert texts.LINE[0] <= len(source) <= texts.LINE[1]
+        assert texts.CLAUSE[0] <= len(source) <= texts.CLAUSE[1]
 
 
 def test_the_real_continuation_is_among_the_choices(prepared: texts.Texts) -> None:

@@ -155,7 +155,7 @@ def _products(rows: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, fl
 
 
 def between(measured: Mapping[int, Efficiency], batch: int) -> Efficiency:
-    """The efficiency at a batch from those at others, by batch: few rows come nearer to their floor than many.
+    """The efficiency at a batch from those measured at others: few rows come nearer to their floor than many.
 
     Between two of them factors are interpolated linearly in logarithms; beyond them the nearest holds. Without any they
     are 1.

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
+from ..files import parse_json
 
 # The limit that the safetensors library itself enforces.
 MAX_HEADER_BYTES = 100_000_000
-# A million tensors' worth. Python takes 70 bytes for an empty list, which is two bytes of JSON and a comma.
-MAX_JSON_ITEMS = 10_000_000
 # What torch can hold.
 MAX_DIMENSIONS = 64
 
@@ -113,27 +112,6 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             remedy="download the file again",
         )
     return ordered, metadata
-
-
-def parse_json(raw: bytes, *, strict: bool = False) -> Any:
-    """JSON that can be written as UTF-8 again, and that does not become a hundred times larger in memory.
-
-    Args:
-        raw: the text.
-        strict: without Infinity and NaN, which Python writes into configs, and safetensors refuses in headers.
-
-    Raises:
-        ValueError, RecursionError: it is not that.
-    """
-    if raw.count(b",") > MAX_JSON_ITEMS:
-        raise ValueError(f"more than {MAX_JSON_ITEMS} commas")
-    value = json.loads(raw.decode(), parse_constant=_refuse if strict else None)
-    json.dumps(value, ensure_ascii=False).encode()  # escapes can spell text that is not Unicode
-    return value
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from ..errors import RegroupError
+from ..files import parse_json
 from .companions import companion_files
-from .header import MAX_HEADER_BYTES, TensorEntry, parse_json, read_header, unreadable
+from .header import MAX_HEADER_BYTES, TensorEntry, read_header, unreadable
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 import yaml
 
 from ..errors import RegroupError
+from ..files import parse_json
 from .metrics import CHOOSING, GENERATING
 
 _GENERATED = ("exact_match", "f1")
@@ -144,8 +145,7 @@ class Task:
                 raise self._bad(number, "a source, a tab and a target", line.strip())
             return {"source": source, "target": target}
         try:
-            value = json.loads(line)
-            json.dumps(value, ensure_ascii=False).encode()  # escapes can spell text that is not Unicode
+            value = parse_json(line.encode())
         except (ValueError, RecursionError) as error:
             raise self._bad(number, "a JSON object", str(error)) from None
         if not isinstance(value, dict):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..devices import USABLE, free_memory
+from ..devices import check_fits
 from ..errors import RegroupError
 from ..models import load
 from ..planning import Listener
@@ -33,15 +33,13 @@ def check_memory(source: Path, parameters: int, vocabulary: int, told: Listener)
         RegroupError: it needs more than is free.
     """
     needed = 4 * (parameters + 3 * ROWS * LENGTH * vocabulary)
-    free = free_memory("cpu")
-    if free is not None and needed > USABLE * free:
-        raise RegroupError(
-            "the comparison with the source does not fit into memory; nothing was written",
-            file=source,
-            expected=f"at most {USABLE:.0%} of the {free / 1e9:.1f} GB that are free",
-            got=f"about {needed / 1e9:.1f} GB for one model in float32",
-            remedy="pass --no-check and compare on a machine with more memory, or free some",
-        )
+    check_fits(
+        needed,
+        "the comparison with the source does not fit into memory; nothing was written",
+        file=source,
+        got="one model in float32",
+        remedy="pass --no-check and compare on a machine with more memory, or free some",
+    )
     told.comparison_ahead(needed)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checkpoint import read_gguf, staged_folder
 from ..checkpoint.writer import check_destination
-from ..devices import USABLE, free_memory
+from ..devices import check_fits
 from ..errors import RegroupError
 from ..planning import Listener
 from . import llama_cpp
@@ -118,16 +118,14 @@ def load_gguf(file: Path, dtype: torch.dtype) -> Any:
 
 def _check_memory(file: Path, parameters: int, dtype: torch.dtype, request: Request) -> None:
     """The model is in memory as a whole here, checked or not, beside the blocks that it is unpacked from."""
-    needed, free = parameters * dtype.itemsize + file.stat().st_size, free_memory("cpu")
-    if free is not None and needed > USABLE * free:
-        raise RegroupError(
-            "the model of this GGUF file does not fit into memory; nothing was written",
-            file=file,
-            expected=f"at most {USABLE:.0%} of the {free / 1e9:.1f} GB that are free",
-            got=f"about {needed / 1e9:.1f} GB for {parameters:,} weights in {str(dtype)[6:]} and the file's blocks",
-            remedy="choose --dtype bfloat16 if that is less, free some memory, or start from the checkpoint that the "
-            "file was made of",
-        )
+    check_fits(
+        parameters * dtype.itemsize + file.stat().st_size,
+        "the model of this GGUF file does not fit into memory; nothing was written",
+        file=file,
+        got=f"{parameters:,} weights in {str(dtype)[6:]} and the file's blocks",
+        remedy="choose --dtype bfloat16 if that is less, free some memory, or start from the checkpoint that the file "
+        "was made of",
+    )
     if request.check:
         check_memory(file, parameters, 0, request.told)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import posixpath
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
+from ..files import bounded, parse_json
 
 _FORMAT = 1
 _PLAN_FORMAT = "regroup-plan/1"
@@ -71,8 +70,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
                 got=f"{size / 1e6:.1f} MB",
             )
         try:
-            value = json.loads(raw.decode(), parse_constant=_number, parse_float=_number, parse_int=_whole)
-            json.dumps(value, ensure_ascii=False).encode()  # escapes can spell text that is not Unicode
+            value = parse_json(raw, strict=True, whole=bounded)
         except (ValueError, RecursionError) as error:
             raise RegroupError(
                 "the record is not valid JSON",
@@ -103,19 +101,6 @@ def labels(found: Sequence[tuple[str, str]]) -> list[str]:
     short = told_apart([model for model, _ in found])
     often = Counter(short[model] for model, _ in found)
     return [short[model] + (f", {file}" if often[short[model]] > 1 else "") for model, file in found]
-
-
-def _number(text: str) -> float:
-    """A number that a browser reads: NaN and Infinity are no JSON, and 1e999 would become one of them."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not a finite number")
-    return value
-
-
-def _whole(text: str) -> int:
-    _number(text)
-    return int(text)
 
 
 def _records(value: Any, path: Path, name: str) -> list[Record]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..files import replacing
+
 if TYPE_CHECKING:
     from .trainer import UptrainTrainer
 
@@ -146,6 +148,5 @@ def curve(
     below.set_ylabel("learning rate")
     below.set_xlabel("tokens")
     below.grid(alpha=0.3)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=130)
-    temporary.replace(path)
+    with replacing(path) as stage:
+        figure.savefig(stage, format="png", dpi=130)
