@@ -193,7 +193,9 @@ def main(
     done = 0
     if resume:
         # The moments of AdamW start afresh: a snapshot is a checkpoint that any program reads, without them.
-        model.load_state_dict(LlamaForCausalLM.from_pretrained(resume, dtype=torch.float32).state_dict())
+        model.load_state_dict(
+            LlamaForCausalLM.from_pretrained(resume, dtype=torch.float32, trust_remote_code=False).state_dict()
+        )
         done = int(resume.name.removeprefix("step-"))
     optimizer = new_optimizer(model, learning_rate, weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(done + step, warmup, steps))
@@ -227,7 +229,7 @@ def main(
 
     save(model, tokenizer, output)
     # Measured on what was written, so that the rounding to float16 counts.
-    shipped = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    shipped = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, trust_remote_code=False)
     after = held_out_loss(shipped, held_rows)
     record = {
         "date": datetime.now(UTC).date().isoformat(),

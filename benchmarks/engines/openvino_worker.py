@@ -35,7 +35,9 @@ def write(folder: Path) -> None:
             checkpoint / "model.safetensors",
             metadata={"format": "pt"},
         )
-        model = OVModelForCausalLM.from_pretrained(checkpoint, export=True, load_in_8bit=False, compile=False)
+        model = OVModelForCausalLM.from_pretrained(
+            checkpoint, export=True, load_in_8bit=False, compile=False, trust_remote_code=False
+        )
         model.save_pretrained(folder)
 
 

@@ -63,7 +63,7 @@ def new_decoder(shape: Shape, vocabulary: int, positions: int) -> LlamaForCausal
 def write_new(family: str, shape: Shape, tokenizer: Path, folder: Path, *, positions: int) -> None:
     """A randomly initialised multi-head model with its tokenizer; equal every time."""
     torch.manual_seed(0)
-    made = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    made = PreTrainedTokenizerFast.from_pretrained(tokenizer, trust_remote_code=False)
     model: Any
     if family == "encoder-decoder":
         model = new_encoder_decoder(shape, len(made))

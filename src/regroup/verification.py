@@ -17,6 +17,7 @@ from .convert.resume import PLAN_FILE
 from .convert.stream import CALIBRATION_FILE
 from .errors import RegroupError
 from .layout import Layout
+from .models.expected import check_loadable
 from .opening import open_source
 from .plan import Plan
 from .record import record
@@ -71,7 +72,8 @@ def verify(
         A record of kind ``"verify"`` with ``promises`` and the ``verdict``: ``"kept"`` or ``"broken"``.
 
     Raises:
-        RegroupError: the parent or the plan cannot be read. A child that cannot is a broken promise.
+        RegroupError: the parent or the plan cannot be read, or the parent is incomplete. A child that cannot be read or
+            is incomplete is a broken promise.
     """
     folder = Path(child).expanduser()
     if not folder.is_dir():
@@ -80,6 +82,7 @@ def verify(
     with open_source(parent) as opened:
         chosen.check(opened.layout)
         ahead = preview(opened.checkpoint, opened.layout, chosen)
+        check_loadable(child_config(opened.checkpoint.config, opened.layout, chosen), ahead.tensors, opened.folder)
         promises = [Promise("the plan fits the parent", True, f"{len(chosen.layers)} layers, hash {chosen.digest()}")]
         try:
             made = open_checkpoint(folder)
@@ -88,6 +91,7 @@ def verify(
             made = None
         if made is not None:
             promises.append(_config(opened.checkpoint.config, made.config, opened.layout, chosen))
+            promises.append(_loadable(made))
             structure = list(_structure(made, ahead))
             promises += structure
             if not uptrained and all(promise.held for promise in structure):
@@ -112,9 +116,21 @@ def _config(parent: dict[str, Any], child: dict[str, Any], layout: Layout, plan:
     return Promise("config.json is the plan's", False, "; ".join(found))
 
 
+def _loadable(child: Checkpoint) -> Promise:
+    """The model's class, not the original checkpoint, says which tensors there must be."""
+    name = "transformers finds every weight"
+    try:
+        check_loadable(child.config, child.tensors, child.folder)
+    except RegroupError as error:
+        return Promise(name, False, str(error).replace("\n", "; "))
+    return Promise(name, True, f"{len(child.tensors)} tensors")
+
+
 def _structure(child: Checkpoint, ahead: Preview) -> Iterator[Promise]:
     """Names, shards, shapes and dtypes."""
-    wanted = {name: (file, *spec) for file, names in ahead.shards.items() for name, spec in names.items()}
+    wanted = {
+        name: (file, spec.dtype, spec.shape) for file, names in ahead.shards.items() for name, spec in names.items()
+    }
     found = {
         name: (file, entry.dtype, entry.shape)
         for file, entries in child.shards.items()

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import fetch, headers_of, is_hub_id
+from ..checkpoint import fetch, headers_of, is_hub_id, open_checkpoint
 from ..checkpoint.reader import read_json
 from ..errors import RegroupError
+from ..models.expected import check_loadable, refuse_kernels
 from .roofline import DecodingLayer, Experts, Weights
 from .variants import decoder_layers, variant
 
@@ -98,6 +99,9 @@ def describe(
     same = layers in (None, full) and [x.num_key_value_heads for x in attention] == [
         x.num_key_value_heads for x in _attention(own)[1]
     ]
+    if same and folder is not None:
+        # Said here, before the machine is measured, and not when the weights are loaded.
+        check_loadable(config, open_checkpoint(folder).tensors, folder)
     return Model(
         config=made,
         kv_heads=heads.pop() if len(heads) == 1 else None,
@@ -147,6 +151,7 @@ def _class_and_config(config: Mapping[str, Any]) -> tuple[Any, Any]:
 
     from ..models import modeling_regroup
 
+    refuse_kernels(config, "config.json")
     name = (config.get("architectures") or ["none"])[0]
     try:
         cls = getattr(modeling_regroup if name.startswith(modeling_regroup.PREFIX) else transformers, name)

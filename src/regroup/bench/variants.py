@@ -11,6 +11,7 @@ from ..errors import RegroupError
 from ..layout import Layout, detect
 from ..layout.detect import CONFIG_KEY
 from ..layout.families import family_for
+from ..models.expected import default_class
 from ..plan import make_plan
 
 
@@ -57,21 +58,8 @@ def memory_projections(layout: Layout) -> set[str]:
 
 def _with_class(config: dict[str, Any]) -> dict[str, Any]:
     """A config that names its class, for one that was written by hand."""
-    if not config.get("architectures"):
-        import transformers
-
-        # Looked up by key: its other methods do not know what it has not loaded.
-        known: Any = transformers.CONFIG_MAPPING
-        kind = known[config["model_type"]] if config.get("model_type") in known else None
-        mappings: tuple[Any, ...] = (
-            transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-            transformers.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
-            transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
-        )
-        for mapping in mappings:
-            if kind in mapping:
-                config["architectures"] = [mapping[kind].__name__]
-                break
+    if not config.get("architectures") and (cls := default_class(config.get("model_type"))) is not None:
+        config["architectures"] = [cls.__name__]
     return config
 
 

@@ -168,10 +168,27 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             remedy="give a local folder, or a hub id such as meta-llama/Llama-2-7b-hf",
         )
     config = read_json(folder / "config.json")
+    named = config.get("transformers_weights")
+    if named not in (None, SINGLE_FILE, INDEX_FILE):
+        raise RegroupError(
+            "the config names a weights file of its own, which transformers alone would read",
+            file=folder / "config.json",
+            expected=f"{SINGLE_FILE} or {INDEX_FILE}",
+            got=f"transformers_weights: {named!r}"[:200],
+            remedy=f"rename the file to {SINGLE_FILE} and take transformers_weights out of config.json",
+        )
     single, index_path = folder / SINGLE_FILE, folder / INDEX_FILE
     index = read_json(index_path) if index_path.exists() else None
     if index is not None:
         files = _indexed_files(index_path, index)
+        if single.exists() and files != [SINGLE_FILE]:
+            raise RegroupError(
+                "the folder holds two sets of weights, and transformers reads the one, other tools the other",
+                file=single,
+                expected=f"{SINGLE_FILE} or {INDEX_FILE}, not both",
+                got=f"{SINGLE_FILE}, and an index of {', '.join(files[:3])}",
+                remedy="move the one that is not meant out of the folder",
+            )
     elif single.exists():
         files = [SINGLE_FILE]
     else:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..checkpoint import Checkpoint, ShardFile
 from ..checkpoint.header import nbytes_of
@@ -19,10 +19,19 @@ from .rewrite import Change, Solved, Solver
 
 # One piece of untouched data: long enough for disk speed, short enough to stop and to share among workers.
 _PIECE = 64 << 20
-# File name to tensor name to (safetensors dtype, shape).
-Shards = Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
 # Files at work: the next one's pieces keep the workers busy while one is finished.
 _FLYING = 2
+
+
+class Spec(NamedTuple):
+    """What a tensor is: a safetensors dtype name and a shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+# File name to tensor name to what is written there, in the order of the data.
+Shards = Mapping[str, Mapping[str, Spec]]
 
 
 class ShardWriter:

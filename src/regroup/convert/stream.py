@@ -16,13 +16,14 @@ from ..checkpoint.reader import INDEX_FILE
 from ..checkpoint.writer import check_destination, copy_file, write_text
 from ..layout.types import Layout
 from ..models import MODELING_FILE
+from ..models.expected import check_generation_config, check_loadable
 from ..plan import Plan
 from .card import model_card
 from .config import child_config, is_stock
 from .forecast import Forecast
 from .resume import PLAN_FILE, Journal
 from .rewrite import Change, Given, rewrites
-from .shards import Shards, ShardWriter, child_index
+from .shards import Shards, ShardWriter, Spec, child_index
 
 CALIBRATION_FILE = "regroup_calibration.json"
 
@@ -46,6 +47,11 @@ class Preview:
     kv_bytes_before: int
     kv_bytes_after: int
     stock: bool
+
+    @property
+    def tensors(self) -> dict[str, Spec]:
+        """Every tensor of the result by name."""
+        return {name: spec for names in self.shards.values() for name, spec in names.items()}
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def preview(checkpoint: Checkpoint, layout: Layout, plan: Plan, given: Mapping[s
         changed[name] = tensor
     shards = {
         file: {
-            name: (entry.dtype, changed[name].shape if name in changed else entry.shape)
+            name: Spec(entry.dtype, changed[name].shape if name in changed else entry.shape)
             for name, entry in entries.items()
             if name not in dropped
         }
@@ -139,9 +145,14 @@ def prepare(
         calibration: record of that text and of what was chosen on it.
 
     Raises:
-        RegroupError: the plan does not fit, or the parent's files cannot travel along.
+        RegroupError: the plan does not fit, transformers would not load the result as a whole, or the parent's files
+            cannot travel along.
     """
     ahead = preview(checkpoint, layout, plan, given)
+    config = child_config(checkpoint.config, layout, plan)
+    # The result holds the names of the source, so that what is missing from one is missing from the other.
+    check_loadable(config, ahead.tensors, checkpoint.folder)
+    check_generation_config(checkpoint.folder)
     # What a parent's own conversion was is not what this one is: `verify` would believe it.
     records = (PLAN_FILE, CALIBRATION_FILE)
     companions = tuple(path for path in checkpoint.companions() if path.as_posix() not in records)
@@ -150,7 +161,7 @@ def prepare(
         checkpoint=checkpoint,
         plan=plan,
         preview=ahead,
-        config=child_config(checkpoint.config, layout, plan),
+        config=config,
         card=model_card(
             parent or str(checkpoint.folder),
             layout,

@@ -13,7 +13,7 @@ from ..checkpoint.reader import INDEX_FILE
 from ..checkpoint.writer import copy_file, write_text
 from ..convert.resume import PLAN_FILE
 from ..convert.rewrite import Change
-from ..convert.shards import ShardWriter, child_index
+from ..convert.shards import ShardWriter, Spec, child_index
 from ..convert.stream import CALIBRATION_FILE
 from ..errors import RegroupError
 from ..models import MODELING_FILE
@@ -47,7 +47,7 @@ def write_folder(
             continue
         copy_file(checkpoint.folder / path, stage / path)
     shards = {
-        file: {n: (e.dtype, changed[n].shape if n in changed else e.shape) for n, e in entries.items()}
+        file: {n: Spec(e.dtype, changed[n].shape if n in changed else e.shape) for n, e in entries.items()}
         for file, entries in checkpoint.shards.items()
     }
     ShardWriter(checkpoint, shards, changed, stage, progress=progress).run()

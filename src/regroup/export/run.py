@@ -13,6 +13,7 @@ from ..checkpoint.header import nbytes_of
 from ..checkpoint.writer import check_destination, existing_parent
 from ..convert.rewrite import Change
 from ..errors import RegroupError
+from ..models.expected import check_loadable
 from ..opening import Source, open_source
 from ..planning import Listener
 from .folder import CONFIGURATION_FILE, write_folder
@@ -125,6 +126,7 @@ def export_checkpoint(
     existing_parent(target)  # refuses what can have no folder
     scratch = target.absolute().parent
     with open_source(str(source), revision=revision, allow_pickle=allow_pickle, scratch=scratch) as opened:
+        check_loadable(source_config(opened), opened.checkpoint.tensors, opened.folder)
         if to == "gguf":
             from .gguf_target import export_gguf
 
@@ -163,6 +165,8 @@ def _export_folder(opened: Source, destination: Path, request: Request) -> Expor
         form = f"regroup's form of {config['model_type']}, with trust_remote_code=True: {spell(layout)}"
     made = {name: changed.get(name) or entry for name, entry in checkpoint.tensors.items()}
     nbytes = sum(nbytes_of(one.dtype, one.shape) for one in made.values())
+    if not blocks:  # those are read by engines alone
+        check_loadable(config, made, destination)
     check_destination(destination, opened.folder, nbytes)
     if request.check:
         foresee_check(opened, changed, request.told)

@@ -7,7 +7,7 @@ imports neither torch nor transformers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,8 @@ def load(
 ) -> PreTrainedModel:
     """Load a checkpoint folder, grouped by regroup or stock, as the class that its config.json names.
 
-    Code in the folder is never run: the classes come from the installed regroup and transformers.
+    Code in the folder is never run: the classes come from the installed regroup and transformers. Every tensor that the
+    class needs must be there, and no other (see ``models.expected``).
 
     Args:
         path: the folder; no hub id.
@@ -73,43 +74,36 @@ def load(
         The model.
 
     Raises:
-        RegroupError: there is no config.json, its architecture is unknown, ``trust_remote_code`` is asked for, the
-            weights do not fit the model, or the family has no choice of the attention implementation that is asked for.
+        RegroupError: there is no config.json, its architecture is unknown, ``trust_remote_code`` is asked for, a tensor
+            is missing or unexpected or does not fit the model, or the family has no choice of the attention
+            implementation that is asked for.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
         raise RegroupError("the folder is not a checkpoint", file=path, expected="a config.json in it")
     if kwargs.pop("trust_remote_code", False):
         raise RegroupError("no code from a checkpoint is run here", file=path, remedy="leave trust_remote_code out")
-    import transformers
-
+    from regroup.checkpoint import open_checkpoint
     from regroup.checkpoint.reader import read_json
-    from regroup.models import modeling_regroup
+
+    from .expected import check_generation_config, check_loadable, model_class
 
     given = config is not None
     config = read_json(file) if config is None else config
-    architecture = stock_architecture(config, str(file))
-    stock = getattr(transformers, architecture, None)
-    if not (isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)):
-        raise RegroupError(
-            "the architecture is not a model class of the installed transformers",
-            file=file,
-            expected=f"a class of transformers {transformers.__version__}",
-            got=architecture,
-            remedy="correct architectures, or install the release that knows it",
-        )
+    cls = model_class(config, str(file))
     if kwargs.get("attn_implementation") == "regroup":
         from regroup.attention import interface
 
-        interface.check_family(stock.config_class)
-    cls = getattr(modeling_regroup, modeling_regroup.PREFIX + architecture) if "regroup" in config else stock
+        interface.check_family(cls.config_class)
+    check_loadable(config, open_checkpoint(Path(path)).tensors, path)
+    check_generation_config(Path(path))
     if given:
-        described: Any = stock.config_class
-        kwargs["config"] = described.from_dict(config)
+        kwargs["config"] = cls.config_class.from_dict(config)
     try:
         with contextlib.nullcontext() if progress else without_bars():
-            # Pickles are never read here; ``regroup convert --allow-pickle`` makes safetensors of them.
-            return cls.from_pretrained(path, **{"use_safetensors": True, **kwargs})
+            # Pickles are never read here; ``regroup convert --allow-pickle`` makes safetensors of them. Code of the
+            # folder, for generation say, would otherwise be run by whoever answers transformers' question with yes.
+            return cls.from_pretrained(path, **{"use_safetensors": True, **kwargs}, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise RegroupError(
             "transformers cannot load the checkpoint", file=path, got=str(error).strip()[:800] or type(error).__name__
@@ -139,8 +133,16 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise RegroupError(
+                "the tokenizer needs code that comes with the checkpoint, which is never run here",
+                file=folder,
+                expected="a tokenizer.json, or files of a tokenizer class that transformers brings along",
+                remedy="if you trust the code, load the tokenizer with trust_remote_code=True, save it "
+                "as a tokenizer.json, and take auto_map out of tokenizer_config.json",
+            ) from error
         raise RegroupError(
             "the checkpoint has no tokenizer that can be loaded",
             file=folder,
@@ -149,7 +151,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         ) from error
 
 
-def stock_architecture(config: dict[str, Any], where: str) -> str:
+def stock_architecture(config: Mapping[str, Any], where: str) -> str:
     names = config.get("architectures") or []
     if not names or not isinstance(names, list) or not isinstance(names[0], str):
         raise RegroupError(
