@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import Checkpoint, fetch, headers_of, is_hub_id, open_checkpoint, scratch_folder
 from .checkpoint.pickles import pickled_files, unpickle
+from .checkpoint.reader import read_json
 from .layout import Layout, detect
+from .layout.families import family_for, stored_ties, ties
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,42 @@ def open_source(
         if allow_pickle and pickled_files(folder):
             where = scratch or Path(tempfile.gettempdir())
             copy = stack.enter_context(scratch_folder(where, ".regroup-pickle-"))
-            unpickle(folder, copy)
+            unpickle(folder, copy, _tied(read_json(folder / "config.json")))
             folder = copy
         checkpoint = open_checkpoint(folder)
-        yield Source(name, found, checkpoint, detect(checkpoint.config, checkpoint.tensors))
+        yield Source(name, found, checkpoint, layout_of(checkpoint))
+
+
+def layout_of(checkpoint: Checkpoint) -> Layout:
+    """The layout of an open checkpoint.
+
+    A stored output head that differs from the embedding counts, whatever the config says of tying: so transformers
+    loads it, and every T5 1.1 that transformers 5 has saved is such a checkpoint.
+
+    Raises:
+        RegroupError: see ``detect``; a weight that cannot be read.
+    """
+    layout = detect(checkpoint.config, checkpoint.tensors)
+    family = family_for(checkpoint.config)
+    if layout.tied_embeddings and family is not None:
+        head = family.tied[0][0]
+        pair = [pair for pair in stored_ties(family, checkpoint.tensors) if pair[0] == head]
+        if pair and not checkpoint.same(*pair[0]):
+            return replace(layout, tied_embeddings=False)
+    return layout
+
+
+def _tied(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """Pairs of names that are one parameter of the model, with the base model's prefix and without it."""
+    family = family_for(config)
+    if family is None or not (family.always_ties or ties(config, family)):
+        return []
+    return [
+        (target.removeprefix(prefix), source.removeprefix(other))
+        for target, source in family.tied
+        for prefix in family.prefixes
+        for other in family.prefixes
+    ]
 
 
 def open_layout(name: str, *, revision: str | None = None, allow_pickle: bool = False) -> Layout:

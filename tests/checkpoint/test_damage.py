@@ -116,17 +116,25 @@ class Case:
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 CASES = [
-    Case("missing shard", lambda f: (f / SHARD).unlink(), (SHARD, "No such file", "remedy:")),
+    Case("missing shard", lambda f: (f / SHARD).unlink(), (SHARD, "a shard of the checkpoint is missing", "remedy:")),
     Case("truncated shard", raw(lambda b: b[:-5]), (SHARD, "truncated", "expected:", "got:", "remedy:")),
     Case("trailing bytes", raw(lambda b: b + b"x"), (SHARD, "trailing", "expected:", "got:", "remedy:")),
     Case("empty shard", raw(lambda b: b""), (SHARD, "not a complete safetensors file", "remedy:")),
-    Case("Git LFS pointer", raw(lambda b: LFS), (SHARD, "not a complete safetensors file", "Git LFS pointer")),
+    Case("Git LFS pointer", raw(lambda b: LFS), (SHARD, "Git LFS pointer", "git lfs pull")),
     Case("header length huge", raw(lambda b: b"\xff" * 8 + b[8:]), (SHARD, "header of 18446744073709551615 bytes")),
     Case("header past the end", raw(lambda b: len(b).to_bytes(8, "little") + b[8:]), (SHARD, "expected:", "got:")),
     Case("header not JSON", raw(lambda b: b[:8] + b"}" + b[9:]), (SHARD, "header that is not JSON")),
     Case("header in UTF-16", lambda f: put_header(f / SHARD, "{}".encode("utf-16"), b""), (SHARD, "is not JSON")),
     Case("header a list", lambda f: put_header(f / SHARD, [], b""), (SHARD, "not a JSON object")),
     Case("header nested", lambda f: put_header(f / SHARD, b"[" * 100_000, b""), (SHARD, "not JSON")),
+    Case(
+        "header with a negative zero",
+        lambda f: (f / SHARD).write_bytes(
+            (body := b'{"x":{"dtype":"F32","shape":[0],"data_offsets":[0,-0]}}')
+            and len(body).to_bytes(8, "little") + body
+        ),
+        (SHARD, "header that is not JSON"),
+    ),
     Case("header entry null", edit_header(lambda h, n: h.update({n[0]: None})), (SHARD, "malformed", "tensor:")),
     Case("metadata not text", edit_header(lambda h, n: h.update(__metadata__={"a": 1})), (SHARD, "metadata")),
     Case("overlapping tensors", edit_header(lambda h, n: shift(h, n, -4)), (SHARD, "overlap", "tensor:", "expected:")),

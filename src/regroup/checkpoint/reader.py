@@ -14,7 +14,7 @@ import torch
 from ..errors import RegroupError
 from ..files import parse_json
 from .companions import companion_files
-from .header import MAX_HEADER_BYTES, TensorEntry, read_header, unreadable
+from .header import MAX_HEADER_BYTES, TensorEntry, missing_shard, read_header, refuse_pointer, unreadable
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -22,6 +22,9 @@ INDEX_FILE = "model.safetensors.index.json"
 _another_version = partial(
     RegroupError, remedy="the index belongs to another version of the weights: download both again"
 )
+
+# Bytes that are compared at a time.
+_BLOCK = 8 << 20
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -97,6 +100,24 @@ class Checkpoint:
                 done += count
         return buffer.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
 
+    def same(self, tensor: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers; those of another dtype are compared in float64."""
+        one, two = self.tensors[tensor], self.tensors[other]
+        if one.shape != two.shape:
+            return False
+        if one.dtype != two.dtype:
+            return torch.equal(self.read(tensor).double(), self.read(other).double())
+        paths = [self.folder / self.file_of(name) for name in (tensor, other)]
+        with unreadable(paths[0], tensor), paths[0].open("rb") as mine, unreadable(paths[1], other):
+            with paths[1].open("rb") as theirs:
+                for done in range(0, one.nbytes, _BLOCK):
+                    count = min(_BLOCK, one.nbytes - done)
+                    mine.seek(one.start + done)
+                    theirs.seek(two.start + done)
+                    if mine.read(count) != theirs.read(count):
+                        return False
+        return True
+
     def check_unchanged(self, file: str) -> None:
         """Refuse what was read of a file that somebody has written to since the checkpoint was opened.
 
@@ -142,6 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
             "a file of the checkpoint cannot be read", file=path, got=error.strerror or str(error)
         ) from error
     except (ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise RegroupError("a file is not valid JSON", file=path, got=str(error)[:200]) from error
     if not isinstance(value, dict):
         raise RegroupError("a JSON file does not hold an object", file=path, expected="{…}", got=type(value).__name__)
@@ -180,7 +202,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     shards, metadata, stamps = {}, {}, {}
     for name in files:
         with unreadable(folder / name):
-            stamps[name] = _stamp(folder / name)
+            try:
+                stamps[name] = _stamp(folder / name)
+            except FileNotFoundError as error:
+                raise missing_shard(folder / name) from error
         shards[name], metadata[name] = read_header(folder / name)
     if index is not None:
         _check_index(index_path, index["weight_map"], shards)

@@ -18,6 +18,7 @@ from .families import (
     residual_scale,
     rotary_fraction,
     sliding_window,
+    ties,
     unsupported_reason,
 )
 from .nemotron_nas import as_llama
@@ -76,7 +77,7 @@ def detect(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None =
         dtype=tensors[layers[0].query.weight.tensor].dtype if tensors else None,
         native_kv_heads=family.native,
         encoder_layers=natural(config, (family.encoder_layers,)) if family.encoder_layers else 0,
-        tied_embeddings=bool(config.get("tie_word_embeddings", family.cross is not None)),
+        tied_embeddings=ties(config, family),
         parameters=sum(math.prod(info.shape) for info in tensors.values()) if tensors else None,
         initializer_std=initializer_std(config, reader.hidden),
     )
