@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint, fetch, headers_of, is_hub_id, open_checkpoint, scratch_folder
+from .checkpoint.forms import refuse_adapter
 from .checkpoint.pickles import pickled_files, unpickle
 from .checkpoint.reader import read_json
 from .layout import Layout, detect
@@ -49,6 +50,7 @@ def open_source(
     folder = found = fetch(name, revision=revision, pickles=allow_pickle)
     with contextlib.ExitStack() as stack:
         if allow_pickle and pickled_files(folder):
+            refuse_adapter(folder)
             where = scratch or Path(tempfile.gettempdir())
             copy = stack.enter_context(scratch_folder(where, ".regroup-pickle-"))
             unpickle(folder, copy, _tied(read_json(folder / "config.json")))

@@ -196,19 +196,19 @@ CASES = [
         Case(
             f"weights in {dtype}",
             rewritten(lambda s, dtype=dtype: s.update({KEY: s[KEY].to(dtype)})),
-            ("quantised", f"tensor: {KEY}", "layer: model.layers.0.self_attn", "BF16", "got:", "remedy:"),
+            ("quantised", f"tensor: {KEY}", "BF16", "got:", "unquantised checkpoint"),
         )
         for dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn)
     ),
     Case(
         "LoRA beside the weights",
         rewritten(lambda s: s.update({KEY.replace("weight", "lora_A.default.weight"): torch.ones(2, 48)})),
-        ("lora_A", "layer: model.layers.0.self_attn", "got:", "adapter"),
+        ("lora_A", "not merged", "got:", "merge_and_unload"),
     ),
     Case(
         "GPTQ names",
         rewritten(lambda s: s.update({KEY.replace("weight", "qweight"): torch.ones(2, 48, dtype=torch.int32)})),
-        ("qweight", "does not have", "remedy:"),
+        ("qweight", "GPTQ", "unquantised checkpoint"),
     ),
     Case("more layers than the config", configured(num_hidden_layers=2), ("more layers", "tensor:", "2 layers")),
     Case("fewer layers than the config", configured(num_hidden_layers=4), ("missing", "layers.3", "4 layers")),

@@ -14,6 +14,7 @@ import torch
 from ..errors import RegroupError
 from ..files import parse_json
 from .companions import companion_files
+from .forms import foreign_weights, refuse_adapter, refuse_other_forms
 from .header import MAX_HEADER_BYTES, TensorEntry, missing_shard, read_header, refuse_pointer, unreadable
 
 SINGLE_FILE = "model.safetensors"
@@ -108,14 +109,13 @@ class Checkpoint:
         if one.dtype != two.dtype:
             return torch.equal(self.read(tensor).double(), self.read(other).double())
         paths = [self.folder / self.file_of(name) for name in (tensor, other)]
-        with unreadable(paths[0], tensor), paths[0].open("rb") as mine, unreadable(paths[1], other):
-            with paths[1].open("rb") as theirs:
-                for done in range(0, one.nbytes, _BLOCK):
-                    count = min(_BLOCK, one.nbytes - done)
-                    mine.seek(one.start + done)
-                    theirs.seek(two.start + done)
-                    if mine.read(count) != theirs.read(count):
-                        return False
+        with unreadable(paths[0], f"{tensor}, {other}"), paths[0].open("rb") as mine, paths[1].open("rb") as theirs:
+            for done in range(0, one.nbytes, _BLOCK):
+                count = min(_BLOCK, one.nbytes - done)
+                mine.seek(one.start + done)
+                theirs.seek(two.start + done)
+                if mine.read(count) != theirs.read(count):
+                    return False
         return True
 
     def check_unchanged(self, file: str) -> None:
@@ -180,7 +180,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         The configuration, and every tensor's name, dtype, shape and place; no weight is read.
 
     Raises:
-        RegroupError: anything is missing, truncated, contradictory, outside the folder, or only there as a pickle.
+        RegroupError: anything is missing, truncated, contradictory, outside the folder, or only there as a pickle; or
+            it is no plain checkpoint (see ``forms``).
     """
     if not folder.is_dir():
         raise RegroupError(
@@ -189,6 +190,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             expected="a checkpoint folder with config.json and safetensors files",
             remedy="give a local folder, or a hub id such as meta-llama/Llama-2-7b-hf",
         )
+    refuse_adapter(folder)
     config = read_json(folder / "config.json")
     single, index_path = folder / SINGLE_FILE, folder / INDEX_FILE
     index = read_json(index_path) if index_path.exists() else None
@@ -209,7 +211,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         shards[name], metadata[name] = read_header(folder / name)
     if index is not None:
         _check_index(index_path, index["weight_map"], shards)
-    return Checkpoint(folder, config, shards, metadata, index, stamps)
+    found = Checkpoint(folder, config, shards, metadata, index, stamps)
+    refuse_other_forms(folder, config, found.tensors)
+    return found
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -277,6 +281,8 @@ def _check_index(path: Path, weight_map: dict[str, str], shards: Mapping[str, Ma
 
 
 def _no_weights(folder: Path) -> RegroupError:
+    if (foreign := foreign_weights(folder)) is not None:
+        return foreign
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles:
         return RegroupError(

@@ -76,7 +76,10 @@ def load(
         RegroupError: there is no config.json, its architecture is unknown, ``trust_remote_code`` is asked for, the
             weights do not fit the model, or the family has no choice of the attention implementation that is asked for.
     """
+    from regroup.checkpoint.forms import refuse_adapter
+
     file = Path(path) / "config.json"
+    refuse_adapter(Path(path))
     if not file.is_file():
         raise RegroupError("the folder is not a checkpoint", file=path, expected="a config.json in it")
     if kwargs.pop("trust_remote_code", False):
