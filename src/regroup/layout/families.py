@@ -280,6 +280,14 @@ def fixed_order(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def slow_output(config: Mapping[str, Any]) -> bool:
+    """Whether transformers sums BLOOM's output projections part by part, which leaves out their biases."""
+    parts = config.get("pretraining_tp", 1)
+    return bool(
+        config.get("model_type") == "bloom" and config.get("slow_but_exact") and isinstance(parts, int) and parts > 1
+    )
+
+
 def clipping(config: Mapping[str, Any]) -> str | None:
     """What clips queries, keys and values after their projections, or None."""
     return "clip_qkv clips every element" if config.get("model_type") == "olmo" and config.get("clip_qkv") else None
