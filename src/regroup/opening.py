@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from .checkpoint.pickles import pickled_files, unpickle
 from .checkpoint.reader import read_json
 from .layout import Layout, detect
 from .layout.families import family_for, stored_ties, ties
+from .layout.spelling import as_known
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,10 @@ def open_source(
             refuse_adapter(folder)
             where = scratch or Path(tempfile.gettempdir())
             copy = stack.enter_context(scratch_folder(where, ".regroup-pickle-"))
-            unpickle(folder, copy, _tied(read_json(folder / "config.json")))
+            unpickle(folder, copy, _tied(as_known(read_json(folder / "config.json"))))
             folder = copy
         checkpoint = open_checkpoint(folder)
+        checkpoint = replace(checkpoint, config=dict(as_known(checkpoint.config)))
         yield Source(name, found, checkpoint, layout_of(checkpoint))
 
 
@@ -69,7 +71,7 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
         RegroupError: see ``detect``; a weight that cannot be read.
     """
     layout = detect(checkpoint.config, checkpoint.tensors)
-    family = family_for(checkpoint.config)
+    family = family_for(as_known(checkpoint.config))
     if layout.tied_embeddings and family is not None:
         head = family.tied[0][0]
         pair = [pair for pair in stored_ties(family, checkpoint.tensors) if pair[0] == head]
@@ -78,7 +80,7 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
     return layout
 
 
-def _tied(config: dict[str, Any]) -> list[tuple[str, str]]:
+def _tied(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Pairs of names that are one parameter of the model, with the base model's prefix and without it."""
     family = family_for(config)
     if family is None or not (family.always_ties or ties(config, family)):

@@ -9,6 +9,7 @@ from ..errors import RegroupError
 from ..layout.detect import CONFIG_KEY
 from ..layout.families import family_for, ties
 from ..layout.nemotron_nas import as_llama
+from ..layout.spelling import as_known
 from ..layout.types import Layout
 from ..models import grouped_config, stock_architecture
 from ..plan import Plan
@@ -29,7 +30,7 @@ def child_config(config: dict[str, Any], layout: Layout, plan: Plan) -> dict[str
     A stock child names them where the family does. Any other carries them module by module, together with the class
     that reads them (see ``regroup.models``). Remote code of the parent is not carried along.
     """
-    child = copy.deepcopy(dict(as_llama(config)))
+    child = copy.deepcopy(dict(as_llama(as_known(config))))
     config = child.copy()
     family = family_for(config)
     assert family is not None

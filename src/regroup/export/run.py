@@ -13,7 +13,6 @@ from ..checkpoint.header import nbytes_of
 from ..checkpoint.writer import check_destination, existing_parent
 from ..convert.rewrite import Change
 from ..errors import RegroupError
-from ..layout.families import slow_output
 from ..opening import Source, open_source
 from ..planning import Listener
 from .folder import CONFIGURATION_FILE, write_folder
@@ -21,6 +20,7 @@ from .heads import (
     FOREIGN,
     block_config,
     check_devices,
+    check_served,
     config_with,
     heads_of,
     holds,
@@ -141,13 +141,8 @@ def _export_folder(opened: Source, destination: Path, request: Request) -> Expor
             got=layout.family,
             remedy="export it with --to hf, for transformers or for CTranslate2's converter",
         )
-    if request.to == "vllm" and slow_output(checkpoint.config):
-        raise RegroupError(
-            "vLLM would answer otherwise than transformers: it adds the output biases, which this switch leaves out",
-            file=opened.folder / "config.json",
-            got=f"slow_but_exact with pretraining_tp {checkpoint.config['pretraining_tp']}",
-            remedy="export it with --to hf; or set slow_but_exact to false, which is another model: with the biases",
-        )
+    if request.to == "vllm":
+        check_served(checkpoint.config)
     if opened.ignores_code:
         request.notes.append("the code that the checkpoint brings along was neither run nor copied")
     heads = wanted_heads(opened, request)

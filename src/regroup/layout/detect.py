@@ -23,6 +23,7 @@ from .families import (
 )
 from .nemotron_nas import as_llama
 from .numbers import is_natural, natural
+from .spelling import as_known
 from .types import AttentionLayer, HeadSlot, Kind, Layout, Projection, Rotary, TensorInfo, fused_slots
 from .weights import Weights
 
@@ -48,7 +49,7 @@ def detect(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None =
     Raises:
         RegroupError: unknown family, quantised weights, or weights that are not what the config says.
     """
-    config = as_llama(config)
+    config = as_llama(as_known(config))
     family = family_for(config)
     if family is None:
         raise RegroupError(

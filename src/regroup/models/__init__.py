@@ -88,9 +88,12 @@ def load(
 
     from regroup.checkpoint.reader import read_json
     from regroup.models import modeling_regroup
+    from regroup.models.spelled import spelled
 
     given = config is not None
     config = read_json(file) if config is None else config
+    config, changed = spelled(config)
+    given = given or changed
     architecture = stock_architecture(config, str(file))
     stock = getattr(transformers, architecture, None)
     if not (isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)):
