@@ -186,7 +186,11 @@ CASES = [
     Case("config not JSON", lambda f: (f / "config.json").write_text("{'a': 1}"), ("config.json", "not valid JSON")),
     Case("config not UTF-8", lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"), ("config.json",)),
     Case("config a list", lambda f: (f / "config.json").write_text("[]"), ("config.json", "expected:", "got:")),
-    Case("unknown family", configured(model_type="mamba"), ("'mamba'", "llama", "expected:", "got:", "remedy:")),
+    Case(
+        "unknown family",
+        configured(model_type="mamba"),
+        ("'mamba'", "llama", "expected:", "got:", "remedy:", "state-space"),
+    ),
     Case("no family", configured(model_type=None), ("not known", "remedy:")),
     Case("family not text", configured(model_type=["llama"]), ("not known", "got:")),
     Case(

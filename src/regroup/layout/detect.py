@@ -25,6 +25,7 @@ from .nemotron_nas import as_llama
 from .numbers import is_natural, natural
 from .spelling import as_known
 from .types import AttentionLayer, HeadSlot, Kind, Layout, Projection, Rotary, TensorInfo, fused_slots
+from .unknown import unknown_family
 from .weights import Weights
 
 # The key under which a checkpoint written by regroup names its KV heads, module by module.
@@ -52,14 +53,7 @@ def detect(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None =
     config = as_llama(as_known(config))
     family = family_for(config)
     if family is None:
-        raise RegroupError(
-            "this model family is not known",
-            file="config.json",
-            expected=f"model_type one of {', '.join(sorted(FAMILIES))}",
-            got=f"model_type {config.get('model_type')!r}",
-            remedy="docs/adding-a-family.md says what a new family needs; a fine-tune that only renamed its model_type "
-            "can have it set back",
-        )
+        raise unknown_family(config, FAMILIES)
     if (reason := unsupported_reason(config)) is not None:
         raise RegroupError(
             f"this {config['model_type']} checkpoint cannot be converted: {reason}",
