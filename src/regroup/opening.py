@@ -48,17 +48,47 @@ def open_source(
     Raises:
         RegroupError: not to be found, damaged, unknown, or only there as a pickle.
     """
-    folder = found = fetch(name, revision=revision, pickles=allow_pickle)
-    with contextlib.ExitStack() as stack:
-        if allow_pickle and pickled_files(folder):
-            refuse_adapter(folder)
-            where = scratch or Path(tempfile.gettempdir())
-            copy = stack.enter_context(scratch_folder(where, ".regroup-pickle-"))
-            unpickle(folder, copy, _tied(as_known(read_json(folder / "config.json"))))
-            folder = copy
+    found = fetch(name, revision=revision, pickles=allow_pickle)
+    with unpickled(name, found, allow_pickle=allow_pickle, scratch=scratch) as folder:
         checkpoint = open_checkpoint(folder)
         checkpoint = replace(checkpoint, config=dict(as_known(checkpoint.config)))
         yield Source(name, found, checkpoint, layout_of(checkpoint))
+
+
+@contextlib.contextmanager
+def readable(name: str, *, revision: str | None = None, allow_pickle: bool = False) -> Iterator[str]:
+    """A name under which a checkpoint can be read as safetensors: its own, or a copy's while the block lasts.
+
+    For what opens a checkpoint by its name. The copy's folder has the name of the original's, for records.
+
+    Args:
+        name, revision, allow_pickle: as for ``open_source``; without ``allow_pickle`` the name stays as it is.
+
+    Raises:
+        RegroupError: see ``pickles.unpickle``.
+    """
+    path = Path(name).expanduser()
+    if not allow_pickle or path.is_file():
+        yield name
+        return
+    found = fetch(name, revision=revision, pickles=True)
+    with unpickled(name, found, allow_pickle=True) as folder:
+        yield name if folder == found else str(folder)
+
+
+@contextlib.contextmanager
+def unpickled(name: str, found: Path, *, allow_pickle: bool, scratch: Path | None = None) -> Iterator[Path]:
+    """The folder itself, or a copy of it with pickled weights as safetensors, while the block lasts."""
+    if not allow_pickle or not pickled_files(found):
+        yield found
+        return
+    refuse_adapter(found)
+    where = scratch or Path(tempfile.gettempdir())
+    with scratch_folder(where, ".regroup-pickle-") as room:
+        copy = room / (Path(name).expanduser().resolve().name or "checkpoint")
+        copy.mkdir()
+        unpickle(found, copy, _tied(as_known(read_json(found / "config.json"))))
+        yield copy
 
 
 def layout_of(checkpoint: Checkpoint) -> Layout:

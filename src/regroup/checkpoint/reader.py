@@ -280,6 +280,16 @@ def _check_index(path: Path, weight_map: dict[str, str], shards: Mapping[str, Ma
                 )
 
 
+def refuse_pickles(folder: Path) -> None:
+    """Refuse a folder whose weights are pickled, without opening it otherwise.
+
+    Raises:
+        RegroupError: there is no safetensors file in it, and there are pickles.
+    """
+    if not any(folder.glob("*.safetensors")) and any(folder.glob("pytorch_model*.bin")):
+        raise _no_weights(folder)
+
+
 def _no_weights(folder: Path) -> RegroupError:
     if (foreign := foreign_weights(folder)) is not None:
         return foreign
@@ -289,7 +299,8 @@ def _no_weights(folder: Path) -> RegroupError:
             "the checkpoint holds pickled weights only",
             file=folder / pickles[0],
             expected=f"{SINGLE_FILE} or {INDEX_FILE}",
-            remedy="look for a safetensors revision; or pass --allow-pickle if you trust whoever made the file",
+            remedy="look for a safetensors revision; or, if you trust whoever made the file, pass --allow-pickle, or "
+            "make a copy in safetensors once: regroup export FOLDER COPY --to hf --allow-pickle",
         )
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     return RegroupError(

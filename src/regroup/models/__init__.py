@@ -86,10 +86,11 @@ def load(
         raise RegroupError("no code from a checkpoint is run here", file=path, remedy="leave trust_remote_code out")
     import transformers
 
-    from regroup.checkpoint.reader import read_json
+    from regroup.checkpoint.reader import read_json, refuse_pickles
     from regroup.models import modeling_regroup
     from regroup.models.spelled import spelled
 
+    refuse_pickles(Path(path))
     given = config is not None
     config = read_json(file) if config is None else config
     config, changed = spelled(config)
