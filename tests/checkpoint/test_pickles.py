@@ -177,9 +177,8 @@ def test_every_command_reads_a_pickled_original(shop: Path, shop_pickled: Path, 
     ]
     for command in (
         ("inspect", shop_pickled, "--similarity", "-o", tmp_path / "plots"),
-        ("verify", shop_pickled, child, "--data", text, "--windows", 2, "--window", 16),
+        ("verify", shop_pickled, child),
         ("evaluate", child, "--teacher", shop_pickled, "--data", text, "--windows", 2, "--window", 16),
-        ("evaluate", shop_pickled, "--data", text, "--windows", 2, "--window", 16),
         ("plan", shop_pickled, "--kv-heads", 2),
         ("export", shop_pickled, tmp_path / "copy", "--to", "hf"),
         ("advise", shop_pickled, "--hardware", "l4", "--context", 32, "--batch", 1),

@@ -16,7 +16,7 @@ from regroup.layout import detect
 from regroup.layout.families import FAMILIES
 from regroup.layout.unknown import sort_of
 
-TYPES = sorted(modeling_auto.CONFIG_MAPPING_NAMES.keys() - FAMILIES.keys())
+TYPES = sorted(set(transformers.CONFIG_MAPPING.keys()) - FAMILIES.keys())
 
 
 def names(*tables: str) -> set[str]:
