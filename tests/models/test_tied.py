@@ -13,10 +13,11 @@ import transformers
 
 import regroup
 import tiny
-from helpers import config_of, copy, edit_json, logits, tensors, write
+from helpers import config_of, copy, edit_json, logits, run, tensors, write
 from regroup.layout import detect
 from regroup.layout.families import FAMILIES, family_for, stored_ties, ties
 from regroup.opening import open_source
+from regroup.uptrain.export import check_names, write_model
 
 Saved = Callable[[str], Path]
 ROWS = [name for name in tiny.FAMILIES if "_" not in name or name in FAMILIES]
@@ -140,3 +141,37 @@ def test_the_config_alone_says_what_the_class_does() -> None:
     config = {"model_type": "gpt2", "n_head": 4, "n_layer": 1, "n_embd": 16}
     assert detect(config).tied_embeddings is True
     assert detect({**config, "tie_word_embeddings": False}).tied_embeddings is False
+
+
+def test_a_stored_head_of_its_own_survives_every_export(saved: Saved, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    folder, head = with_own_head(saved("llama"), tmp_path / "in")
+    stored = tensors(folder)
+    for to in ("hf", "vllm"):
+        assert run("export", folder, tmp_path / to, "--to", to, "--no-check")[0] == 0
+        assert torch.equal(tensors(tmp_path / to)[head], stored[head])
+        assert config_of(tmp_path / to)["tie_word_embeddings"] is False  # vLLM would tie, and ignore the head
+    assert run("export", folder, tmp_path / "x.gguf", "--to", "gguf", "--no-check")[0] == 0
+    found = {one.name: one.data for one in GGUFReader(tmp_path / "x.gguf").tensors}
+    assert torch.equal(torch.tensor(found["output.weight"]), stored[head])
+    # llama.cpp takes the embedding where the file has no head: the other side.
+    stored[head] = stored["model.embed_tokens.weight"].clone()
+    same = write(tmp_path / "same", config_of(folder), stored)
+    assert run("export", same, tmp_path / "y.gguf", "--to", "gguf", "--no-check")[0] == 0
+    assert "output.weight" not in {one.name for one in GGUFReader(tmp_path / "y.gguf").tensors}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_stored_head_of_its_own_survives_training(name: str, saved: Saved, tmp_path: Path) -> None:
+    folder, head = with_own_head(saved(name), tmp_path / "in")
+    model: Any = regroup.load(folder, dtype=torch.float32, progress=False)
+    checkpoint = regroup.open_checkpoint(folder)
+    check_names(checkpoint, model, values=True)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.add_(0.25)
+    write_model(checkpoint, model, tmp_path / "out")
+    before, after = tensors(folder), tensors(tmp_path / "out")
+    torch.testing.assert_close(after[head], before[head] + 0.25)
+    embedding = dict(FAMILIES[tiny.FAMILIES[name].model_type].tied)[head]
+    assert torch.equal(after[embedding], before[embedding])

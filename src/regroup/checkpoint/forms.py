@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import RegroupError
 from ..files import parse_json
-from .header import TensorEntry
+from .header import DTYPE_BITS, TensorEntry
 
 ADAPTER_CONFIG = "adapter_config.json"
 _MERGE = (
@@ -245,7 +245,7 @@ def _method(config: Mapping[str, Any]) -> str | None:
 
 
 def _is_coded(name: str, entry: TensorEntry) -> bool:
-    if entry.dtype.startswith(("F8", "F6", "F4")):
+    if entry.dtype.startswith("F") and DTYPE_BITS[entry.dtype] <= 8:
         return True
     return entry.dtype in _CODES and len(entry.shape) >= 2 and name.endswith("weight")
 
