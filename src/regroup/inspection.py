@@ -13,6 +13,7 @@ from .checkpoint.reader import read_json
 from .errors import RegroupError
 from .layout import Layout, detect
 from .layout.detect import MAX_HEADS, MAX_LAYERS
+from .opening import layout_of
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,7 @@ def summarize(source: str, *, revision: str | None = None) -> Summary:
     if not path.exists() and is_hub_id(source):
         config, tensors = headers_of(source, revision=revision)
         return _from_layout(source, detect(config, tensors))
-    checkpoint = open_checkpoint(fetch(source, revision=revision))
-    return _from_layout(source, detect(checkpoint.config, checkpoint.tensors))
+    return _from_layout(source, layout_of(open_checkpoint(fetch(source, revision=revision))))
 
 
 def _has_weights(folder: Path) -> bool:

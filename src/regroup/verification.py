@@ -18,7 +18,7 @@ from .convert.stream import CALIBRATION_FILE
 from .errors import RegroupError
 from .layout import Layout
 from .models.expected import check_loadable
-from .opening import open_source
+from .opening import open_source, readable
 from .plan import Plan
 from .record import record
 
@@ -47,6 +47,7 @@ def verify(
     child: str,
     *,
     plan: Path | None = None,
+    allow_pickle: bool = False,
     uptrained: bool = False,
     data: Path | None = None,
     window: int = 512,
@@ -63,6 +64,7 @@ def verify(
         parent: the folder or hub id that was converted.
         child: the folder that came of it.
         plan: that was carried out; the child's own by default.
+        allow_pickle: read pickled weights of the parent, with torch's restricted unpickler.
         uptrained: the child was trained since: its weights are its own, and their structure alone is checked.
         data: text, or pairs, on which both are scored.
         window, windows, device: see ``evaluate.run.evaluate``.
@@ -79,7 +81,7 @@ def verify(
     if not folder.is_dir():
         raise RegroupError("the child is not a folder", file=folder, expected="a converted checkpoint")
     chosen = Plan.load(plan or folder / PLAN_FILE)
-    with open_source(parent) as opened:
+    with open_source(parent, allow_pickle=allow_pickle) as opened:
         chosen.check(opened.layout)
         ahead = preview(opened.checkpoint, opened.layout, chosen)
         check_loadable(child_config(opened.checkpoint.config, opened.layout, chosen), ahead.tensors, opened.folder)
@@ -100,7 +102,8 @@ def verify(
             elif uptrained:
                 promises.append(Promise("weights", None, "trained since the conversion: not compared"))
     if data is not None and all(promise.held is not False for promise in promises):
-        promises.append(_loss(parent, folder, chosen, data, window, windows, device))
+        with readable(parent, allow_pickle=allow_pickle) as place:
+            promises.append(_loss(place, folder, chosen, data, window, windows, device))
     verdict = "broken" if any(promise.held is False for promise in promises) else "kept"
     name = Path(parent).name if Path(parent).exists() else parent
     asked = {"parent": name, "child": folder.name, "uptrained": uptrained, "data": None if data is None else data.name}

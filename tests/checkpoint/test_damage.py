@@ -116,17 +116,25 @@ class Case:
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 CASES = [
-    Case("missing shard", lambda f: (f / SHARD).unlink(), (SHARD, "No such file", "remedy:")),
+    Case("missing shard", lambda f: (f / SHARD).unlink(), (SHARD, "a shard of the checkpoint is missing", "remedy:")),
     Case("truncated shard", raw(lambda b: b[:-5]), (SHARD, "truncated", "expected:", "got:", "remedy:")),
     Case("trailing bytes", raw(lambda b: b + b"x"), (SHARD, "trailing", "expected:", "got:", "remedy:")),
     Case("empty shard", raw(lambda b: b""), (SHARD, "not a complete safetensors file", "remedy:")),
-    Case("Git LFS pointer", raw(lambda b: LFS), (SHARD, "not a complete safetensors file", "Git LFS pointer")),
+    Case("Git LFS pointer", raw(lambda b: LFS), (SHARD, "Git LFS pointer", "git lfs pull")),
     Case("header length huge", raw(lambda b: b"\xff" * 8 + b[8:]), (SHARD, "header of 18446744073709551615 bytes")),
     Case("header past the end", raw(lambda b: len(b).to_bytes(8, "little") + b[8:]), (SHARD, "expected:", "got:")),
     Case("header not JSON", raw(lambda b: b[:8] + b"}" + b[9:]), (SHARD, "header that is not JSON")),
     Case("header in UTF-16", lambda f: put_header(f / SHARD, "{}".encode("utf-16"), b""), (SHARD, "is not JSON")),
     Case("header a list", lambda f: put_header(f / SHARD, [], b""), (SHARD, "not a JSON object")),
     Case("header nested", lambda f: put_header(f / SHARD, b"[" * 100_000, b""), (SHARD, "not JSON")),
+    Case(
+        "header with a negative zero",
+        lambda f: (f / SHARD).write_bytes(
+            (body := b'{"x":{"dtype":"F32","shape":[0],"data_offsets":[0,-0]}}')
+            and len(body).to_bytes(8, "little") + body
+        ),
+        (SHARD, "header that is not JSON"),
+    ),
     Case("header entry null", edit_header(lambda h, n: h.update({n[0]: None})), (SHARD, "malformed", "tensor:")),
     Case("metadata not text", edit_header(lambda h, n: h.update(__metadata__={"a": 1})), (SHARD, "metadata")),
     Case("overlapping tensors", edit_header(lambda h, n: shift(h, n, -4)), (SHARD, "overlap", "tensor:", "expected:")),
@@ -178,7 +186,11 @@ CASES = [
     Case("config not JSON", lambda f: (f / "config.json").write_text("{'a': 1}"), ("config.json", "not valid JSON")),
     Case("config not UTF-8", lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"), ("config.json",)),
     Case("config a list", lambda f: (f / "config.json").write_text("[]"), ("config.json", "expected:", "got:")),
-    Case("unknown family", configured(model_type="mamba"), ("'mamba'", "llama", "expected:", "got:", "remedy:")),
+    Case(
+        "unknown family",
+        configured(model_type="mamba"),
+        ("'mamba'", "llama", "expected:", "got:", "remedy:", "state-space"),
+    ),
     Case("no family", configured(model_type=None), ("not known", "remedy:")),
     Case("family not text", configured(model_type=["llama"]), ("not known", "got:")),
     Case(
@@ -188,19 +200,19 @@ CASES = [
         Case(
             f"weights in {dtype}",
             rewritten(lambda s, dtype=dtype: s.update({KEY: s[KEY].to(dtype)})),
-            ("quantised", f"tensor: {KEY}", "layer: model.layers.0.self_attn", "BF16", "got:", "remedy:"),
+            ("quantised", f"tensor: {KEY}", "BF16", "got:", "unquantised checkpoint"),
         )
         for dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn)
     ),
     Case(
         "LoRA beside the weights",
         rewritten(lambda s: s.update({KEY.replace("weight", "lora_A.default.weight"): torch.ones(2, 48)})),
-        ("lora_A", "layer: model.layers.0.self_attn", "got:", "adapter"),
+        ("lora_A", "not merged", "got:", "merge_and_unload"),
     ),
     Case(
         "GPTQ names",
         rewritten(lambda s: s.update({KEY.replace("weight", "qweight"): torch.ones(2, 48, dtype=torch.int32)})),
-        ("qweight", "does not have", "remedy:"),
+        ("qweight", "GPTQ", "unquantised checkpoint"),
     ),
     Case("more layers than the config", configured(num_hidden_layers=2), ("more layers", "tensor:", "2 layers")),
     Case("fewer layers than the config", configured(num_hidden_layers=4), ("missing", "layers.3", "4 layers")),

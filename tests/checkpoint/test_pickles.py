@@ -144,3 +144,82 @@ def test_links_and_destinations_are_checked_as_without_pickles(pickled: Path, tm
     (pickled / "note.txt").symlink_to(tmp_path / "secret.txt")
     with pytest.raises(RegroupError, match="points out of it"):
         regroup.convert_checkpoint(pickled, tmp_path / "child2", kv_heads=2, allow_pickle=True)
+
+
+@pytest.fixture
+def shop_pickled(shop: Path, tmp_path: Path) -> Path:
+    """The shop's parent with its weights pickled, in two shards."""
+    folder = copy(shop / "parent", tmp_path / "original")
+    state = tensors(folder)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    names = sorted(state)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"pytorch_model-{number:05}-of-00002.bin"
+        torch.save({name: state[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_every_command_reads_a_pickled_original(shop: Path, shop_pickled: Path, tmp_path: Path) -> None:
+    before = digests(shop_pickled)
+    child, text, parent = tmp_path / "child", shop / "held-out.txt", shop / "parent"
+    plain, pickled = run("inspect", parent, "--json")[1], run("inspect", shop_pickled, "--json", "--allow-pickle")[1]
+    told = [json.loads(found) | {"source": ""} for found in (plain, pickled)]
+    assert told[0] == told[1]
+    assert run("convert", shop_pickled, child, "--kv-heads", 2, "--method", "mean", "--allow-pickle")[0] == 0
+    # Names that other tools look for.
+    assert sorted(file.name for file in child.glob("*.safetensors")) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    for command in (
+        ("inspect", shop_pickled, "--similarity", "-o", tmp_path / "plots"),
+        ("verify", shop_pickled, child),
+        ("evaluate", child, "--teacher", shop_pickled, "--data", text, "--windows", 2, "--window", 16),
+        ("plan", shop_pickled, "--kv-heads", 2),
+        ("export", shop_pickled, tmp_path / "copy", "--to", "hf"),
+        ("advise", shop_pickled, "--hardware", "l4", "--context", 32, "--batch", 1),
+        ("bench", "decode", shop_pickled, "--prompt", 8, "--new", 2, "--dry-run"),
+    ):
+        status, out, message = run(*command, "--allow-pickle")
+        assert status == 0, (command, out, message)
+        if command[0] in ("verify", "evaluate", "plan", "export") or "--similarity" in command:
+            assert "pickled weights only" in refused(*command), command
+            assert "--allow-pickle" in refused(*command)
+    assert_same_tensors(tensors(tmp_path / "copy"), tensors(parent))
+    assert digests(shop_pickled) == before
+
+
+def test_records_name_the_original_and_not_the_copy(shop: Path, shop_pickled: Path, tmp_path: Path) -> None:
+    flags = ("--data", shop / "held-out.txt", "--windows", 2, "--window", 16, "--json")
+    records = [
+        json.loads(run("evaluate", folder, "--teacher", folder, *flags, "--allow-pickle")[1])
+        for folder in (shop / "parent", shop_pickled)
+    ]
+    assert records[0]["results"] == records[1]["results"]
+    assert records[1]["configuration"]["model"] == records[1]["configuration"]["teacher"] == str(shop_pickled)
+
+
+def test_uptraining_asks_for_a_copy_of_a_pickled_teacher(shop: Path, shop_pickled: Path, tmp_path: Path) -> None:
+    flags = ("--data", shop / "held-out.txt", "--steps", 2, "-o", tmp_path / "run", "--window", 16)
+    message = refused("uptrain", shop / "child", "--teacher", shop_pickled, *flags)
+    assert "regroup export FOLDER COPY --to hf --allow-pickle" in message
+    assert run("export", shop_pickled, tmp_path / "copy", "--to", "hf", "--allow-pickle")[0] == 0
+    assert run("uptrain", shop / "child", "--teacher", tmp_path / "copy", *flags, "--dry-run")[0] == 0
+
+
+def test_a_shard_that_is_missing_or_a_pointer(shop_pickled: Path, tmp_path: Path) -> None:
+    shard = shop_pickled / "pytorch_model-00002-of-00002.bin"
+    shard.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    message = refused("convert", shop_pickled, tmp_path / "out", "--kv-heads", 2, "--allow-pickle")
+    assert "Git LFS pointer" in message
+    assert "git lfs pull" in message
+    assert shard.name in message
+    shard.unlink()
+    message = refused("convert", shop_pickled, tmp_path / "out", "--kv-heads", 2, "--allow-pickle")
+    assert "a shard of the checkpoint is missing" in message
+    assert shard.name in message
+    assert not (tmp_path / "out").exists()

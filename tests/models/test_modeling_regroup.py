@@ -20,6 +20,7 @@ import tiny
 from regroup import models
 from regroup.errors import RegroupError
 from regroup.models import modeling_regroup
+from regroup.models.expected import model_class
 
 FAMILIES = list(tiny.FAMILIES)
 EAGER_ONLY = {"gemma2", "gemma2_grouped", "bloom"}
@@ -343,9 +344,8 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         _ = modeling_regroup.RegroupNoSuchModel
     with pytest.raises(RegroupError, match=r"a config\.json in it"):
         models.load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["AutoConfig"]}')
     with pytest.raises(RegroupError, match=r"(?s)not a model class.*AutoConfig"):
-        models.load(tmp_path)
+        model_class({"model_type": "llama", "architectures": ["AutoConfig"]}, "config.json")
     with pytest.raises(RegroupError, match="no Auto class"):
         models.grouped_config({"model_type": "llama", "architectures": ["T5Model"]}, {})
     with pytest.raises(RegroupError, match="does not name the model's class"):

@@ -11,6 +11,7 @@ from ..errors import RegroupError
 from ..layout import Layout, detect
 from ..layout.detect import CONFIG_KEY
 from ..layout.families import family_for
+from ..layout.spelling import as_known
 from ..models.expected import default_class
 from ..plan import make_plan
 
@@ -26,7 +27,7 @@ def variant(config: Mapping[str, Any], *, kv_heads: int | None = None, layers: i
     Raises:
         RegroupError: an unknown family, a G that does not divide the query heads, or layers that there are not.
     """
-    made = _with_class(copy.deepcopy(dict(config)))
+    made = _with_class(copy.deepcopy(dict(as_known(config))))
     layout = detect(made)
     if layers is not None:
         made = _first_layers(made, layout, layers)

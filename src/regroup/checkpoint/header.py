@@ -22,6 +22,7 @@ from ..files import parse_json
 
 # The limit that the safetensors library itself enforces.
 MAX_HEADER_BYTES = 100_000_000
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # What torch can hold.
 MAX_DIMENSIONS = 64
 
@@ -72,6 +73,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     Raises:
         RegroupError: the file is missing, truncated, or its header contradicts itself.
     """
+    refuse_pointer(path)
     with unreadable(path):
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -81,7 +83,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
                 raise _not_safetensors(path, f"a header of {length} bytes in a file of {size} bytes")
             raw = file.read(length)
     try:
-        header = parse_json(raw, strict=True)
+        header = parse_json(raw, strict=True, whole=_whole)
     except (ValueError, RecursionError) as error:
         raise _not_safetensors(path, f"a header that is not JSON ({type(error).__name__})") from error
     if not isinstance(header, dict):
@@ -112,6 +114,38 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             remedy="download the file again",
         )
     return ordered, metadata
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse a Git LFS pointer, the three lines of text that a clone without Git LFS leaves in a file's place.
+
+    Raises:
+        RegroupError: it is one; or the file cannot be read.
+    """
+    with unreadable(path):
+        if not path.is_file():  # reading it may wait for ever
+            raise OSError(errno.EINVAL, "not a regular file")
+        with path.open("rb") as file:
+            beginning = file.read(len(_LFS_POINTER))
+    if beginning == _LFS_POINTER:
+        raise RegroupError(
+            "this is a Git LFS pointer, not the file that it stands for",
+            file=path,
+            expected="the file itself",
+            got=f"{path.stat().st_size} bytes of text that name it",
+            remedy="run `git lfs pull` in the folder (after `git lfs install`), or download the file from the hub",
+        )
+
+
+def missing_shard(path: Path) -> RegroupError:
+    """The refusal of a checkpoint whose index names a file that is not there."""
+    return RegroupError(
+        "a shard of the checkpoint is missing",
+        file=path,
+        expected="every file that the index names",
+        got=f"no file {path.name} in the folder",
+        remedy="download the missing file again, or correct the index",
+    )
 
 
 @contextlib.contextmanager
@@ -187,11 +221,17 @@ def _entry(path: Path, name: str, value: object, data_start: int) -> TensorEntry
     )
 
 
+def _whole(text: str) -> int:
+    if text == "-0":
+        raise ValueError("-0 is no whole number to the safetensors library")
+    return int(text)
+
+
 def _not_safetensors(path: Path, got: str) -> RegroupError:
     return RegroupError(
         "this is not a complete safetensors file",
         file=path,
         expected="8 bytes of header length, a JSON header, then the data",
         got=got,
-        remedy="download the file again; a Git LFS pointer in its place is a frequent cause",
+        remedy="download the file again",
     )

@@ -7,12 +7,14 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..errors import RegroupError
 from .companions import companion_files
+from .header import missing_shard, refuse_pointer
 from .reader import INDEX_FILE, SINGLE_FILE, read_json
 from .writer import save_tensors
 
@@ -46,10 +48,16 @@ def pickled_files(folder: Path) -> list[Path]:
     return [folder / _SINGLE] if (folder / _SINGLE).exists() else []
 
 
-def unpickle(folder: Path, copy: Path) -> None:
+def unpickle(folder: Path, copy: Path, tied: Sequence[tuple[str, str]] = ()) -> None:
     """Write a copy of a pickled checkpoint with its weights as safetensors, a shard at a time.
 
     Only tensors are unpickled (``torch.load(weights_only=True)``): a pickle that wants anything else is refused.
+
+    Args:
+        folder: with the pickled weights.
+        copy: where the copy goes; a folder that is there and empty.
+        tied: pairs of names that are one parameter of the model. Where the two share memory, the first is left out, as
+            ``save_pretrained`` does; tensors that share memory without being one parameter get bytes of their own.
 
     Raises:
         RegroupError: a shard is missing, damaged, or holds more than a table of tensors.
@@ -57,7 +65,10 @@ def unpickle(folder: Path, copy: Path) -> None:
     files = pickled_files(folder)
     weight_map: dict[str, str] = {}
     total = 0
-    for path in files:
+    for number, path in enumerate(files, 1):
+        if not path.exists():
+            raise missing_shard(path)
+        refuse_pointer(path)
         try:
             # Pickles from before torch 1.6 are no zip files and cannot be mapped.
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -73,9 +84,11 @@ def unpickle(folder: Path, copy: Path) -> None:
         pairs = state.items() if isinstance(state, dict) else [(None, None)]
         if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in pairs):
             raise RegroupError("pickled weights are not a table of tensors", file=path, got=type(state).__name__)
-        # Tied tensors share storage, which safetensors does not allow: each gets its own bytes.
-        tensors = {name: value.detach().clone().contiguous() for name, value in state.items()}
-        name = SINGLE_FILE if len(files) == 1 else path.with_suffix(".safetensors").name
+        left_out = {one for one, other in tied if one in state and other in state and _shared(state[one], state[other])}
+        # safetensors allows no shared memory.
+        tensors = {name: value.detach().clone().contiguous() for name, value in state.items() if name not in left_out}
+        # The names that other tools look for.
+        name = SINGLE_FILE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         save_tensors(tensors, copy / name, {"format": "pt"})
         # The copy is as old as what it was made of, so that a conversion can be gone on with.
         status = path.stat()
@@ -89,3 +102,11 @@ def unpickle(folder: Path, copy: Path) -> None:
         (copy / path).parent.mkdir(parents=True, exist_ok=True)
         if (folder / path).is_file():
             shutil.copyfile(folder / path, copy / path)
+
+
+def _shared(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same numbers at the same place in memory."""
+    places = [
+        (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.numel() > 0) for tensor in (one, other)
+    ]
+    return places[0] == places[1]

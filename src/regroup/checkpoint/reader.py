@@ -14,7 +14,8 @@ import torch
 from ..errors import RegroupError
 from ..files import parse_json
 from .companions import companion_files
-from .header import MAX_HEADER_BYTES, TensorEntry, read_header, unreadable
+from .forms import foreign_weights, refuse_adapter, refuse_other_forms
+from .header import MAX_HEADER_BYTES, TensorEntry, missing_shard, read_header, refuse_pointer, unreadable
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -22,6 +23,9 @@ INDEX_FILE = "model.safetensors.index.json"
 _another_version = partial(
     RegroupError, remedy="the index belongs to another version of the weights: download both again"
 )
+
+# Bytes that are compared at a time.
+_BLOCK = 8 << 20
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -97,6 +101,23 @@ class Checkpoint:
                 done += count
         return buffer.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
 
+    def same(self, tensor: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers; those of another dtype are compared in float64."""
+        one, two = self.tensors[tensor], self.tensors[other]
+        if one.shape != two.shape:
+            return False
+        if one.dtype != two.dtype:
+            return torch.equal(self.read(tensor).double(), self.read(other).double())
+        paths = [self.folder / self.file_of(name) for name in (tensor, other)]
+        with unreadable(paths[0], f"{tensor}, {other}"), paths[0].open("rb") as mine, paths[1].open("rb") as theirs:
+            for done in range(0, one.nbytes, _BLOCK):
+                count = min(_BLOCK, one.nbytes - done)
+                mine.seek(one.start + done)
+                theirs.seek(two.start + done)
+                if mine.read(count) != theirs.read(count):
+                    return False
+        return True
+
     def check_unchanged(self, file: str) -> None:
         """Refuse what was read of a file that somebody has written to since the checkpoint was opened.
 
@@ -142,6 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
             "a file of the checkpoint cannot be read", file=path, got=error.strerror or str(error)
         ) from error
     except (ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise RegroupError("a file is not valid JSON", file=path, got=str(error)[:200]) from error
     if not isinstance(value, dict):
         raise RegroupError("a JSON file does not hold an object", file=path, expected="{…}", got=type(value).__name__)
@@ -158,7 +180,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         The configuration, and every tensor's name, dtype, shape and place; no weight is read.
 
     Raises:
-        RegroupError: anything is missing, truncated, contradictory, outside the folder, or only there as a pickle.
+        RegroupError: anything is missing, truncated, contradictory, outside the folder, or only there as a pickle; or
+            it is no plain checkpoint (see ``forms``).
     """
     if not folder.is_dir():
         raise RegroupError(
@@ -167,6 +190,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             expected="a checkpoint folder with config.json and safetensors files",
             remedy="give a local folder, or a hub id such as meta-llama/Llama-2-7b-hf",
         )
+    refuse_adapter(folder)
     config = read_json(folder / "config.json")
     named = config.get("transformers_weights")
     if named not in (None, SINGLE_FILE, INDEX_FILE):
@@ -197,11 +221,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     shards, metadata, stamps = {}, {}, {}
     for name in files:
         with unreadable(folder / name):
-            stamps[name] = _stamp(folder / name)
+            try:
+                stamps[name] = _stamp(folder / name)
+            except FileNotFoundError as error:
+                raise missing_shard(folder / name) from error
         shards[name], metadata[name] = read_header(folder / name)
     if index is not None:
         _check_index(index_path, index["weight_map"], shards)
-    return Checkpoint(folder, config, shards, metadata, index, stamps)
+    found = Checkpoint(folder, config, shards, metadata, index, stamps)
+    refuse_other_forms(folder, config, found.tensors)
+    return found
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -268,14 +297,27 @@ def _check_index(path: Path, weight_map: dict[str, str], shards: Mapping[str, Ma
                 )
 
 
+def refuse_pickles(folder: Path) -> None:
+    """Refuse a folder whose weights are pickled, without opening it otherwise.
+
+    Raises:
+        RegroupError: there is no safetensors file in it, and there are pickles.
+    """
+    if not any(folder.glob("*.safetensors")) and any(folder.glob("pytorch_model*.bin")):
+        raise _no_weights(folder)
+
+
 def _no_weights(folder: Path) -> RegroupError:
+    if (foreign := foreign_weights(folder)) is not None:
+        return foreign
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles:
         return RegroupError(
             "the checkpoint holds pickled weights only",
             file=folder / pickles[0],
             expected=f"{SINGLE_FILE} or {INDEX_FILE}",
-            remedy="look for a safetensors revision; or pass --allow-pickle if you trust whoever made the file",
+            remedy="look for a safetensors revision; or, if you trust whoever made the file, pass --allow-pickle, or "
+            "make a copy in safetensors once: regroup export FOLDER COPY --to hf --allow-pickle",
         )
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     return RegroupError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
+from .forms import refuse_other_forms
 from .header import TensorEntry, read_header, unreadable
 from .reader import open_checkpoint, read_json
 
@@ -73,11 +74,13 @@ def remote_headers(repository: str, *, revision: str | None = None) -> tuple[dic
         found = HfApi().get_safetensors_metadata(repository, revision=revision)
     except _hub_errors() as error:
         raise _unreachable(repository, error) from error
-    return config, {
+    tensors = {
         name: TensorEntry(info.dtype, tuple(info.shape), *info.data_offsets)
         for file in found.files_metadata.values()
         for name, info in file.tensors.items()
     }
+    refuse_other_forms(None, config, tensors)
+    return config, tensors
 
 
 def headers_of(repository: str, *, revision: str | None = None) -> tuple[dict[str, Any], Mapping[str, TensorEntry]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RegroupError
-from .options import Calibration, Revision, check_file, spread
+from .options import AllowPickle, Calibration, Revision, check_file, spread
 
 
 @spread
@@ -42,10 +42,12 @@ def advise(
     record: Annotated[Path | None, typer.Option(help="Write the JSON record here.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw time against loss into this PNG.")] = None,
     revision: Revision = None,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """How many KV heads? Predicts memory, time and loss of each number, uniform or by layer, and recommends one."""
     from ..advise.run import advise as run
     from ..console import Told, err, out
+    from ..opening import readable
     from ..record import write_record, write_whole
     from ..uptrain.budget import parse_count
 
@@ -57,25 +59,26 @@ def advise(
             check_file(file, taken)
             taken[what] = file
     text = calibration.text()
-    advice = run(
-        source,
-        hardware_name=hardware,
-        context=context,
-        batch=batch,
-        new=new,
-        dtype=dtype,
-        tensor_parallel=tensor_parallel,
-        memory_bytes=None if memory is None else int(memory * 1e9),
-        max_loss=max_loss,
-        max_seconds=None if max_time is None else max_time / 1e3,
-        uptrain_tokens=None if uptrain_tokens is None else parse_count(uptrain_tokens),
-        calibration=text,
-        repair=calibration.repair or "output",
-        device=calibration.device,
-        bench=bench or (),
-        revision=revision,
-        listener=Told(),
-    )
+    with readable(source, revision=revision, allow_pickle=allow_pickle) as place:
+        advice = run(
+            place,
+            hardware_name=hardware,
+            context=context,
+            batch=batch,
+            new=new,
+            dtype=dtype,
+            tensor_parallel=tensor_parallel,
+            memory_bytes=None if memory is None else int(memory * 1e9),
+            max_loss=max_loss,
+            max_seconds=None if max_time is None else max_time / 1e3,
+            uptrain_tokens=None if uptrain_tokens is None else parse_count(uptrain_tokens),
+            calibration=text,
+            repair=calibration.repair or "output",
+            device=calibration.device,
+            bench=bench or (),
+            revision=revision,
+            listener=Told(),
+        )
     out.print(_table(advice, batch))
     for line in advice.assumptions:
         out.print(f"- {line}", markup=False)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RegroupError
-from .options import Json, Record, check_file, numbers
+from .options import AllowPickle, Json, Record, check_file, numbers
 
 app = typer.Typer(
     no_args_is_help=True, help="How fast decoding is, beside the ceiling of this machine: whole models, or attention."
@@ -38,6 +38,7 @@ def decode(
         bool, typer.Option("--baseline", help="Also measure transformers as it is by default.")
     ] = False,
     device: Device = "cpu",
+    allow_pickle: AllowPickle = False,
     dry_run: DryRun = False,
     output: Record = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time against KV heads into this PNG.")] = None,
@@ -52,6 +53,7 @@ def decode(
     from ..bench.work import Roofs, Work, models_for
     from ..console import err, out
     from ..devices import device_named
+    from ..opening import readable
     from ..record import write_record
     from . import bench_tables as tables
 
@@ -65,24 +67,25 @@ def decode(
             "a plot against KV heads needs two numbers of them or more", remedy="add --kv-heads 32,8,4,1"
         )
     work = Work(batch, prompt, new, dtype, str(device_named(device)), repeats)
-    models = models_for(model, heads, work, layers=layers)
-    tables.show_work(screen, model, models, work)
-    if dry_run:
-        screen.print("dry run: nothing was measured")
-        return
-    screen.print("measuring how fast this machine reads memory and multiplies matrices …")
-    roofs = Roofs(work)
-    tables.show_ceiling(screen, models, work, roofs)
-    paths = ("regroup", "transformers") if baseline else ("regroup",)
-    screen.print(
-        f"decoding; expect about {tables.duration(tables.expected_seconds(models, work, roofs, len(paths)))} …"
-    )
-    started = time.perf_counter()
-    record = benchmark(
-        model, models, work, paths=paths, roofs=roofs, each=lambda found: tables.show_model(screen, found, paths)
-    )
-    tables.show_comparison(screen, record, paths)
-    screen.print(f"took {tables.duration(time.perf_counter() - started)}")
+    with readable(model, allow_pickle=allow_pickle) as place:
+        models = models_for(place, heads, work, layers=layers)
+        tables.show_work(screen, model, models, work)
+        if dry_run:
+            screen.print("dry run: nothing was measured")
+            return
+        screen.print("measuring how fast this machine reads memory and multiplies matrices …")
+        roofs = Roofs(work)
+        tables.show_ceiling(screen, models, work, roofs)
+        paths = ("regroup", "transformers") if baseline else ("regroup",)
+        screen.print(
+            f"decoding; expect about {tables.duration(tables.expected_seconds(models, work, roofs, len(paths)))} …"
+        )
+        started = time.perf_counter()
+        record = benchmark(
+            model, models, work, paths=paths, roofs=roofs, each=lambda found: tables.show_model(screen, found, paths)
+        )
+        tables.show_comparison(screen, record, paths)
+        screen.print(f"took {tables.duration(time.perf_counter() - started)}")
     _finish(record, output, json, write_record, err)
     if plot is not None:
         from ..bench.plot import draw_groups

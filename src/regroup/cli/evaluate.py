@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RegroupError
-from .options import Json, Record, check_file
+from .options import AllowPickle, Json, Record, check_file
 
 
 def evaluate(
@@ -39,6 +39,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Windows, pairs or rows at a time.")] = 8,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
+    allow_pickle: AllowPickle = False,
     output: Record = None,
     json: Json = False,
 ) -> None:
@@ -71,16 +72,22 @@ def evaluate(
                 window=window,
                 windows=windows,
                 document_starts=document_starts,
+                allow_pickle=allow_pickle,
                 progress=progress,
                 **shared,
             )
-    elif task is not None:
-        record = _answers(model, task, outputs, output, against, shared)
     else:
-        from ..evaluate.harness import evaluate_harness
+        from ..opening import readable
 
-        assert tasks is not None
-        record = evaluate_harness(model, tasks.split(","), include=include_path, limit=limit, **shared)
+        with readable(model, allow_pickle=allow_pickle) as place:
+            if task is not None:
+                record = _answers(place, task, outputs, output, against, shared)
+            else:
+                from ..evaluate.harness import evaluate_harness
+
+                assert tasks is not None
+                record = evaluate_harness(place, tasks.split(","), include=include_path, limit=limit, **shared)
+        record["configuration"]["model"] = model
     if output is not None:
         write_record(output, record)
     if json:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RegroupError
-from .options import Revision, check_file, numbers
+from .options import AllowPickle, Revision, check_file, numbers
 
 
 def inspect(
@@ -26,18 +26,23 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print plain data; bytes throughout.")] = False,
     record: Annotated[Path | None, typer.Option(help="Write it as a JSON record, for `regroup report`.")] = None,
     revision: Revision = None,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Say where the heads are and what the KV cache costs, from headers alone."""
+    from dataclasses import replace
+
     from ..inspection import summarize
+    from ..opening import readable
 
     if output is not None and not similarity:
         raise RegroupError("a folder for plots was given, and nothing to plot", remedy="add --similarity")
     if record is not None:
         check_file(record)
-    summary = summarize(source, revision=revision)
-    chosen = numbers(kv_heads) if kv_heads is not None else _default_groups(summary.layers)
     plots = Path("regroup-similarity") if output is None and not json else output
-    compared = _compare(source, summary, plots, revision) if similarity else None
+    with readable(source, revision=revision, allow_pickle=allow_pickle) as place:
+        summary = replace(summarize(place, revision=revision), source=source)
+        chosen = numbers(kv_heads) if kv_heads is not None else _default_groups(summary.layers)
+        compared = _compare(place, summary, plots, revision) if similarity else None
     facts = summary.to_json(chosen, context=context, batch=batch, encoder_context=encoder_context)
     if compared is not None:
         facts["similarity"] = [layer.to_json() for layer in compared]
@@ -70,7 +75,7 @@ def _compare(source: str, summary: Any, plots: Path | None, revision: str | None
     if summary.format != "safetensors":
         raise RegroupError(
             "KV heads can be compared only where there are weights",
-            file=source,
+            file=summary.source,
             expected="a checkpoint folder with safetensors files, or a hub id",
             got="a GGUF file" if summary.format == "gguf" else "a config without weights",
             remedy="give the folder that holds the weights, or leave --similarity out",

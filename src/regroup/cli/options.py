@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder or a hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights where there is nothing else.")]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Read pickled weights where there is nothing else, through a passing copy."),
+]
 KVHeads = Annotated[int | None, typer.Option("--kv-heads", help="KV heads of every layer (1 is MQA).")]
 Layers = Annotated[str | None, typer.Option(help="KV heads by layer, such as 0-3:8,4-31:4 or cross.0-5:2.")]
 Method = Annotated[

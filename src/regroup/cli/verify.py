@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Record, check_file
+from .options import AllowPickle, Record, check_file
 
 
 def verify(
@@ -23,6 +23,7 @@ def verify(
     window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
     windows: Annotated[int | None, typer.Option(min=1, help="Windows or pairs at most.")] = None,
     device: Annotated[str | None, typer.Option(help="Where text is scored; a GPU where there is one.")] = None,
+    allow_pickle: AllowPickle = False,
     output: Record = None,
 ) -> None:
     """Check that a child is what its plan promises: tensors, untouched bytes, merged heads, and loss on text.
@@ -40,6 +41,7 @@ def verify(
             parent,
             child,
             plan=plan,
+            allow_pickle=allow_pickle,
             uptrained=uptrained,
             data=data,
             window=window,

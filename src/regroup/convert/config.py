@@ -7,8 +7,9 @@ from typing import Any
 
 from ..errors import RegroupError
 from ..layout.detect import CONFIG_KEY
-from ..layout.families import family_for
+from ..layout.families import family_for, ties
 from ..layout.nemotron_nas import as_llama
+from ..layout.spelling import as_known
 from ..layout.types import Layout
 from ..models import grouped_config, stock_architecture
 from ..plan import Plan
@@ -29,7 +30,7 @@ def child_config(config: dict[str, Any], layout: Layout, plan: Plan) -> dict[str
     A stock child names them where the family does. Any other carries them module by module, together with the class
     that reads them (see ``regroup.models``). Remote code of the parent is not carried along.
     """
-    child = copy.deepcopy(dict(as_llama(config)))
+    child = copy.deepcopy(dict(as_llama(as_known(config))))
     config = child.copy()
     family = family_for(config)
     assert family is not None
@@ -37,6 +38,10 @@ def child_config(config: dict[str, Any], layout: Layout, plan: Plan) -> dict[str
     child.pop("auto_map", None)
     if child.pop("num_key_value_heads_per_layer", None) is not None or config["model_type"] == "deci":
         child["architectures"] = ["LlamaForCausalLM"]
+    if not layout.tied_embeddings and ties(config, family) and len(family.tied) == 1:
+        # transformers keeps the stored head either way; other engines would put the embedding in its place. In
+        # encoder-decoders the key also ties the embeddings of the two sides, which may not be stored one by one.
+        child["tie_word_embeddings"] = False
     most = max(layer.num_key_value_heads for layer in plan.layers)
     for key in family.kv_heads:
         child[key] = most

@@ -15,6 +15,7 @@ import torch
 from ..data import causal_batches, document_windows, pair_batches, read_pairs, read_texts, token_windows
 from ..data.text import check_window
 from ..errors import RegroupError
+from ..layout.families import slow_output
 from ..models import load_tokenizer
 
 # What the command line calls ``CalibrationText.window``.
@@ -71,6 +72,13 @@ def calibration_batches(text: CalibrationText, folder: Path, config: dict[str, A
     # What can be told from the config is told before anything is read.
     if config.get("model_type") == "whisper" or "num_mel_bins" in config:
         raise RegroupError("calibration needs pairs of text, and this model hears", remedy="leave --calibration out")
+    if slow_output(config):
+        raise RegroupError(
+            "calibration solves output projections, and transformers leaves out their biases here",
+            file=folder / "config.json",
+            got=f"slow_but_exact with pretraining_tp {config['pretraining_tp']}",
+            remedy="leave --calibration out, or set slow_but_exact to false, which is another model: with the biases",
+        )
     if not seq2seq:
         check_window(config, text.window, option=_WINDOW)
     tokenizer = load_tokenizer(folder)

@@ -16,6 +16,7 @@ from ..data.text import check_window
 from ..devices import device_named
 from ..errors import RegroupError
 from ..models import load, load_tokenizer
+from ..opening import readable
 from ..record import record
 from .score import score
 
@@ -33,6 +34,7 @@ def evaluate(
     batch_size: int = 8,
     dtype: str = "auto",
     device: str | None = None,
+    allow_pickle: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on held-out text or pairs.
@@ -44,6 +46,7 @@ def evaluate(
         batch_size: windows or pairs at a time.
         dtype: of weights and activations; ``"auto"`` as stored.
         device: a torch device; a GPU where there is one.
+        allow_pickle: read pickled weights, with torch's restricted unpickler, where there is nothing else.
         progress: called with the number of rows after each batch.
 
     Returns:
@@ -56,10 +59,13 @@ def evaluate(
     if not data.is_file():
         raise RegroupError("the data cannot be read", file=data, expected="a file", got="no such file")
     place = device_named(device)
-    folder = fetch(model)
-    student = load_for_scoring(folder, dtype, place)
-    parent = load_for_scoring(fetch(teacher), dtype, place) if teacher is not None else None
-    tokenizer = load_tokenizer(folder)
+    with readable(model, allow_pickle=allow_pickle) as name:
+        folder = fetch(name)
+        student, tokenizer = load_for_scoring(folder, dtype, place), load_tokenizer(folder)
+    parent = None
+    if teacher is not None:
+        with readable(teacher, allow_pickle=allow_pickle) as name:
+            parent = load_for_scoring(fetch(name), dtype, place)
 
     nbytes = None
     if student.config.is_encoder_decoder:

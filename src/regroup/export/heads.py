@@ -12,6 +12,7 @@ from ..convert.config import child_config, is_stock
 from ..convert.rewrite import Change, Move, rewrite_of
 from ..errors import RegroupError
 from ..layout import Layout
+from ..layout.families import slow_output
 from ..layout.nemotron_nas import to_blocks
 from ..layout.types import TensorInfo
 from ..plan import LayerPlan, Plan
@@ -43,6 +44,21 @@ def check_devices(layout: Layout, devices: int) -> None:
         RegroupError: naming the layer and the remedy.
     """
     plan_of(layout, heads_of(layout), tensor_parallel=devices).check(layout)
+
+
+def check_served(config: Mapping[str, Any]) -> None:
+    """Refuse a config that vLLM would run as another model than transformers does.
+
+    Raises:
+        RegroupError: with the switch.
+    """
+    if slow_output(config):
+        raise RegroupError(
+            "vLLM would answer otherwise than transformers: it adds the output biases, which this switch leaves out",
+            file="config.json",
+            got=f"slow_but_exact with pretraining_tp {config['pretraining_tp']}",
+            remedy="export it with --to hf; or set slow_but_exact to false, which is another model: with the biases",
+        )
 
 
 def holds(layout: Layout, heads: Sequence[int]) -> bool:

@@ -21,6 +21,7 @@ from .heads import (
     FOREIGN,
     block_config,
     check_devices,
+    check_served,
     config_with,
     heads_of,
     holds,
@@ -142,6 +143,8 @@ def _export_folder(opened: Source, destination: Path, request: Request) -> Expor
             got=layout.family,
             remedy="export it with --to hf, for transformers or for CTranslate2's converter",
         )
+    if request.to == "vllm":
+        check_served(checkpoint.config)
     if opened.ignores_code:
         request.notes.append("the code that the checkpoint brings along was neither run nor copied")
     heads = wanted_heads(opened, request)

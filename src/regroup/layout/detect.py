@@ -18,11 +18,14 @@ from .families import (
     residual_scale,
     rotary_fraction,
     sliding_window,
+    ties,
     unsupported_reason,
 )
 from .nemotron_nas import as_llama
 from .numbers import is_natural, natural
+from .spelling import as_known
 from .types import AttentionLayer, HeadSlot, Kind, Layout, Projection, Rotary, TensorInfo, fused_slots
+from .unknown import unknown_family
 from .weights import Weights
 
 # The key under which a checkpoint written by regroup names its KV heads, module by module.
@@ -47,17 +50,10 @@ def detect(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None =
     Raises:
         RegroupError: unknown family, quantised weights, or weights that are not what the config says.
     """
-    config = as_llama(config)
+    config = as_llama(as_known(config))
     family = family_for(config)
     if family is None:
-        raise RegroupError(
-            "this model family is not known",
-            file="config.json",
-            expected=f"model_type one of {', '.join(sorted(FAMILIES))}",
-            got=f"model_type {config.get('model_type')!r}",
-            remedy="docs/adding-a-family.md says what a new family needs; a fine-tune that only renamed its model_type "
-            "can have it set back",
-        )
+        raise unknown_family(config, FAMILIES)
     if (reason := unsupported_reason(config)) is not None:
         raise RegroupError(
             f"this {config['model_type']} checkpoint cannot be converted: {reason}",
@@ -76,7 +72,7 @@ def detect(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None =
         dtype=tensors[layers[0].query.weight.tensor].dtype if tensors else None,
         native_kv_heads=family.native,
         encoder_layers=natural(config, (family.encoder_layers,)) if family.encoder_layers else 0,
-        tied_embeddings=bool(config.get("tie_word_embeddings", family.cross is not None)),
+        tied_embeddings=ties(config, family),
         parameters=sum(math.prod(info.shape) for info in tensors.values()) if tensors else None,
         initializer_std=initializer_std(config, reader.hidden),
     )

@@ -5,7 +5,7 @@ Facts were read from the transformers classes of the same ``model_type``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -38,6 +38,9 @@ class Family:
         position_bias: name of a table with a column per head below the attention module.
         shared_order: all decoder self-attention layers must keep one order of heads.
         ignored: parameters and buffers of the attention module that have no place per KV head.
+        ties: whether the output head is the input embedding where the config does not say (``tie_word_embeddings``).
+        always_ties: whether it is whatever the config says; a head that is stored and differs still counts.
+        tied: parameters that are another one where the config ties, by full name: the output head first.
     """
 
     module: str
@@ -66,6 +69,9 @@ class Family:
     position_bias: str | None = None
     shared_order: bool = False
     ignored: tuple[str, ...] = field(default=("rotary_emb.inv_freq",))
+    ties: bool = False
+    always_ties: bool = False
+    tied: tuple[tuple[str, str], ...] = (("lm_head.weight", "model.embed_tokens.weight"),)
 
 
 _LLAMA = Family(
@@ -75,6 +81,7 @@ _LLAMA = Family(
     native="any",
     pairs="half",
 )
+_SHARED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _T5 = Family(
     module="decoder.block.{i}.layer.0.SelfAttention",
     cross="decoder.block.{i}.layer.1.EncDecAttention",
@@ -83,13 +90,17 @@ _T5 = Family(
     key="k",
     value="v",
     output="o",
-    heads=("num_heads",),
+    heads=("num_heads", "num_attention_heads"),
     layers=("num_decoder_layers", "num_layers"),
-    hidden=("d_model",),
-    head_dim=("d_kv",),
+    hidden=("d_model", "hidden_size"),
+    head_dim=("d_kv", "head_dim"),
+    head_dim_default=64,
     encoder_layers="num_layers",
     position_bias="relative_attention_bias.weight",
     shared_order=True,
+    ties=True,
+    always_ties=True,
+    tied=tuple((name, "shared.weight") for name in ("lm_head.weight", *_SHARED)),
 )
 _BART = Family(
     module="decoder.layers.{i}.self_attn",
@@ -98,8 +109,10 @@ _BART = Family(
     output="out_proj",
     heads=("decoder_attention_heads",),
     layers=("decoder_layers",),
-    hidden=("d_model",),
+    hidden=("d_model", "hidden_size"),
     encoder_layers="encoder_layers",
+    ties=True,
+    tied=(("lm_head.weight", "model.shared.weight"), *((f"model.{name}", "model.shared.weight") for name in _SHARED)),
 )
 _BLOOM = Family(
     module="h.{i}.self_attention",
@@ -110,6 +123,8 @@ _BLOOM = Family(
     heads=("num_attention_heads", "n_head"),
     layers=("num_hidden_layers", "n_layer"),
     hidden=("hidden_size", "n_embed"),
+    ties=True,
+    tied=(("lm_head.weight", "transformer.word_embeddings.weight"),),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -126,8 +141,8 @@ FAMILIES: dict[str, Family] = {
         head_dim_default=128,
         ignored=("rotary_emb.inv_freq", "q_norm.weight", "k_norm.weight"),
     ),
-    "gemma": replace(_LLAMA, kv_default=None, head_dim_default=256),
-    "gemma2": replace(_LLAMA, kv_default=None, head_dim_default=256),
+    "gemma": replace(_LLAMA, kv_default=None, head_dim_default=256, ties=True),
+    "gemma2": replace(_LLAMA, kv_default=None, head_dim_default=256, ties=True),
     "phi": replace(
         _LLAMA,
         output="dense",
@@ -141,7 +156,7 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "phi3": replace(_LLAMA, fused="qkv_proj", packing="stacked"),
-    "starcoder2": replace(_LLAMA, kv_default=None),
+    "starcoder2": replace(_LLAMA, kv_default=None, ties=True),
     "stablelm": replace(
         _LLAMA,
         kv_default=None,
@@ -153,7 +168,11 @@ FAMILIES: dict[str, Family] = {
     "olmo2": replace(_LLAMA, query_norm=(("q_norm.weight", -1),), key_norm=(("k_norm.weight", -1),)),
     "granite": _LLAMA,
     "cohere": replace(
-        _LLAMA, pairs="interleaved", query_norm=(("q_norm.weight", 1),), key_norm=(("k_norm.weight", 1),)
+        _LLAMA,
+        pairs="interleaved",
+        query_norm=(("q_norm.weight", 1),),
+        key_norm=(("k_norm.weight", 1),),
+        ties=True,
     ),
     "gpt_bigcode": Family(
         module="h.{i}.attn",
@@ -166,6 +185,8 @@ FAMILIES: dict[str, Family] = {
         hidden=("n_embd", "hidden_size"),
         native="mqa",
         ignored=("bias", "masked_bias"),
+        ties=True,
+        tied=(("lm_head.weight", "transformer.wte.weight"),),
     ),
     "t5": _T5,
     "mt5": _T5,
@@ -175,11 +196,13 @@ FAMILIES: dict[str, Family] = {
     "pegasus": _BART,
     "marian": _BART,
     "m2m_100": _BART,
-    "whisper": _BART,
+    "whisper": replace(_BART, tied=(("proj_out.weight", "model.decoder.embed_tokens.weight"),)),
     "opt": Family(
         module="decoder.layers.{i}.self_attn",
         prefixes=("model.", ""),
         output="out_proj",
+        ties=True,
+        tied=(("lm_head.weight", "model.decoder.embed_tokens.weight"),),
     ),
     "gpt2": Family(
         module="h.{i}.attn",
@@ -192,6 +215,8 @@ FAMILIES: dict[str, Family] = {
         layers=("n_layer", "num_hidden_layers"),
         hidden=("n_embd", "hidden_size"),
         ignored=("bias", "masked_bias"),
+        ties=True,
+        tied=(("lm_head.weight", "transformer.wte.weight"),),
     ),
     "gpt_neox": Family(
         module="layers.{i}.attention",
@@ -202,6 +227,7 @@ FAMILIES: dict[str, Family] = {
         pairs="half",
         rotary_default=0.25,
         ignored=("bias", "masked_bias", "rotary_emb.inv_freq"),
+        tied=(("lm_head.weight", "gpt_neox.embed_in.weight"),),
     ),
     "bloom": _BLOOM,
     "falcon": replace(_BLOOM, native="mqa", pairs="half"),
@@ -222,6 +248,22 @@ def family_for(config: Mapping[str, Any]) -> Family | None:
     return family
 
 
+def ties(config: Mapping[str, Any], family: Family) -> bool:
+    """Whether the output head is the input embedding, as far as the config says."""
+    return bool(config.get("tie_word_embeddings", family.ties))
+
+
+def stored_ties(family: Family, names: Collection[str]) -> list[tuple[str, str]]:
+    """Pairs of stored tensors, by their names, that are one parameter where the config ties: the output head first."""
+
+    def stored(name: str) -> str | None:
+        bare = (name.removeprefix(prefix) for prefix in family.prefixes)
+        return next((one for one in (name, *bare) if one in names), None)
+
+    pairs = ((stored(target), stored(source)) for target, source in family.tied)
+    return [(target, source) for target, source in pairs if target is not None and source is not None]
+
+
 def unsupported_reason(config: Mapping[str, Any]) -> str | None:
     """Why a config of a known family describes something that the family's row does not, or None."""
     model_type = config.get("model_type")
@@ -237,6 +279,14 @@ def fixed_order(config: Mapping[str, Any]) -> str | None:
     if config.get("model_type") == "bloom" or (config.get("model_type") == "falcon" and config.get("alibi")):
         return ALIBI
     return None
+
+
+def slow_output(config: Mapping[str, Any]) -> bool:
+    """Whether transformers sums BLOOM's output projections part by part, which leaves out their biases."""
+    parts = config.get("pretraining_tp", 1)
+    return bool(
+        config.get("model_type") == "bloom" and config.get("slow_but_exact") and isinstance(parts, int) and parts > 1
+    )
 
 
 def clipping(config: Mapping[str, Any]) -> str | None:

@@ -78,26 +78,29 @@ def load(
             is missing or unexpected or does not fit the model, or the family has no choice of the attention
             implementation that is asked for.
     """
+    from regroup.checkpoint import open_checkpoint
+    from regroup.checkpoint.forms import refuse_adapter
+
+    from .expected import check_generation_config, check_loadable, model_class
+    from .spelled import spelled
+
     file = Path(path) / "config.json"
+    refuse_adapter(Path(path))
     if not file.is_file():
         raise RegroupError("the folder is not a checkpoint", file=path, expected="a config.json in it")
     if kwargs.pop("trust_remote_code", False):
         raise RegroupError("no code from a checkpoint is run here", file=path, remedy="leave trust_remote_code out")
-    from regroup.checkpoint import open_checkpoint
-    from regroup.checkpoint.reader import read_json
-
-    from .expected import check_generation_config, check_loadable, model_class
-
+    checkpoint = open_checkpoint(Path(path))
     given = config is not None
-    config = read_json(file) if config is None else config
+    config, changed = spelled(checkpoint.config if config is None else config)
     cls = model_class(config, str(file))
     if kwargs.get("attn_implementation") == "regroup":
         from regroup.attention import interface
 
         interface.check_family(cls.config_class)
-    check_loadable(config, open_checkpoint(Path(path)).tensors, path)
+    check_loadable(config, checkpoint.tensors, path)
     check_generation_config(Path(path))
-    if given:
+    if given or changed:
         kwargs["config"] = cls.config_class.from_dict(config)
     try:
         with contextlib.nullcontext() if progress else without_bars():

@@ -309,7 +309,16 @@ def _bloom(self: Any, hidden_states: Tensor, residual: Tensor, alibi: Tensor, la
     if kw["attention_mask"] is not None:
         scores = scores + kw["attention_mask"]
     weights = self.attention_dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype))
-    output = self.dense(_grouped_mix(weights, value))
+    mixed = _grouped_mix(weights, value)
+    if self.pretraining_tp > 1 and self.slow_but_exact:
+        # The stock class sums the product part by part, in the order of training, and leaves the bias out.
+        width = self.hidden_size / self.pretraining_tp
+        output = torch.zeros_like(mixed)
+        for part in range(self.pretraining_tp):
+            columns = slice(int(part * width), int((part + 1) * width))
+            output = output + nn.functional.linear(mixed[..., columns], self.dense.weight[:, columns])
+    else:
+        output = self.dense(mixed)
     return residual + nn.functional.dropout(output, self.hidden_dropout, self.training), weights
 
 

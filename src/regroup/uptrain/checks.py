@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, fetch
-from ..checkpoint.reader import read_json
+from ..checkpoint.reader import read_json, refuse_pickles
 from ..checkpoint.writer import existing_parent
 from ..errors import RegroupError
 from ..models import load_tokenizer
@@ -140,6 +140,7 @@ def checked_teacher(recipe: Recipe, folder: Path, tokenizer: Any, student: Any) 
     if recipe.teacher is None:
         return None
     parent = fetch(recipe.teacher)
+    refuse_pickles(parent)  # a copy is made once, not by every process and every resumed run
     vocab_size = student.get_input_embeddings().weight.shape[0]
     config = read_json(parent / "config.json")
     size = config.get("vocab_size")
