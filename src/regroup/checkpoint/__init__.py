@@ -1,6 +1,6 @@
 """Safetensors in, safetensors out. Nothing here knows what a head is."""
 
-from .gguf import read_gguf
+from .gguf import GGUFFile, GGUFTensor, read_gguf
 from .header import TensorEntry, read_header
 from .reader import Checkpoint, open_checkpoint
 from .source import fetch, fingerprint, headers_of, is_hub_id, remote_headers
@@ -9,6 +9,8 @@ from .writer import ShardFile
 
 __all__ = [
     "Checkpoint",
+    "GGUFFile",
+    "GGUFTensor",
     "ShardFile",
     "TensorEntry",
     "fetch",
