@@ -230,7 +230,8 @@ class _Header:
             return [self.value(inner, key, depth + 1) for _ in range(count)]
         width = struct.calcsize(_NUMBERS[inner])
         self.check_count(f"values of {key[:100]}", count, width, 2**40)
-        raw = np.frombuffer(self.take(count * width), dtype=np.dtype(_NUMBERS[inner]).newbyteorder(self.order))
+        order: Any = self.order
+        raw = np.frombuffer(self.take(count * width), dtype=np.dtype(_NUMBERS[inner]).newbyteorder(order))
         if inner == _BOOL and bool((raw.view(np.uint8) > 1).any()):
             raise self.damaged(f"a value of {key[:100]}", "0 or 1", "another byte")
         return raw
