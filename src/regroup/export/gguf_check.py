@@ -48,7 +48,8 @@ def check_gguf(
     inputs = model_inputs(config, length=check_length(opened))
     tokenizer = load_tokenizer(opened.folder) if vocab is not None else None
     texts = texts_for(tokenizer) if tokenizer is not None else []
-    trouble = llama_cpp.trouble()
+    header = read_gguf(file)
+    trouble = llama_cpp.trouble(tensor.kind for tensor in header.tensors.values())
     with request.told.comparing() as answered:
         if trouble is None:
             windows = [layer.window for layer in opened.layout.layers if layer.window is not None]
@@ -58,13 +59,13 @@ def check_gguf(
                 found = llama_cpp.ask(file, {"texts": texts})["ids"]
                 said += f", {_check_ids(tokenizer, vocab, texts, found, llama_cpp.version(), request)}"
             return said
-        request.notes.append(f"not compared with llama.cpp: {trouble}")
+        request.notes.append(f"logits were not compared with llama.cpp: {trouble}")
         checkpoint = opened.checkpoint
         said = check_file(file, opened.layout, config, checkpoint.tensors, checkpoint.read, dtype)
-        header = read_gguf(file)
         if vocab is not None:
-            found = ids_of(tokenizer_of(header), texts)
-            other = "the tokenizer that regroup makes of the file"
+            works = llama_cpp.trouble(()) is None
+            other = llama_cpp.version() if works else "the tokenizer that regroup makes of the file"
+            found = llama_cpp.ask(file, {"texts": texts})["ids"] if works else ids_of(tokenizer_of(header), texts)
             said += f"; {_check_ids(tokenizer, vocab, texts, found, other, request)}, with {other}"
         kind = config.rope_parameters.get("rope_type", "default")
         if stand_in_reads(str(header.values["general.architecture"]), header.tensors, kind):
@@ -74,7 +75,9 @@ def check_gguf(
             loader = f"transformers {importlib.metadata.version('transformers')}'s GGUF loader"
             said = f"{compare(wanted, made, loader)}; {said}"
         else:
-            request.notes.append("logits were not compared: nothing that works here reads all of such a file")
+            request.notes.append(
+                "logits were not compared otherwise either: nothing else here reads all of such a file"
+            )
             answered(1)
         answered(1)
     return said

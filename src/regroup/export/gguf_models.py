@@ -146,7 +146,9 @@ class _Facts:
         value = self.file.values.get(f"{self.arch}.{key}", default)
         if type(value) not in (int, float) or not np.isfinite(value) or value <= 0:
             raise self.wrong(key, "a positive number", value)
-        return float(value)
+        # As somebody wrote it: 1e-05, and not the float32 nearest to it with all its digits.
+        short = float(str(np.float32(value)))
+        return short if np.float32(short) == value else float(value)
 
     def wrong(self, key: str, expected: object, got: object) -> RegroupError:
         return RegroupError(

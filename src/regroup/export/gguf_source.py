@@ -109,7 +109,7 @@ def _compare(model: Model | ForeignModel, dtype: torch.dtype, stage: Path, token
     """Against llama.cpp where it works, which reads the file by code of its own; else what the file says, anew."""
     file = model.file
     inputs = model_inputs(model.config)
-    trouble = llama_cpp.trouble()
+    trouble = llama_cpp.trouble(tensor.kind for tensor in file.tensors.values())
     with request.told.comparing() as answered:
         if trouble is None:
             asked = {"rows": inputs["input_ids"].tolist()}
@@ -123,7 +123,7 @@ def _compare(model: Model | ForeignModel, dtype: torch.dtype, stage: Path, token
             if tokenizer is not None:
                 said += f", {check_against_llama_cpp(file.path, tokenizer)}"
             return said
-        request.notes.append(f"not compared with llama.cpp: {trouble}")
+        request.notes.append(f"logits were not compared with llama.cpp: {trouble}")
         if isinstance(model, ForeignModel):
             wanted = model.logits(inputs)
             answered(1)
@@ -132,6 +132,10 @@ def _compare(model: Model | ForeignModel, dtype: torch.dtype, stage: Path, token
             loader = f"transformers {importlib.metadata.version('transformers')}, against its GGUF loader"
             return str(compare(wanted, found, loader, tolerance=TOLERANCE))
         said = check_folder(file.path, stage, dtype)
+        if tokenizer is not None and llama_cpp.trouble(()) is None:
+            said += f", {check_against_llama_cpp(file.path, tokenizer)}"
+        elif tokenizer is not None:
+            request.notes.append("token ids were not compared: nothing else that works here reads the file's tokenizer")
         kind = model.config.rope_parameters["rope_type"]
         if stand_in_reads(model.config.model_type, file.tensors, kind):
             wanted = logits(load_gguf(file.path, dtype)[0].float(), inputs)
@@ -139,7 +143,9 @@ def _compare(model: Model | ForeignModel, dtype: torch.dtype, stage: Path, token
             loader = f"transformers {importlib.metadata.version('transformers')}, against its GGUF loader"
             said = f"{compare(wanted, folder_logits(stage, None), loader, tolerance=TOLERANCE)}; {said}"
         else:
-            request.notes.append("logits were not compared: nothing else that works here reads all of such a file")
+            request.notes.append(
+                "logits were not compared otherwise either: nothing else here reads all of such a file"
+            )
             answered(1)
             folder_logits(stage, None)
         answered(1)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,41 +41,53 @@ def version() -> str:
         return "llama-cpp-python of an unknown version"
 
 
-def trouble() -> str | None:
+def trouble(kinds: Iterable[str]) -> str | None:
     """Why llama.cpp cannot be asked here; None where it answers for a file that is known to be good.
 
     An installation that does not even do that says nothing about other files.
+
+    Args:
+        kinds: ggml's names of how the tensors of the file in question are stored, such as ``"F16"``: code for some of
+            them may not run on this processor. None of them for the tokenizer alone.
     """
-    return _trouble() if installed() else "llama-cpp-python is not installed"
+    return _trouble(frozenset(kinds)) if installed() else "llama-cpp-python is not installed"
 
 
-@functools.lru_cache(maxsize=1)
-def _trouble() -> str | None:
+@functools.lru_cache(maxsize=16)
+def _trouble(kinds: frozenset[str]) -> str | None:
     with tempfile.TemporaryDirectory(prefix="regroup-llama-cpp-") as folder:
-        file = Path(folder) / "control.gguf"
-        write_control(file)
-        asked = {"rows": [[1, 2, 3]], "texts": ["ab  12"], "prompt": "a", "new_tokens": 1}
-        try:
-            answer = _run(file, asked, timeout=_PATIENCE)
-        except (_DiedError, subprocess.TimeoutExpired, OSError) as error:
-            return f"{version()} does not work here ({' '.join(str(error).split())[-300:]})"
-        # Six bytes, six tokens: the one merge of this vocabulary is of others.
-        if len(answer["ids"][0]) != len("ab  12") or not bool(answer["logits"].isfinite().all()):
-            return f"{version()} does not work here (wrong answers for a file that is known to be good)"
+        for kind in sorted({"F32", *kinds}):
+            file = Path(folder) / f"{kind}.gguf"
+            write_control(file, kind)
+            decoded = {"rows": [list(range(1, 17))], "prompt": "a", "new_tokens": 1} if kinds else {}
+            known = f"a {kind} file that is known to be good"
+            try:
+                answer = _run(file, {"texts": ["ab  12"], **decoded}, timeout=_PATIENCE)
+            except (_DiedError, subprocess.TimeoutExpired, OSError) as error:
+                return f"{version()} does not work here, not even for {known} ({error})"
+            # Six bytes, six tokens: the one merge of this vocabulary is of others.
+            finite = not decoded or bool(answer["logits"].isfinite().all())
+            if len(answer["ids"][0]) != len("ab  12") or not finite:
+                return f"{version()} does not work here: its answers for {known} are wrong"
     return None
 
 
-def write_control(file: Path) -> None:
-    """Write a tiny model with a tokenizer of bytes, as small as llama.cpp takes it."""
+def write_control(file: Path, kind: str) -> None:
+    """Write a tiny model of llama.cpp's with a tokenizer of bytes.
+
+    Args:
+        file: what to write.
+        kind: how its matrices are stored; other than float32 they are zero.
+    """
     tokens = sorted(ByteLevel.alphabet())
     tokens.append(tokens[0] + tokens[1])
-    width, size = 32, len(tokens)
+    width, size = 256, len(tokens)  # the widest blocks are of 256
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(1)
     writer.add_context_length(64)
     writer.add_embedding_length(width)
     writer.add_feed_forward_length(width)
-    writer.add_head_count(1)
+    writer.add_head_count(4)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(size)
     writer.add_tokenizer_model("gpt2")
@@ -83,12 +98,19 @@ def write_control(file: Path) -> None:
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     writer.add_add_bos_token(False)
-    shapes = {"token_embd": (size, width), "output_norm": (width,), "blk.0.attn_norm": (width,)}
-    shapes |= {f"blk.0.attn_{part}": (width, width) for part in ("q", "k", "v", "output")}
-    shapes |= {"blk.0.ffn_norm": (width,)} | {f"blk.0.ffn_{part}": (width, width) for part in ("gate", "up", "down")}
+    matrices = {"token_embd": size} | {f"blk.0.attn_{part}": width for part in ("q", "k", "v", "output")}
+    matrices |= {f"blk.0.ffn_{part}": width for part in ("gate", "up", "down")}
     noise = np.random.default_rng(0)
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", noise.normal(size=shape).astype(np.float32))
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", noise.normal(size=width).astype(np.float32))
+    stored = gguf.GGMLQuantizationType[kind]
+    block, nbytes = gguf.GGML_QUANT_SIZES[stored]
+    for name, rows in matrices.items():
+        if kind == "F32":
+            writer.add_tensor(f"{name}.weight", noise.normal(size=(rows, width)).astype(np.float32))
+        else:
+            zeros = np.zeros((rows, width // block * nbytes), dtype=np.uint8)
+            writer.add_tensor(f"{name}.weight", zeros, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -125,6 +147,15 @@ def ask(file: Path, asked: dict[str, Any]) -> dict[str, Any]:
         ) from error
 
 
+def _last_words(status: int, said: str) -> str:
+    """What a process ended by, and its last lines that are no mere warning."""
+    lines = [line.strip() for line in said.splitlines() if line.strip() and "training context" not in line]
+    if status < 0:
+        with contextlib.suppress(ValueError):
+            lines = [f"killed by {signal.Signals(-status).name}", *lines[-2:]]
+    return "; ".join(lines[-3:])[:600] or f"exit status {status}"
+
+
 def _run(file: Path, asked: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="regroup-llama-cpp-") as folder:
         question, answer = Path(folder) / "asked.json", Path(folder) / "answer.npz"
@@ -132,8 +163,7 @@ def _run(file: Path, asked: dict[str, Any], timeout: float | None = None) -> dic
         command = [sys.executable, "-m", "regroup.export.llama_cpp_process", str(file), str(question), str(answer)]
         done = subprocess.run(command, capture_output=True, check=False, timeout=timeout)
         if done.returncode != 0 or not answer.is_file():
-            lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
-            raise _DiedError("; ".join(lines[-3:])[:600] or f"exit status {done.returncode}")
+            raise _DiedError(_last_words(done.returncode, done.stderr.decode(errors="replace")))
         found: dict[str, Any] = {}
         with np.load(answer) as arrays:
             if "texts" in asked:
