@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .bench.roofline import kv_cache_bytes
-from .checkpoint import GGUFFile, fetch, headers_of, is_hub_id, open_checkpoint, read_gguf
+from .checkpoint import GGUFFile, fetch, headers_of, is_gguf, is_hub_id, open_checkpoint, read_gguf
 from .checkpoint.reader import read_json
 from .errors import RegroupError
 from .layout import Layout, detect
@@ -109,7 +109,7 @@ def summarize(source: str, *, revision: str | None = None) -> Summary:
         RegroupError: nothing of the kind, or nothing that is understood.
     """
     path = Path(source).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf" or is_gguf(path):
         return _from_gguf(path)
     if path.suffix == ".safetensors":
         raise RegroupError(

@@ -5,8 +5,10 @@ The format is described in ggml's docs/gguf.md. Sizes of quantised blocks and th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
+import shlex
 import stat
 import struct
 from collections.abc import Iterator
@@ -108,6 +110,36 @@ class GGUFFile:
         return torch.from_numpy(np.ascontiguousarray(values)).view(tensor.shape)
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, by its name or by how it begins; a folder or hub id is none."""
+    if path.is_dir() or not path.exists():
+        return False
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        with path.open("rb") if path.is_file() else contextlib.nullcontext() as file:
+            return file is not None and file.read(4) == _MAGIC
+    except OSError:
+        return False
+
+
+def refuse_gguf(path: Path) -> None:
+    """Where a folder is wanted, say how one is made of a GGUF file.
+
+    Raises:
+        RegroupError: the path is one.
+    """
+    if is_gguf(path):
+        folder = path.parent / f"{path.stem}-hf"
+        raise RegroupError(
+            "this is a GGUF file, and checkpoint folders are read here",
+            file=path,
+            expected="a checkpoint folder or a hub id",
+            remedy="make a folder of it and give that one: "
+            f"regroup export {shlex.quote(str(path))} {shlex.quote(str(folder))} --to hf",
+        )
+
+
 def read_gguf(path: Path) -> GGUFFile:
     """Read and check the header of a GGUF file; no weight is read.
 
@@ -120,7 +152,7 @@ def read_gguf(path: Path) -> GGUFFile:
             raise RegroupError("a GGUF file is a regular file", file=path, got="a folder, pipe or device")
         with path.open("rb") as file:
             if status.st_size < 24 or file.read(4) != _MAGIC:
-                raise RegroupError("this is no GGUF file", file=path, expected="a file that begins with GGUF")
+                raise RegroupError("this is no GGUF file, or one cut short", file=path, expected="a file with a header")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 found = _Header(path, data).read()
     except OSError as error:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..checkpoint import GGUFFile
 from ..errors import RegroupError
-from ..layout.detect import MAX_HEADS, MAX_LAYERS
 
 # Architectures of llama.cpp whose layers are these classes'.
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -40,6 +39,8 @@ _TAKEN = (
 )
 _HISTORY = ("tensor_data_layout", "rope.scaling.original_context_length", "rope.scaling.finetuned")
 _ROTATED = ("attn_q", "attn_k")
+# Beyond any model that there is, and small enough for shapes whose elements can be counted.
+_MOST, _MOST_HEADS = 2**24, 2**16
 
 
 @dataclass(frozen=True)
@@ -195,11 +196,11 @@ def _config(facts: _Facts, names: dict[str, str]) -> Any:
     file, arch = facts.file, facts.arch
     if "token_embd.weight" not in file.tensors:
         raise _missing(file, "token_embd.weight")
-    hidden, heads = facts.whole("embedding_length"), facts.whole("attention.head_count", most=MAX_HEADS)
-    groups = facts.whole("attention.head_count_kv", heads, most=MAX_HEADS)
+    hidden, heads = facts.whole("embedding_length", most=_MOST), facts.whole("attention.head_count", most=_MOST_HEADS)
+    groups = facts.whole("attention.head_count_kv", heads, most=_MOST_HEADS)
     if heads % groups:
         raise facts.wrong("attention.head_count_kv", f"a number that divides {heads}", groups)
-    head_dim = facts.whole("attention.key_length", hidden // heads)
+    head_dim = facts.whole("attention.key_length", hidden // heads, most=_MOST_HEADS)
     for key in ("attention.value_length", "rope.dimension_count"):
         if facts.whole(key, head_dim) != head_dim:
             raise facts.wrong(key, f"{head_dim}, as wide as keys", facts.whole(key))
@@ -207,8 +208,8 @@ def _config(facts: _Facts, names: dict[str, str]) -> Any:
         raise facts.wrong("attention.key_length", "an even number", head_dim)
     settings: dict[str, Any] = {
         "hidden_size": hidden,
-        "num_hidden_layers": facts.whole("block_count", most=MAX_LAYERS),
-        "intermediate_size": facts.whole("feed_forward_length"),
+        "num_hidden_layers": facts.whole("block_count", most=_MOST_HEADS),
+        "intermediate_size": facts.whole("feed_forward_length", most=_MOST),
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
         "head_dim": head_dim,

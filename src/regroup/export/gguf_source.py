@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checkpoint import GGUFFile, ShardFile, read_gguf, staged_folder
 from ..checkpoint.reader import TORCH_DTYPES
 from ..checkpoint.writer import check_destination
+from ..devices import check_fits
 from ..errors import RegroupError
 from . import llama_cpp
 from .check import TOLERANCE, check_memory, compare, folder_logits, logits, model_inputs
@@ -48,6 +49,7 @@ def export_from_gguf(file: Path, destination: Path, request: Request) -> Exporte
         check_memory(file, found.parameters, 0, request.told)
     arch = found.values.get("general.architecture")
     model = model_of(found) if arch in CLASSES else foreign_model(found, dtype)
+    _check_largest(found)
     tokenizer = tokenizer_of(found)
     if tokenizer is None:
         request.notes.append("the GGUF file has no tokenizer, so the checkpoint has none")
@@ -65,6 +67,18 @@ def export_from_gguf(file: Path, destination: Path, request: Request) -> Exporte
     if tokenizer is not None:
         form += f", with the file's tokenizer ({described(found)})"
     return Exported(destination, form, checked, None if checked else "--no-check", tuple(request.notes))
+
+
+def _check_largest(file: GGUFFile) -> None:
+    """One tensor at a time is in memory: as it is stored, unpacked, and in its new dtype."""
+    largest = max(file.tensors.values(), key=lambda tensor: tensor.parameters)
+    check_fits(
+        largest.nbytes + 8 * largest.parameters,
+        "a tensor of this GGUF file does not fit into memory; nothing was written",
+        file=file.path,
+        got=largest.name,
+        remedy="free some memory",
+    )
 
 
 def _stored(file: GGUFFile) -> torch.dtype:
