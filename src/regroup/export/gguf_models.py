@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -103,7 +104,9 @@ def model_of(file: GGUFFile) -> Model:
     names = _targets(file)
     config = _config(facts, names)
     model = Model(file, config, names)
-    _check_complete(model, _shapes(config))
+    with _accepted(file):
+        shapes = _shapes(config)
+    _check_complete(model, shapes)
     return model
 
 
@@ -228,7 +231,21 @@ def _config(facts: _Facts, names: dict[str, str]) -> Any:
         settings["attention_bias"] = any(name.endswith("_proj.bias") and "self_attn" in name for name in names)
         settings["mlp_bias"] = any(name.endswith("_proj.bias") and "mlp" in name for name in names)
     cls: Any = getattr(transformers, CLASSES[arch])
-    return cls.config_class(**settings, architectures=[CLASSES[arch]], bos_token_id=None, eos_token_id=None)
+    with _accepted(file):
+        return cls.config_class(**settings, architectures=[CLASSES[arch]], bos_token_id=None, eos_token_id=None)
+
+
+@contextlib.contextmanager
+def _accepted(file: GGUFFile) -> Iterator[None]:
+    """What transformers says to numbers that contradict each other, by whatever its code runs into."""
+    try:
+        yield
+    except Exception as error:
+        raise RegroupError(
+            "the numbers of this GGUF header do not make a model",
+            file=file.path,
+            got=" ".join(str(error).split())[-300:] or type(error).__name__,
+        ) from error
 
 
 def _rope(facts: _Facts, head_dim: int) -> dict[str, Any]:
