@@ -290,6 +290,33 @@ class TestThroughTransformers:
         found, own = (logits(load(x).eval(), "llama") for x in (tmp_path / "back", source))
         assert torch.allclose(found, own, atol=1e-6 * float(own.abs().max()))
 
+    def test_qwen3(self, tmp_path: Path) -> None:
+        """An architecture that is a source alone, written here with the library's table of names."""
+        config = transformers.Qwen3Config(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            vocab_size=40, intermediate_size=48, max_position_embeddings=64,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        )  # fmt: skip
+        model = transformers.Qwen3ForCausalLM(config)
+        tiny.randomize(model, std=0.2, seed=3)
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen3")
+        for key, value in {"block_count": 2, "context_length": 64, "embedding_length": 32, "feed_forward_length": 48,
+                           "head_count": 4, "head_count_kv": 2, "key_length": 16, "value_length": 16,
+                           "layer_norm_rms_eps": 1e-6, "rope_freq_base": 1e6}.items():  # fmt: skip
+            getattr(writer, f"add_{key}")(value)
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 2)
+        for name, tensor in model.state_dict().items():
+            writer.add_tensor(str(names.get_name(name, try_suffixes=(".weight",))), tensor.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        message = said(tmp_path / "m.gguf", tmp_path / "back", "--to", "hf")
+        assert "in the checkpoint, bit for bit" in message
+        assert_same_tensors(tensors(tmp_path / "back"), dict(model.state_dict()))
+        ids = torch.arange(12)[None]
+        assert torch.equal(cast(Any, load(tmp_path / "back"))(ids).logits, model(ids).logits)
+
     def test_factors_of_another_origin(self, saved: Saved, tmp_path: Path) -> None:
         """A list of factors that are no Llama 3's: what rotates is what the file says."""
         said(saved("llama"), tmp_path / "m.gguf", "--to", "gguf", "--no-check")

@@ -15,7 +15,7 @@ from ..models import load, load_tokenizer
 from ..opening import Source
 from . import llama_cpp
 from .check import Comparison, compare, logits, model_inputs
-from .gguf_foreign import load_gguf, stand_in_reads
+from .gguf_foreign import stand_in
 from .gguf_structure import check_file
 from .gguf_texts import check_same, ids_of, texts_for
 from .gguf_tokenizer import Vocabulary
@@ -68,12 +68,14 @@ def check_gguf(
             found = llama_cpp.ask(file, {"texts": texts})["ids"] if works else ids_of(tokenizer_of(header), texts)
             said += f"; {_check_ids(tokenizer, vocab, texts, found, other, request)}, with {other}"
         kind = config.rope_parameters.get("rope_type", "default")
-        if stand_in_reads(str(header.values["general.architecture"]), header.tensors, kind):
-            wanted = logits(_rounded_source(opened, dtype), inputs)
+        made = stand_in(header, kind, torch.float32)
+        if made is not None:
+            found = logits(made, inputs)
+            del made  # one model at a time
             answered(1)
-            made = logits(load_gguf(file, torch.float32)[0], inputs)
+            wanted = logits(_rounded_source(opened, dtype), inputs)
             loader = f"transformers {importlib.metadata.version('transformers')}'s GGUF loader"
-            said = f"{compare(wanted, made, loader)}; {said}"
+            said = f"{compare(wanted, found, loader)}; {said}"
         else:
             request.notes.append(
                 "logits were not compared otherwise either: nothing else here reads all of such a file"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from .check import logits
 from .gguf_models import FREQUENCIES
 
 # Architectures that the loader reads right, with the biases that it takes.
-_STAND_IN: dict[str, set[str]] = {"llama": set(), "qwen2": {"attn_q", "attn_k", "attn_v"}, "qwen3": set()}
+_STAND_IN: dict[str, set[str]] = {"llama": set(), "qwen2": {"attn_q", "attn_k", "attn_v"}}
 # Keys that change what attention does, and that it passes over.
 _LOST_KEYS = (".rope.scaling.", ".attention.sliding_window")
 
@@ -130,17 +130,24 @@ def _lost(file: GGUFFile, what: str) -> RegroupError:
     )
 
 
-def stand_in_reads(arch: str, tensors: Iterable[str], rope: str) -> bool:
-    """Whether transformers' GGUF loader takes everything from such a file: it passes over some things in silence.
+def stand_in(file: GGUFFile, rope: str, dtype: torch.dtype) -> Any:
+    """The model of a file of Llama's kind by transformers' loader; None where that passes something over.
 
     Args:
-        arch: llama.cpp's architecture.
-        tensors: names of the file's tensors.
+        file: the file's header.
         rope: transformers' ``rope_type``.
+        dtype: of the model.
     """
-    plain = rope == "default" and FREQUENCIES not in tensors
-    biases = {name.split(".")[-2] for name in tensors if name.endswith(".bias")}
-    return plain and arch in _STAND_IN and biases <= _STAND_IN[arch]
+    arch = file.values["general.architecture"]
+    biases = {name.split(".")[-2] for name in file.tensors if name.endswith(".bias")}
+    if rope != "default" or FREQUENCIES in file.tensors or arch not in _STAND_IN or not biases <= _STAND_IN[arch]:
+        return None
+    try:
+        model, missed = load_gguf(file.path, dtype)
+    # A gap of the loader's is no fault of the file's, and it reports one by whatever its code runs into.
+    except Exception:
+        return None
+    return None if missed else model
 
 
 def load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, set[str]]:
@@ -167,14 +174,18 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, set[str]]:
 
 @contextlib.contextmanager
 def _in_silence() -> Iterator[None]:
-    """The loader draws a bar of its own, which its switch for bars does not reach."""
+    """The loader draws a bar that its switch for bars does not reach, and warns of what is checked here."""
     from transformers import modeling_gguf_pytorch_utils as loader
+    from transformers.utils import logging
 
     module: Any = loader
     bar = module.tqdm
     module.tqdm = functools.partial(bar, disable=True)
+    loudness = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         with without_bars():
             yield
     finally:
+        logging.set_verbosity(loudness)
         module.tqdm = bar

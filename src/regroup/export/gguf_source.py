@@ -16,7 +16,7 @@ from ..devices import check_fits
 from ..errors import RegroupError
 from . import llama_cpp
 from .check import TOLERANCE, check_memory, compare, folder_logits, logits, model_inputs
-from .gguf_foreign import ForeignModel, foreign_model, load_gguf, stand_in_reads
+from .gguf_foreign import ForeignModel, foreign_model, stand_in
 from .gguf_models import CLASSES, Model, model_of, rounded
 from .gguf_structure import check_folder
 from .gguf_texts import check_against_llama_cpp, check_reloaded
@@ -151,8 +151,10 @@ def _compare(model: Model | ForeignModel, dtype: torch.dtype, stage: Path, token
         elif tokenizer is not None:
             request.notes.append("token ids were not compared: nothing else that works here reads the file's tokenizer")
         kind = model.config.rope_parameters["rope_type"]
-        if stand_in_reads(model.config.model_type, file.tensors, kind):
-            wanted = logits(load_gguf(file.path, dtype)[0].float(), inputs)
+        other = stand_in(file, kind, dtype)
+        if other is not None:
+            wanted = logits(other.float(), inputs)
+            del other  # one model at a time
             answered(1)
             loader = f"transformers {importlib.metadata.version('transformers')}, against its GGUF loader"
             said = f"{compare(wanted, folder_logits(stage, None), loader, tolerance=TOLERANCE)}; {said}"
