@@ -254,7 +254,7 @@ def _true() -> Any:
         return summarize(str(Path(folder) / "x.gguf"))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.lists(
         st.tuples(
@@ -291,7 +291,7 @@ NUMBERS = st.one_of(
 )
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     st.dictionaries(
         st.sampled_from(sorted(key for key in facts() if key.startswith("llama."))), NUMBERS, min_size=1, max_size=3
