@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from .convert import Forecast, Preview
+from .errors import human_bytes
 from .inspection import LayerSummary, Summary
 from .layout import Layout
 from .opening import Source
@@ -33,15 +34,6 @@ if TYPE_CHECKING:
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def human_bytes(count: float) -> str:
-    """1536 to ``"1.5 KiB"``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"
 
 
 @contextlib.contextmanager

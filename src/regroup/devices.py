@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .errors import RegroupError
+from .errors import RegroupError, two_sizes
 
 # Of the memory that is free, what a run may take.
 USABLE = 0.9
@@ -47,11 +47,12 @@ def check_fits(needed: int, message: str, *, file: Path, got: str, remedy: str) 
     """
     free = free_memory("cpu")
     if free is not None and needed > USABLE * free:
+        wanted, there_is = two_sizes(needed, free)
         raise RegroupError(
             message,
             file=file,
-            expected=f"at most {USABLE:.0%} of the {free / 1e9:.1f} GB that are free",
-            got=f"about {needed / 1e9:.1f} GB for {got}",
+            expected=f"at most {USABLE:.0%} of the {there_is} that are free",
+            got=f"about {wanted} for {got}",
             remedy=remedy,
         )
 

@@ -1,4 +1,4 @@
-"""The one exception that users see, and the form of its message."""
+"""The one exception that users see, and the form of its message and of the sizes in it."""
 
 from __future__ import annotations
 
@@ -55,6 +55,21 @@ class AgreedError(RegroupError):
             remedy=details["remedy"],
         )
         self.speaker = speaker
+
+
+def human_bytes(count: float) -> str:
+    """1536 to ``"1.5 KiB"``: in a unit that shows them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+def two_sizes(one: float, other: float) -> tuple[str, str]:
+    """Two numbers of bytes that are compared: all their digits where ``human_bytes`` would make them look alike."""
+    shown = human_bytes(one), human_bytes(other)
+    return shown if shown[0] != shown[1] or one == other else (f"{one:,.0f} B", f"{other:,.0f} B")
 
 
 def _short(value: object, most: int = 2000) -> str:

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from .bench.roofline import kv_cache_bytes
-from .checkpoint import fetch, headers_of, is_hub_id, open_checkpoint, read_gguf
+from .checkpoint import GGUFFile, fetch, headers_of, is_gguf, is_hub_id, open_checkpoint, read_gguf
 from .checkpoint.reader import read_json
 from .errors import RegroupError
 from .layout import Layout, detect
@@ -108,7 +110,7 @@ def summarize(source: str, *, revision: str | None = None) -> Summary:
         RegroupError: nothing of the kind, or nothing that is understood.
     """
     path = Path(source).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf" or is_gguf(path):
         return _from_gguf(path)
     if path.suffix == ".safetensors":
         raise RegroupError(
@@ -158,44 +160,62 @@ def _from_layout(source: str, layout: Layout) -> Summary:
 
 
 def _from_gguf(path: Path) -> Summary:
-    values = read_gguf(path)
-    architecture = values.get("general.architecture")
+    file = read_gguf(path)
+    architecture = file.values.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise _gguf_lacks(path, "general.architecture", architecture)
 
-    def number(key: str, default: Any = None, most: int = 2**63) -> Any:
-        value = values.get(f"{architecture}.{key}", default)
+    def number(key: str, default: Any = None, least: int = 0, most: int = 2**31 - 1) -> Any:
+        """A number, or a list of them where the file has one for each layer."""
+        value = file.values.get(f"{architecture}.{key}", default)
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
         numbers = value if isinstance(value, list) else [value]
-        if not numbers or not all(isinstance(x, int) and 0 <= x <= most for x in numbers):
-            raise RegroupError(
-                "the GGUF header lacks a number that is needed",
-                file=path,
-                expected=f"{architecture}.{key}",
-                got=repr(value)[:80],
-            )
+        if not numbers or not all(type(x) is int and least <= x <= most for x in numbers):
+            raise _gguf_lacks(path, f"{architecture}.{key}", value)
         return value
 
-    blocks = int(number("block_count", most=MAX_LAYERS))
+    def one(key: str, default: Any = None, least: int = 0, most: int = 2**31 - 1) -> int:
+        value = number(key, default, least, most)
+        if isinstance(value, list):
+            raise _gguf_lacks(path, f"{architecture}.{key}", value)
+        return value
+
+    blocks = one("block_count", least=1, most=MAX_LAYERS)
+    _check_blocks(file, blocks)
     heads = _per_layer(number("attention.head_count", most=MAX_HEADS), blocks, path)
-    kv_heads = _per_layer(number("attention.head_count_kv", heads, MAX_HEADS), blocks, path)
-    hidden = int(number("embedding_length"))
-    # DeciLM files list layers without attention with no heads; they keep no cache.
+    kv_heads = _per_layer(number("attention.head_count_kv", heads, most=MAX_HEADS), blocks, path)
+    hidden = one("embedding_length", least=1)
+    # Files of mixed models list layers without attention with no heads; they keep no cache.
     present = [index for index in range(blocks) if heads[index] and kv_heads[index]]
     if not present:
         raise RegroupError("no layer of this GGUF file has attention heads", file=path)
-    head_dim = int(number("attention.key_length", hidden // max(heads)))
-    if int(number("attention.value_length", head_dim)) != head_dim:
+    for index in present:
+        if heads[index] % kv_heads[index]:
+            raise RegroupError(
+                "the query heads cannot be divided among the KV heads of this GGUF file",
+                file=path,
+                layer=f"blk.{index}",
+                expected=f"KV heads that divide {heads[index]}",
+                got=kv_heads[index],
+            )
+    head_dim = one("attention.key_length", hidden // max(heads), least=1)
+    if one("attention.value_length", head_dim) != head_dim:
         raise RegroupError(
             "keys and values of this model differ in width, which is not described here",
             file=path,
             got=f"keys {head_dim}, values {number('attention.value_length')}",
         )
-    window = values.get(f"{architecture}.attention.sliding_window")
+    for index in present:
+        _check_widths(file, index, kv_heads[index] * head_dim)
+    window = file.values.get(f"{architecture}.attention.sliding_window")
     return Summary(
         source=str(path),
         format="gguf",
-        family=str(architecture),
+        family=architecture,
         hidden_size=hidden,
         dtype=None,
-        parameters=values["parameters"],
+        parameters=file.parameters,
         tied_embeddings=None,
         layers=tuple(
             LayerSummary(
@@ -204,16 +224,52 @@ def _from_gguf(path: Path) -> Summary:
                 num_attention_heads=heads[index],
                 num_key_value_heads=kv_heads[index],
                 head_dim=head_dim,
-                window=int(window) if isinstance(window, int) and window > 0 else None,
-                rotary_dim=int(number("rope.dimension_count", 0)),
+                window=window if type(window) is int and window > 0 else None,
+                rotary_dim=one("rope.dimension_count", 0),
             )
             for index in present
         ),
     )
 
 
+def _gguf_lacks(path: Path, key: str, value: object) -> RegroupError:
+    return RegroupError(
+        "the GGUF header lacks a value that is needed, or has an impossible one",
+        file=path,
+        expected=key,
+        got=repr(value)[:80],
+    )
+
+
+def _check_blocks(file: GGUFFile, blocks: int) -> None:
+    """A count of layers that the tensors contradict would make every figure wrong."""
+    numbers = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    strange = [text for text in numbers if not text.isdecimal()]
+    found = max((int(text) for text in numbers - set(strange)), default=blocks - 1) + 1
+    if strange or found != blocks or len(numbers) not in (0, blocks):
+        raise RegroupError(
+            "the GGUF header counts other layers than the file has",
+            file=file.path,
+            expected=f"tensors of {blocks} layers",
+            got=f"{len(numbers)} layers, up to blk.{found - 1}" if not strange else f"blk.{strange[0][:40]}",
+        )
+
+
+def _check_widths(file: GGUFFile, index: int, width: int) -> None:
+    for part in ("attn_k", "attn_v"):
+        tensor = file.tensors.get(f"blk.{index}.{part}.weight")
+        if tensor is not None and tensor.shape[0] != width:
+            raise RegroupError(
+                "a tensor of the GGUF file has another width than its header says",
+                file=file.path,
+                tensor=tensor.name,
+                expected=f"{width}: KV heads times head_dim",
+                got=tensor.shape[0],
+            )
+
+
 def _per_layer(value: Any, blocks: int, path: Path) -> list[int]:
-    """One number a layer, from one number for all or a list."""
+    """One number for each layer, from one number for all or a list."""
     if isinstance(value, list) and len(value) != blocks:
         raise RegroupError(
             "the GGUF header counts its layers in two ways",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint, refuse_gguf
 from .convert import Preview, preview
 from .convert.config import child_config
 from .convert.resume import PLAN_FILE
@@ -78,6 +78,7 @@ def verify(
             is incomplete is a broken promise.
     """
     folder = Path(child).expanduser()
+    refuse_gguf(folder)
     if not folder.is_dir():
         raise RegroupError("the child is not a folder", file=folder, expected="a converted checkpoint")
     chosen = Plan.load(plan or folder / PLAN_FILE)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..attention import BACKENDS, explain, grouped_query_attention
-from ..errors import RegroupError
+from ..errors import RegroupError, human_bytes
 from .machine import Bystanders, Rate, product_rate, quantiles, read_bandwidth, timed
 from .roofline import Cost, operator_cost
 
@@ -229,7 +229,7 @@ def _ways(
     else:
         ways["packed_sdpa"] = packed_sdpa
         if repeated > _REPEATED_BYTES:
-            reasons["repeat"] = f"repeated keys and values would take {repeated / 1e9:.1f} GB"
+            reasons["repeat"] = f"repeated keys and values would take {human_bytes(repeated)}"
         else:
             ways["repeat"] = repeat
     ways["regroup"] = ours("auto")
@@ -250,5 +250,5 @@ def _run(action: Callable[[int], Tensor], count: int, pairs: int, device: torch.
 def too_large(shape: Shape, limit: int) -> str | None:
     """Why a shape is left out of a grid, or None."""
     if shape.cost.nbytes > limit:
-        return f"{shape.cost.nbytes / 1e9:.1f} GB of keys and values, more than the limit of {limit / 1e9:.1f} GB"
+        return f"{shape.cost.nbytes / 1e9:.3g} GB of keys and values, more than the limit of {limit / 1e9:.3g} GB"
     return None

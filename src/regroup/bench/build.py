@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import fetch, headers_of, is_hub_id, open_checkpoint
+from ..checkpoint import fetch, headers_of, is_hub_id, open_checkpoint, refuse_gguf
 from ..checkpoint.reader import read_json
 from ..errors import RegroupError
 from ..models.expected import check_loadable, refuse_kernels
@@ -64,6 +64,7 @@ def read_config(source: str, *, revision: str | None = None) -> tuple[dict[str, 
         RegroupError: it is none of these.
     """
     path = Path(source).expanduser()
+    refuse_gguf(path)
     if path.is_file():
         return read_json(path), None
     if not path.exists() and is_hub_id(source):

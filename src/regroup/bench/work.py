@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..devices import USABLE, free_memory
-from ..errors import RegroupError
+from ..errors import RegroupError, human_bytes
 from .build import DTYPES, Model, describe, read_config
 from .machine import Rate, product_rate, read_bandwidth
 from .roofline import DTYPE_BYTES, Cost, attention_flops, kv_cache_bytes, weights_cost
@@ -105,8 +105,8 @@ def models_for(source: str, kv_heads: Sequence[int] | None, work: Work, *, layer
     raise RegroupError(
         "the benchmark does not fit into memory"
         + ("" if layers is not None else ", not even with one layer of the model"),
-        expected=f"at most {USABLE:.0%} of the {free / 1e9:.1f} GB that are free",
-        got=f"about {largest / 1e9:.1f} GB for weights, cache and prompt",
+        expected=f"at most {USABLE:.0%} of the {human_bytes(free)} that are free",
+        got=f"about {human_bytes(largest)} for weights, cache and prompt",
         remedy="lower --batch or --prompt"
         + (", or leave --layers out: as many are then taken as fit" if layers is not None else ""),
     )

@@ -1,6 +1,6 @@
 """Safetensors in, safetensors out. Nothing here knows what a head is."""
 
-from .gguf import read_gguf
+from .gguf import GGUFFile, GGUFTensor, is_gguf, read_gguf, refuse_gguf
 from .header import TensorEntry, read_header
 from .reader import Checkpoint, open_checkpoint
 from .source import fetch, fingerprint, headers_of, is_hub_id, remote_headers
@@ -9,15 +9,19 @@ from .writer import ShardFile
 
 __all__ = [
     "Checkpoint",
+    "GGUFFile",
+    "GGUFTensor",
     "ShardFile",
     "TensorEntry",
     "fetch",
     "fingerprint",
     "headers_of",
+    "is_gguf",
     "is_hub_id",
     "open_checkpoint",
     "read_gguf",
     "read_header",
+    "refuse_gguf",
     "remote_headers",
     "scratch_folder",
     "staged_file",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import RegroupError
+from ..errors import RegroupError, human_bytes
 from ..files import parse_json
 from .companions import companion_files
 from .forms import foreign_weights, refuse_adapter, refuse_other_forms
@@ -250,8 +250,8 @@ def _room(nbytes: int, file: Path, tensor: str) -> torch.Tensor:
             "a tensor does not fit into memory",
             file=file,
             tensor=tensor,
-            expected=f"at most {memory / 1e9:.2f} GB, which this machine has",
-            got=f"{nbytes / 1e9:.2f} GB",
+            expected=f"at most {human_bytes(memory)}, which this machine has",
+            got=human_bytes(nbytes),
             remedy="use a machine with more memory, if the file is what it should be",
         ) from error
 

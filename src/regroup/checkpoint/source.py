@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import RegroupError
 from .forms import refuse_other_forms
+from .gguf import refuse_gguf
 from .header import TensorEntry, read_header, unreadable
 from .reader import open_checkpoint, read_json
 
@@ -36,6 +37,7 @@ def fetch(source: str, *, revision: str | None = None, weights: bool = True, pic
     """
     path = Path(source).expanduser()
     if path.exists() or not is_hub_id(source):
+        refuse_gguf(path)
         if not path.is_dir():
             raise RegroupError(
                 "the source does not exist" if not path.exists() else "the source is not a folder",

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..errors import RegroupError
+from ..errors import RegroupError, two_sizes
 from .header import encode_header, nbytes_of, unreadable
 from .stage import allocated, left_behind
 
@@ -203,11 +203,12 @@ def check_destination(destination: Path, source: Path | None, nbytes: int) -> No
     # What a killed run left is removed or used.
     free = shutil.disk_usage(parent).free + sum(map(allocated, left_behind(destination)))
     if free < nbytes:
+        needed, there_is = two_sizes(nbytes, free)
         raise RegroupError(
             "the disk has too little room for the result",
             file=parent,
-            expected=f"{nbytes / 1e9:.2f} GB free",
-            got=f"{free / 1e9:.2f} GB free",
+            expected=f"{needed} free",
+            got=f"{there_is} free",
             remedy="free some space or choose a destination on another disk",
         )
 

@@ -101,7 +101,7 @@ def advise(
 def _table(advice: Any, batch: int) -> Any:
     from rich.table import Table
 
-    from ..console import human_bytes
+    from ..errors import human_bytes
 
     first = advice.predictions[0]
     known, after = first.judged is not None, first.loss_after is not None

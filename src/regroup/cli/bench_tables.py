@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ..console import human_bytes
+from ..errors import human_bytes
 
 if TYPE_CHECKING:
     from ..bench.attention import Shape

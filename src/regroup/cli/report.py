@@ -17,6 +17,7 @@ def report(
 ) -> None:
     """One page from records: quality, speed, uptraining, memory; it opens offline and loads nothing."""
     from ..console import err
+    from ..errors import human_bytes
     from ..report.page import write_report
 
     for record in records:
@@ -24,4 +25,4 @@ def report(
     unused = write_report(records, output, title=title)
     for name in unused:
         err.print(f"nothing is drawn of {name}", markup=False)
-    err.print(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB", markup=False)
+    err.print(f"wrote {output}, {human_bytes(output.stat().st_size)}", markup=False)

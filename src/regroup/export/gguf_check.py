@@ -1,4 +1,4 @@
-"""Whether a GGUF file answers as its source does: in llama.cpp where it is installed, else through transformers."""
+"""Whether a GGUF file answers as its source does: in llama.cpp where that works, else by what can be read back."""
 
 from __future__ import annotations
 
@@ -9,39 +9,35 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import read_gguf
 from ..errors import RegroupError
-from ..models import load, load_tokenizer, without_bars
+from ..models import load, load_tokenizer
 from ..opening import Source
-from ..planning import Listener
 from . import llama_cpp
 from .check import Comparison, compare, logits, model_inputs
-from .gguf_source import load_gguf
-from .run import check_length, source_config
+from .gguf_foreign import stand_in
+from .gguf_structure import check_file
+from .gguf_texts import check_same, ids_of, texts_for
+from .gguf_tokenizer import Vocabulary
+from .gguf_vocabulary import tokenizer_of
+from .run import Request, check_length, source_config
 
 PROMPT = "Once upon a time there was"
 NEW_TOKENS = 24
-_TRANSFORMERS_READS = ("llama", "qwen2")
-
-
-def unread(arch: str) -> str | None:
-    """Why nothing that is installed reads files of this architecture; None where something does."""
-    if llama_cpp.installed() or arch in _TRANSFORMERS_READS:
-        return None
-    return f"transformers reads no GGUF of architecture {arch}, and llama-cpp-python is not installed"
 
 
 def check_gguf(
-    opened: Source, file: Path, config: Any, dtype: torch.dtype, *, has_tokenizer: bool, told: Listener
+    opened: Source, file: Path, config: Any, dtype: torch.dtype, vocab: Vocabulary | None, request: Request
 ) -> str:
     """Compare a file with its source, one model in memory at a time.
 
     Args:
         opened: the source.
-        file: the GGUF file, of an architecture that is read here (see ``unread``).
+        file: the GGUF file.
         config: the transformers config of the source.
         dtype: of the file's matrices.
-        has_tokenizer: whether the file has the source's tokenizer.
-        told: of each model that has answered.
+        vocab: the source's tokenizer as the file has it, or None.
+        request: told of each model that has answered, and of what was not compared.
 
     Returns:
         What was compared.
@@ -50,19 +46,61 @@ def check_gguf(
         RegroupError: the answers differ, or llama.cpp does not load the file.
     """
     inputs = model_inputs(config, length=check_length(opened))
-    with told.comparing() as answered:
-        if llama_cpp.installed():
-            tokenizer = load_tokenizer(opened.folder) if has_tokenizer else None
+    tokenizer = load_tokenizer(opened.folder) if vocab is not None else None
+    texts = texts_for(tokenizer) if tokenizer is not None else []
+    header = read_gguf(file)
+    trouble = llama_cpp.trouble(tensor.kind for tensor in header.tensors.values())
+    with request.told.comparing() as answered:
+        if trouble is None:
             windows = [layer.window for layer in opened.layout.layers if layer.window is not None]
             longest = min([config.max_position_embeddings, *windows])
-            return str(_llama_cpp(opened, file, tokenizer, inputs["input_ids"], dtype, longest, answered))
-        wanted = logits(_rounded_source(opened, dtype), inputs)
+            said = str(_llama_cpp(opened, file, tokenizer, inputs["input_ids"], dtype, longest, answered))
+            if vocab is not None:
+                found = llama_cpp.ask(file, {"texts": texts})["ids"]
+                said += f", {_check_ids(tokenizer, vocab, texts, found, llama_cpp.version(), request)}"
+            return said
+        request.notes.append(f"logits were not compared with llama.cpp: {trouble}")
+        checkpoint = opened.checkpoint
+        said = check_file(file, opened.layout, config, checkpoint.tensors, checkpoint.read, dtype)
+        if vocab is not None:
+            works = llama_cpp.trouble(()) is None
+            other = llama_cpp.version() if works else "the tokenizer that regroup makes of the file"
+            found = llama_cpp.ask(file, {"texts": texts})["ids"] if works else ids_of(tokenizer_of(header), texts)
+            said += f"; {_check_ids(tokenizer, vocab, texts, found, other, request)}, with {other}"
+        kind = config.rope_parameters.get("rope_type", "default")
+        made = stand_in(header, kind, torch.float32)
+        if made is not None:
+            found = logits(made, inputs)
+            del made  # one model at a time
+            answered(1)
+            wanted = logits(_rounded_source(opened, dtype), inputs)
+            loader = f"transformers {importlib.metadata.version('transformers')}'s GGUF loader"
+            said = f"{compare(wanted, found, loader)}; {said}"
+        else:
+            request.notes.append(
+                "logits were not compared otherwise either: nothing else here reads all of such a file"
+            )
+            answered(1)
         answered(1)
-        with without_bars():
-            made = load_gguf(file, torch.float32)
-        found = logits(made, inputs)
-        answered(1)
-    return str(compare(wanted, found, f"transformers {importlib.metadata.version('transformers')}'s GGUF loader"))
+    return said
+
+
+def _check_ids(
+    tokenizer: Any, vocab: Vocabulary, texts: list[str], found: list[list[int]], other: str, request: Request
+) -> str:
+    """Token ids of texts, against what llama.cpp should make of them, where that is known to differ from the source."""
+    if not vocab.differences:
+        return check_same(texts, ids_of(tokenizer, texts), found, other)
+    made = vocab.predicted(tokenizer)
+    wanted = [made.encode(text).ids for text in texts]
+    said = check_same(texts, wanted, found, other)
+    own = ids_of(tokenizer, texts)
+    differing = [text for text, a, b in zip(texts, own, wanted, strict=True) if a != b]
+    request.notes.append(
+        f"{len(differing)} of {len(texts)} texts get other token ids in llama.cpp than from this tokenizer"
+        + (f", such as {min(differing, key=len)[:60]!r}" if differing else "")
+    )
+    return f"{said}, but for the differences that are noted"
 
 
 def _rounded_source(opened: Source, dtype: torch.dtype) -> Any:

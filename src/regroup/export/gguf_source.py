@@ -1,4 +1,4 @@
-"""A GGUF file as a source: transformers' own loader reads it, and a stock checkpoint comes of it."""
+"""A GGUF file as a source: a stock checkpoint comes of it, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import read_gguf, staged_folder
+from ..checkpoint import GGUFFile, ShardFile, read_gguf, staged_folder
+from ..checkpoint.reader import TORCH_DTYPES
 from ..checkpoint.writer import check_destination
 from ..devices import check_fits
 from ..errors import RegroupError
-from ..planning import Listener
 from . import llama_cpp
 from .check import TOLERANCE, check_memory, compare, folder_logits, logits, model_inputs
+from .gguf_foreign import ForeignModel, foreign_model, stand_in
+from .gguf_models import CLASSES, Model, model_of, rounded
+from .gguf_structure import check_folder
+from .gguf_texts import check_against_llama_cpp, check_reloaded
+from .gguf_vocabulary import described, tokenizer_of
 from .run import Exported, Request
 
-# Dtypes of a file's matrices by the library's name; what is quantised is stored anew in float32.
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Keys and tensors that change how dimensions are rotated, and that transformers' loader passes over.
-_ROTATION_KEYS = (".rope.scaling.", ".attention.sliding_window")
-_FREQUENCIES = "rope_freqs.weight"
+_SPELLED = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def export_from_gguf(file: Path, destination: Path, request: Request) -> Exported:
     """Turn a GGUF file into a checkpoint folder of a stock transformers class (see ``export_checkpoint``).
 
     Raises:
-        RegroupError: the target is another one, or the file holds what transformers does not take from it.
+        RegroupError: the target is another one, or the file holds or lacks what the checkpoint cannot do without.
     """
     if request.to != "hf" or request.expand or request.tensor_parallel is not None:
         raise RegroupError(
@@ -37,162 +38,131 @@ def export_from_gguf(file: Path, destination: Path, request: Request) -> Exporte
             file=file,
             expected="--to hf, without --expand or --tensor-parallel",
             got=f"--to {request.to}",
-            remedy="export it with --to hf first, and go on from the folder",
+            remedy="export it with --to hf first, and export that folder",
         )
-    facts = read_gguf(file)
-    _check_header(file, facts)
-    dtype = getattr(torch, request.dtype) if request.dtype else _stored(file)
-    check_destination(destination, None, facts["parameters"] * dtype.itemsize)
-    _check_memory(file, facts["parameters"], dtype, request)
+    found = read_gguf(file)
+    if not found.tensors:
+        raise RegroupError("this GGUF file has no tensors", file=file, expected="a model, not a vocabulary alone")
+    dtype = getattr(torch, request.dtype) if request.dtype else _stored(found)
+    check_destination(destination, None, found.parameters * dtype.itemsize)
+    if request.check:
+        check_memory(file, found.parameters, 0, request.told)
+    arch = found.values.get("general.architecture")
+    model = model_of(found) if arch in CLASSES else foreign_model(found, dtype)
+    _check_largest(found)
+    tokenizer = tokenizer_of(found)
+    if tokenizer is None:
+        request.notes.append("the GGUF file has no tokenizer, so the checkpoint has none")
+    else:
+        _check_vocabulary(found, tokenizer, model.config.vocab_size)
+        for kind in ("bos", "eos", "pad"):
+            setattr(model.config, f"{kind}_token_id", getattr(tokenizer, f"{kind}_token_id"))
     with staged_folder(destination) as stage:
-        config, wanted = _write(file, facts["parameters"], dtype, stage, request)
-        checked = _compare(file, stage, config, wanted, request.told) if request.check else None
-    form = f"a checkpoint of the stock {config.model_type} class of transformers, {str(dtype)[6:]}"
+        _write(model, dtype, stage, request)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+            check_reloaded(stage, tokenizer)
+        checked = _compare(model, dtype, stage, tokenizer, request) if request.check else None
+    form = f"a checkpoint of the stock {model.config.model_type} class of transformers, {str(dtype)[6:]}"
+    if tokenizer is not None:
+        form += f", with the file's tokenizer ({described(found)})"
     return Exported(destination, form, checked, None if checked else "--no-check", tuple(request.notes))
 
 
-def _check_header(file: Path, facts: dict[str, Any]) -> None:
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
-    arch = facts.get("general.architecture")
-    if arch not in GGUF_SUPPORTED_ARCHITECTURES:
-        raise RegroupError(
-            "transformers does not read GGUF files of this architecture",
-            file=file,
-            expected=", ".join(sorted(GGUF_SUPPORTED_ARCHITECTURES)),
-            got=arch,
-            remedy="start from the checkpoint that the file was made of",
-        )
-    heads = facts.get(f"{arch}.attention.head_count_kv")
-    if isinstance(heads, list) and len(set(heads)) > 1:
-        raise RegroupError(
-            "transformers reads one number of KV heads from a GGUF file",
-            file=file,
-            got=", ".join(map(str, heads)),
-            remedy="start from the checkpoint that the file was made of",
-        )
-    lost = [key for key in facts if any(part in key for part in _ROTATION_KEYS) and facts[key] not in ("none", 0)]
-    if lost:
-        raise _lost(file, ", ".join(lost))
-
-
-def _lost(file: Path, what: str) -> RegroupError:
-    return RegroupError(
-        "transformers does not take everything from this GGUF file",
-        file=file,
-        got=what,
-        remedy="start from the checkpoint that the file was made of",
+def _check_largest(file: GGUFFile) -> None:
+    """One tensor at a time is in memory: as it is stored, unpacked, and in its new dtype."""
+    largest = max(file.tensors.values(), key=lambda tensor: tensor.parameters)
+    check_fits(
+        largest.nbytes + 8 * largest.parameters,
+        "a tensor of this GGUF file does not fit into memory; nothing was written",
+        file=file.path,
+        got=largest.name,
+        remedy="free some memory",
     )
 
 
-def _stored(file: Path) -> torch.dtype:
+def _stored(file: GGUFFile) -> torch.dtype:
     """The dtype of the file's matrices where they share one that transformers stores, else float32."""
-    from gguf import GGUFReader
-
-    kinds = {tensor.tensor_type.name for tensor in GGUFReader(str(file)).tensors if len(tensor.shape) > 1}
-    return _DTYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+    kinds = {file.dtype_of(name) for name, tensor in file.tensors.items() if len(tensor.shape) > 1}
+    return (kinds.pop() if len(kinds) == 1 else None) or torch.float32
 
 
-def _load(file: Path, dtype: torch.dtype) -> Any:
-    try:
-        return load_gguf(file, dtype)
-    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+def _check_vocabulary(file: GGUFFile, tokenizer: Any, rows: int) -> None:
+    if len(tokenizer) > rows:
         raise RegroupError(
-            "transformers cannot load the GGUF file", file=file, got=str(error).strip()[:400] or type(error).__name__
-        ) from error
+            "the GGUF file has more tokens than its embedding has rows",
+            file=file.path,
+            expected=f"at most {rows}",
+            got=len(tokenizer),
+        )
 
 
-def load_gguf(file: Path, dtype: torch.dtype) -> Any:
-    """The model of a GGUF file by transformers' own loader, every weight unpacked, so that it can be saved."""
+def _write(model: Model | ForeignModel, dtype: torch.dtype, stage: Path, request: Request) -> None:
+    """Weights, config and settings of generation; one tensor is in memory at a time, if the file is read here."""
     import transformers
 
-    # Releases before 5.20 or so unpack in any case, and have no class to say so with.
-    packed = getattr(transformers, "GgufConfig", None)
-    options = {} if packed is None else {"quantization_config": packed(dequantize=True)}
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, **options)
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-    return model
-
-
-def _check_memory(file: Path, parameters: int, dtype: torch.dtype, request: Request) -> None:
-    """The model is in memory as a whole here, checked or not, beside the blocks that it is unpacked from."""
-    check_fits(
-        parameters * dtype.itemsize + file.stat().st_size,
-        "the model of this GGUF file does not fit into memory; nothing was written",
-        file=file,
-        got=f"{parameters:,} weights in {str(dtype)[6:]} and the file's blocks",
-        remedy="choose --dtype bfloat16 if that is less, free some memory, or start from the checkpoint that the file "
-        "was made of",
-    )
-    if request.check:
-        check_memory(file, parameters, 0, request.told)
-
-
-def _write(file: Path, parameters: int, dtype: torch.dtype, stage: Path, request: Request) -> tuple[Any, Tensor | None]:
-    """Write the checkpoint. The model is gone when this returns: the next one to be loaded is the result.
-
-    Returns:
-        The config, and the logits of the loader's model; None where llama.cpp will be asked for them, or nobody.
-    """
-    model = _load(file, dtype)
-    _check_all_taken(file, parameters, model)
-    _save_tokenizer(file, stage, model, request)
-    model.save_pretrained(stage)
-    if not request.check or llama_cpp.installed():
-        return model.config, None
-    return model.config, logits(model.float(), model_inputs(model.config))
-
-
-def _check_all_taken(file: Path, parameters: int, model: Any) -> None:
-    """Its loader leaves out tensors that the config does not ask for, such as biases, without a word."""
-    from gguf import GGUFReader
-
-    tensors = GGUFReader(str(file)).tensors
-    if any(tensor.name == _FREQUENCIES for tensor in tensors):
-        raise _lost(file, f"{_FREQUENCIES}: Llama 3's slower frequencies")
-    taken = sum(parameter.numel() for parameter in model.parameters())
-    if taken != parameters:
-        kinds = sorted({tensor.name.split(".")[-2] for tensor in tensors if tensor.name.endswith(".bias")})
-        biases = f"; biases in it: {', '.join(kinds)}" if kinds else ""
-        raise _lost(file, f"{taken} of {parameters} weights{biases}")
-
-
-def _save_tokenizer(file: Path, stage: Path, model: Any, request: Request) -> None:
-    from gguf import GGUFReader
-    from transformers import AutoTokenizer
-
-    if "tokenizer.ggml.tokens" not in GGUFReader(str(file)).fields:
-        request.notes.append("the GGUF file has no tokenizer, so the checkpoint has none")
+    model.config.dtype = dtype
+    model.config.save_pretrained(stage)
+    transformers.GenerationConfig.from_model_config(model.config).save_pretrained(stage)
+    if isinstance(model, ForeignModel):
+        model.write(stage)
         return
+    tensors = model.file.tensors
+    specs = {name: (_SPELLED[dtype], tensors[source].shape) for name, source in model.names.items()}
+    written = ShardFile(stage / "model.safetensors", specs, {"format": "pt"})
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        tokenizer.save_pretrained(stage)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
-        request.notes.append(
-            f"transformers cannot make a tokenizer of the file's ({str(error).strip()[:120]}): copy the model's own"
-        )
-        return
-    # The loader leaves the config's own defaults, which are the ids of another model's tokens.
-    for kind in ("bos", "eos", "pad"):
-        for config in (model.config, model.generation_config):
-            setattr(config, f"{kind}_token_id", getattr(tokenizer, f"{kind}_token_id"))
+        with request.told.writing(written.nbytes) as progress:
+            for name, (_, shape) in specs.items():
+                written.write(name, rounded(model.read(name), dtype, name))
+                progress(dtype.itemsize * int(torch.Size(shape).numel()))
+    finally:
+        written.close()
 
 
-def _compare(file: Path, stage: Path, config: Any, wanted: Tensor | None, told: Listener) -> str:
-    """Against llama.cpp where it is installed, which reads the file by code of its own; else against the loader."""
-    inputs = model_inputs(config)
-    with told.comparing() as answered:
-        if wanted is None:
-            asked = {"rows": inputs["input_ids"].tolist(), "prompt": None, "new_tokens": 0}
-            answer: Tensor = llama_cpp.ask(file, asked)["logits"]
-            wanted, other = answer, llama_cpp.version()
-            tolerance = llama_cpp.TOLERANCES[torch.bfloat16]  # whatever the file's blocks are
+def _compare(model: Model | ForeignModel, dtype: torch.dtype, stage: Path, tokenizer: Any, request: Request) -> str:
+    """Against llama.cpp where it works, which reads the file by code of its own; else what the file says, anew."""
+    file = model.file
+    inputs = model_inputs(model.config)
+    trouble = llama_cpp.trouble(tensor.kind for tensor in file.tensors.values())
+    with request.told.comparing() as answered:
+        if trouble is None:
+            asked = {"rows": inputs["input_ids"].tolist()}
+            answer: Tensor = llama_cpp.ask(file.path, asked)["logits"]
+            answered(1)
+            found = folder_logits(stage, None)
+            answered(1)
+            loader = f"transformers {importlib.metadata.version('transformers')}, against {llama_cpp.version()}"
+            # Whatever the file's blocks are.
+            said = str(compare(answer, found, loader, tolerance=llama_cpp.TOLERANCES[torch.bfloat16]))
+            if tokenizer is not None:
+                said += f", {check_against_llama_cpp(file.path, tokenizer)}"
+            return said
+        request.notes.append(f"logits were not compared with llama.cpp: {trouble}")
+        if isinstance(model, ForeignModel):
+            wanted = model.logits(inputs)
+            answered(1)
+            found = folder_logits(stage, None)
+            answered(1)
+            loader = f"transformers {importlib.metadata.version('transformers')}, against its GGUF loader"
+            return str(compare(wanted, found, loader, tolerance=TOLERANCE))
+        said = check_folder(file.path, stage, dtype)
+        if tokenizer is not None and llama_cpp.trouble(()) is None:
+            said += f", {check_against_llama_cpp(file.path, tokenizer)}"
+        elif tokenizer is not None:
+            request.notes.append("token ids were not compared: nothing else that works here reads the file's tokenizer")
+        kind = model.config.rope_parameters["rope_type"]
+        other = stand_in(file, kind, dtype)
+        if other is not None:
+            wanted = logits(other.float(), inputs)
+            del other  # one model at a time
+            answered(1)
+            loader = f"transformers {importlib.metadata.version('transformers')}, against its GGUF loader"
+            said = f"{compare(wanted, folder_logits(stage, None), loader, tolerance=TOLERANCE)}; {said}"
         else:
-            other, tolerance = "its GGUF loader", TOLERANCE
+            request.notes.append(
+                "logits were not compared otherwise either: nothing else here reads all of such a file"
+            )
+            answered(1)
+            folder_logits(stage, None)
         answered(1)
-        found = folder_logits(stage, None)
-        answered(1)
-    loader = f"transformers {importlib.metadata.version('transformers')}, against {other}"
-    return str(compare(wanted, found, loader, tolerance=tolerance))
+    return said

@@ -19,7 +19,8 @@ from ..errors import RegroupError
 from ..models import load_tokenizer
 from ..opening import Source
 from ..planning import Listener
-from .gguf_check import check_gguf, unread
+from .gguf_check import check_gguf
+from .gguf_models import rounded
 from .gguf_tokenizer import Vocabulary, vocabulary
 from .heads import LLAMA_LAYERS, heads_of, repeated, spell
 from .run import Exported, Request, foresee_check, source_config, wanted_heads
@@ -77,8 +78,7 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
         )
     elements = sum(math.prod((changed.get(name) or entry).shape) for name, entry in checkpoint.tensors.items())
     check_destination(destination, opened.folder, elements * dtype.itemsize)
-    unchecked = unread(arch) if request.check else "--no-check"
-    if unchecked is None:
+    if request.check:
         foresee_check(opened, changed, request.told)
     with staged_file(destination) as file:
         with contextlib.closing(gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[arch]])) as writer:
@@ -89,10 +89,12 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
                 vocab.add_to(writer)
             _write_tensors(writer, opened, changed, arch, config, heads, dtype, request.told)
         checked = None
-        if unchecked is None:
-            checked = check_gguf(opened, file, config, dtype, has_tokenizer=vocab is not None, told=request.told)
+        if request.check:
+            checked = check_gguf(opened, file, config, dtype, vocab, request)
     form = f"GGUF, architecture {arch}, {str(dtype).removeprefix('torch.')}, KV heads: {_spelled(heads)}"
-    return Exported(destination, form, checked, unchecked, tuple(request.notes))
+    if vocab is not None:
+        form += f", tokenizer {vocab.model}" + (f" (pre-tokenizer {vocab.pre})" if vocab.model == "gpt2" else "")
+    return Exported(destination, form, checked, None if checked else "--no-check", tuple(request.notes))
 
 
 def _spelled(heads: tuple[int, ...]) -> str:
@@ -130,7 +132,9 @@ def _vocabulary(opened: Source, size: int, request: Request) -> Vocabulary | Non
     if not any((opened.folder / name).is_file() for name in _TOKENIZER_FILES):
         request.notes.append("the checkpoint has no tokenizer, so the file has none: give the engine token ids")
         return None
-    return vocabulary(load_tokenizer(opened.folder), size)
+    found = vocabulary(load_tokenizer(opened.folder), size)
+    request.notes.extend(f"llama.cpp {difference}, unlike this tokenizer" for difference in found.differences)
+    return found
 
 
 def _describe(
@@ -195,7 +199,7 @@ def _write_tensors(
     writer.write_ti_data_to_file()
     with told.writing(sum(sizes)) as progress:
         for (name, kind, _, read), nbytes in zip(made, sizes, strict=True):
-            writer.write_tensor_data(_rounded(read(), kind, name).contiguous().view(torch.uint8).numpy())
+            writer.write_tensor_data(rounded(read(), kind, name).contiguous().view(torch.uint8).numpy())
             progress(nbytes)
 
 
@@ -256,16 +260,3 @@ def _frequency_factors(config: Any) -> torch.Tensor | None:
     slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     dim = 2 * slowed.numel()
     return config.rope_parameters["rope_theta"] ** (-torch.arange(0, dim, 2).double() / dim) / slowed.double()
-
-
-def _rounded(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    rounded = tensor.to(dtype)
-    if dtype == torch.float16 and bool(rounded.isinf().any()) and not bool(tensor.isinf().any()):
-        raise RegroupError(
-            "a weight is too large for float16",
-            tensor=name,
-            expected=f"at most {torch.finfo(torch.float16).max:g}",
-            got=f"{float(tensor.abs().max()):g}",
-            remedy="choose --dtype bfloat16 or float32",
-        )
-    return rounded

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
+from tokenizers import Tokenizer, pre_tokenizers
 
 from ..errors import RegroupError
-
-SPACE = "▁"
-# Regular expressions by which byte-level tokenizers split text, and llama.cpp's names for its versions of them.
-_SPLITS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+": "llama-bpe",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+": "qwen2",
-}
+from .pretokenizers import PRE_TOKENIZERS, recognise
 
 
 @dataclass(frozen=True)
@@ -33,6 +27,7 @@ class Vocabulary:
         special: such as ``{"bos": 1}``.
         add_bos, add_eos, add_space_prefix: what an encoded text begins and ends with.
         chat_template: or None.
+        differences: in what llama.cpp's tokenizer of this name is known to differ, for people.
     """
 
     model: str
@@ -46,6 +41,19 @@ class Vocabulary:
     add_eos: bool = False
     add_space_prefix: bool = True
     chat_template: str | None = None
+    differences: tuple[str, ...] = ()
+
+    def predicted(self, tokenizer: Any) -> Tokenizer:
+        """The tokenizer that was described, with llama.cpp's way to cut text in place of its own."""
+        made = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        if self.model == "gpt2":
+            row = PRE_TOKENIZERS[self.pre]
+            made.pre_tokenizer = row.build()
+            if not row.raw:
+                made.normalizer = None
+        made.no_truncation()
+        made.no_padding()
+        return made
 
     def add_to(self, writer: GGUFWriter) -> None:
         writer.add_tokenizer_model(self.model)
@@ -87,7 +95,9 @@ def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     if max(ids.values()) >= size:
         raise _refused(f"at most {size} tokens, as the embedding has rows", max(ids.values()) + 1)
     added = {token["id"]: token for token in data["added_tokens"]}
-    tokens = [f"[PAD{number}]" for number in range(size)]
+    if model.get("dropout"):
+        raise _refused("the same ids for the same text each time", f"dropout {model['dropout']}")
+    tokens = [_filler(number, ids) for number in range(size)]
     types = [int(TokenType.UNUSED)] * size
     for token, number in ids.items():
         tokens[number] = token
@@ -102,14 +112,65 @@ def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
         "chat_template": tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
     }
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    differences = [*_strips(added.values())]
+    raw = None
+    if model["byte_fallback"]:
+        raw = recognise(backend.pre_tokenizer, ignore_merges=bool(model.get("ignore_merges")), raw=True)
+    if raw is not None:
+        _check_raw(data, raw[0].name)
+        spelled = [" ".join(pair) for pair in merges]
+        return Vocabulary("gpt2", raw[0].name, merges=spelled, differences=tuple(differences), **common)
     if model["byte_fallback"]:
         scores = [0.0] * size
         for rank, (left, right) in enumerate(merges):
             number = ids.get(left + right)
             if number is not None and scores[number] == 0.0:
                 scores[number] = -float(rank + 1)
-        return Vocabulary("llama", "default", scores=scores, add_space_prefix=_prefixes(data), **common)
-    return Vocabulary("gpt2", _pre(data), merges=[" ".join(pair) for pair in merges], **common)
+        prefix = _prefixes(data)
+        if prefix and any(step.get("prepend_scheme") == "first" for step in _all_steps(data)):
+            differences.append("puts a space in front of text after a special token")
+        common["differences"] = tuple(differences)
+        return Vocabulary("llama", "default", scores=scores, add_space_prefix=prefix, **common)
+    name, exact = _pre(data, backend)
+    if not exact:
+        differences.append(
+            f"cuts some words elsewhere under the name {name}, as in languages with accents or no spaces"
+        )
+    if any(step["type"] == "NFC" for step in _steps(data.get("normalizer"))):
+        differences.append("does not compose characters (NFC) first")
+    _check_bytes(model, ids)
+    spelled = [" ".join(pair) for pair in merges]
+    return Vocabulary("gpt2", name, merges=spelled, differences=tuple(differences), **common)
+
+
+def _filler(number: int, ids: dict[str, int]) -> str:
+    """A name for a row of the embedding that no token has; names must differ."""
+    name = f"[PAD{number}]"
+    while name in ids:
+        name = f"[{name}]"
+    return name
+
+
+def _strips(added: Any) -> Iterator[str]:
+    """llama.cpp takes special tokens as they stand."""
+    odd = [token["content"] for token in added if token["lstrip"] or token["rstrip"] or token["single_word"]]
+    if odd:
+        yield f"keeps the spaces around {', '.join(odd[:3])}{' and others' if len(odd) > 3 else ''}"
+
+
+def _check_bytes(model: dict[str, Any], ids: dict[str, int]) -> None:
+    """What no token spells is left out by llama.cpp."""
+    missing = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if letter not in ids]
+    if missing and model.get("unk_token") is not None:
+        raise _refused(f"a token for each byte, or none for what is unknown ({model['unk_token']})",
+                       f"no token for {len(missing)} bytes")  # fmt: skip
+
+
+def _check_raw(data: dict[str, Any], name: str) -> None:
+    """Tokens of plain text stand for themselves, with ▁ for a space."""
+    steps = list(_steps(data.get("normalizer")))
+    if [step["type"] for step in steps] != ["Replace"] or steps[0].get("content") != "▁":
+        raise _refused(f"spaces that are replaced by ▁, as llama.cpp's {name} does", [step["type"] for step in steps])
 
 
 def _type(token: str, added: dict[str, Any] | None, model: dict[str, Any]) -> TokenType:
@@ -140,7 +201,7 @@ def _ends(tokenizer: Any) -> tuple[bool, bool]:
 
 def _prefixes(data: dict[str, Any]) -> bool:
     """Whether a text gets a space in front, as SentencePiece puts one."""
-    steps = [step for part in ("normalizer", "pre_tokenizer") for step in _steps(data.get(part))]
+    steps = _all_steps(data)
     known = {"Prepend", "Replace", "Metaspace"}
     if unknown := [step["type"] for step in steps if step["type"] not in known]:
         raise _refused("SentencePiece's way with spaces alone", ", ".join(unknown))
@@ -150,8 +211,8 @@ def _prefixes(data: dict[str, Any]) -> bool:
     )
 
 
-def _pre(data: dict[str, Any]) -> str:
-    """llama.cpp's name for the way in which byte-level BPE splits a text, which it otherwise takes as it is."""
+def _pre(data: dict[str, Any], backend: Any) -> tuple[str, bool]:
+    """llama.cpp's name for the way in which byte-level BPE cuts text, and whether llama.cpp cuts it so everywhere."""
     normalizers = [step["type"] for step in _steps(data.get("normalizer"))]
     # Nearly every text is composed already (NFC), and there is no word in GGUF for it.
     if unknown := [name for name in normalizers if name != "NFC"]:
@@ -161,21 +222,29 @@ def _pre(data: dict[str, Any]) -> str:
     steps = list(_steps(data.get("pre_tokenizer")))
     if any(step.get("add_prefix_space") for step in steps):
         raise _refused("byte-level BPE without a space in front of a text", "add_prefix_space")
-    name = _split(steps)
-    if data["model"].get("ignore_merges") and name != "llama-bpe":
-        raise _refused(f"tokens that are merged step by step, as llama.cpp's {name} does", "ignore_merges")
-    return name
+    ignores = bool(data["model"].get("ignore_merges"))
+    found = recognise(backend.pre_tokenizer, ignore_merges=ignores)
+    if found is not None:
+        return found[0].name, found[1]
+    other = recognise(backend.pre_tokenizer, ignore_merges=not ignores)
+    if other is not None:
+        how = "merged step by step" if ignores else "taken whole before any merge"
+        raise _refused(f"words that are {how}, as llama.cpp's {other[0].name} does", f"ignore_merges: {ignores}")
+    raise _refused("a way to cut text that llama.cpp has a name for", _described(steps))
 
 
-def _split(steps: list[dict[str, Any]]) -> str:
-    if [step["type"] for step in steps] == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return "gpt-2"
-    if [step["type"] for step in steps] == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-        pattern = steps[0]["pattern"].get("Regex")
-        if pattern in _SPLITS:
-            return _SPLITS[pattern]
-        raise _refused("a way to split text that llama.cpp has: Llama 3's, Qwen 2's or GPT-2's", pattern)
-    raise _refused("byte-level BPE", " then ".join(step["type"] for step in steps) or "no pre-tokenizer")
+def _described(steps: list[dict[str, Any]]) -> str:
+    """A pre-tokenizer for people."""
+
+    def one(step: dict[str, Any]) -> str:
+        pattern = step.get("pattern")
+        return step["type"] + (f" {next(iter(pattern.values()))!r}" if isinstance(pattern, dict) and pattern else "")
+
+    return " then ".join(map(one, steps)) or "no pre-tokenizer"
+
+
+def _all_steps(data: dict[str, Any]) -> list[dict[str, Any]]:
+    return [step for part in ("normalizer", "pre_tokenizer") for step in _steps(data.get(part))]
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -188,6 +257,6 @@ def _refused(expected: str, got: object) -> RegroupError:
     return RegroupError(
         "llama.cpp has no tokenizer like this one",
         expected=expected,
-        got=str(got)[:200],
+        got=str(got)[:600],
         remedy="remove the tokenizer's files for a GGUF file without one, and give the engine token ids",
     )

@@ -16,6 +16,14 @@ _F32 = 0  # GGML's number for the type: a KV cache of 16 bits would be another m
 def answer(file: str, asked: dict[str, Any]) -> dict[str, Any]:
     """What ``llama_cpp.ask`` returns, as arrays; text as its bytes."""
     module = importlib.import_module("llama_cpp")
+    found: dict[str, Any] = {}
+    if "texts" in asked:
+        model = module.Llama(file, vocab_only=True, verbose=False)
+        ids = [list(model.tokenize(text.encode(), add_bos=True, special=True)) for text in asked["texts"]]
+        found["lengths"] = np.array([len(one) for one in ids], dtype=np.int64)
+        found["ids"] = np.array([number for one in ids for number in one], dtype=np.int64)
+    if "rows" not in asked:
+        return found
     model = module.Llama(
         file, n_ctx=512, logits_all=True, type_k=_F32, type_v=_F32, flash_attn=False, n_gpu_layers=0, verbose=False
     )
@@ -24,8 +32,8 @@ def answer(file: str, asked: dict[str, Any]) -> dict[str, Any]:
         model.reset()
         model.eval(ids)
         rows.append(np.array(model.scores[: len(ids)], dtype=np.float32))
-    found: dict[str, Any] = {"logits": np.stack(rows)}
-    if asked["prompt"] is not None:
+    found["logits"] = np.stack(rows)
+    if asked.get("prompt") is not None:
         prompt = model.tokenize(asked["prompt"].encode(), add_bos=True, special=False)
         model.reset()
         model.eval(prompt)

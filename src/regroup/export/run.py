@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import staged_folder
+from ..checkpoint import is_gguf, staged_folder
 from ..checkpoint.header import nbytes_of
 from ..checkpoint.writer import check_destination, existing_parent
 from ..convert.rewrite import Change
@@ -110,7 +110,7 @@ def export_checkpoint(
         raise RegroupError("this dtype is not known here", expected=" or ".join(DTYPES), got=dtype)
     request = Request(to, expand, tensor_parallel, dtype, check, listener or Listener())
     file, target = Path(source).expanduser(), Path(destination).expanduser()
-    if file.suffix == ".gguf" and file.is_file():
+    if is_gguf(file):
         from .gguf_source import export_from_gguf
 
         return export_from_gguf(file, target, request)

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..errors import RegroupError
+from ..errors import RegroupError, human_bytes
 from ..record import write_whole
 from . import heads, paper, quality, speed, training
 from .figures import Section
@@ -105,8 +105,8 @@ def render(sections: Sequence[Section], records: Sequence[Record], unused: Seque
     if size > MOST_BYTES:
         raise RegroupError(
             "the page would be too large to open at once",
-            expected=f"at most {MOST_BYTES / 1e6:g} MB",
-            got=f"{size / 1e6:.1f} MB",
+            expected=f"at most {human_bytes(MOST_BYTES)}",
+            got=human_bytes(size),
             remedy="make several pages of fewer records",
         )
     return text

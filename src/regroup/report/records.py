@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RegroupError
+from ..errors import RegroupError, human_bytes
 from ..files import bounded, parse_json
 
 _FORMAT = 1
@@ -66,8 +66,8 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
             raise RegroupError(
                 "the file is larger than any record",
                 file=path,
-                expected=f"at most {_MOST_BYTES / 1e6:g} MB",
-                got=f"{size / 1e6:.1f} MB",
+                expected=f"at most {human_bytes(_MOST_BYTES)}",
+                got=human_bytes(size),
             )
         try:
             value = parse_json(raw, strict=True, whole=bounded)

@@ -9,7 +9,7 @@ from typing import Any
 from ..checkpoint import Checkpoint, fetch
 from ..checkpoint.reader import read_json, refuse_pickles
 from ..checkpoint.writer import existing_parent
-from ..errors import RegroupError
+from ..errors import RegroupError, two_sizes
 from ..models import load_tokenizer
 from ..processes import world
 from . import states
@@ -185,10 +185,11 @@ def check_room(recipe: Recipe, checkpoint: Checkpoint, student: Any) -> None:
     parent = recipe.output if recipe.output.is_dir() else existing_parent(recipe.output)
     free = shutil.disk_usage(parent).free
     if free + there < needed:
+        wanted, there_is = two_sizes(needed, free)
         raise RegroupError(
             "the disk has too little room for the run",
             file=parent,
-            expected=f"{needed / 1e9:.2f} GB for {recipe.keep} states, one more while it is written, and the result",
-            got=f"{free / 1e9:.2f} GB free",
+            expected=f"{wanted} for {recipe.keep} states, one more while it is written, and the result",
+            got=f"{there_is} free",
             remedy="free some space, choose another --output, or set keep to 1 in the recipe",
         )
