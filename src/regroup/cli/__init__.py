@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import signal
+import sys
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from ..errors import AgreedError, RegroupError
-from . import advise, bench, convert, demo, evaluate, export, inspect, plan, report, uptrain, verify
+from . import advise, bench, convert, demo, evaluate, export, inspect, plan, report, streams, uptrain, verify
 
 
 class _Verbs(TyperGroup):
     """Turns whatever a user can act on into a message and exit status 2."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        streams.write_anything()
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            returned = super().invoke(ctx)
+            sys.stdout.flush()
+            return returned
         except AgreedError as error:
             if not error.speaker:
                 raise typer.Exit(2) from error
@@ -27,13 +35,13 @@ class _Verbs(TyperGroup):
         except KeyboardInterrupt:
             _fail("interrupted; nothing half-written was left behind")
         except OSError as error:
-            _fail(
-                f"the system refused: {error.strerror or error}"
-                + (f"\n  file:     {error.filename}" if error.filename else "")
-            )
+            if streams.flush_output() is not None:
+                raise typer.Exit(_lost(error)) from error
+            _fail(str(RegroupError(f"the system refused: {error.strerror or error}", file=error.filename)))
 
 
 app = typer.Typer(
+    name="regroup",
     cls=_Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -75,19 +83,32 @@ def _options(
 
 def main() -> None:
     """Entry point of the ``regroup`` command."""
+    streams.guard_streams()
+    streams.catch_signals()
+    try:
+        app(prog_name="regroup")
+    except SystemExit as end:
+        # Help and version are printed before any verb is looked at.
+        lost = streams.flush_output()
+        raise SystemExit(end.code if lost is None else _lost(lost)) from None
+    finally:
+        streams.release_signals()
 
-    def stop(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
 
-    # A service manager's stop cleans up as Ctrl-C does.
-    signal.signal(signal.SIGTERM, stop)
-    app()
+def _lost(error: OSError) -> int:
+    """The exit status where standard output took less than was written to it."""
+    if error.errno == errno.EPIPE:  # a reader that has seen enough, such as head
+        return 128 + signal.SIGPIPE
+    _say(str(RegroupError("standard output cannot be written", got=error.strerror or str(error))))
+    return 2
 
 
 def _fail(message: str) -> NoReturn:
-    from rich.markup import escape
-
-    from ..console import err
-
-    err.print(f"[bold red]error:[/bold red] {escape(message)}")
+    _say(message)
     raise typer.Exit(2)
+
+
+def _say(message: str) -> None:
+    from ..screen import Screen
+
+    Screen(stderr=True).label("error:", "bold red", *message.split("\n"))

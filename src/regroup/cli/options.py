@@ -63,19 +63,11 @@ class Calibration:
     ] = None
     device: Annotated[str | None, typer.Option(help="Where calibration runs; a GPU where there is one.")] = None
 
-    def flags(self) -> str:
-        """The options as they were given, for the command that is advised next; those of a plan need its text."""
+    def given(self) -> dict[str, Any]:
+        """The options as they were given, for the ``command`` that is advised next; those of a plan need its text."""
         if self.calibration is None:
-            return ""
-        given = {
-            "--calibration": self.calibration,
-            "--calibration-tokens": self.calibration_tokens,
-            "--calibration-window": self.calibration_window,
-            "--calibration-batch": self.calibration_batch,
-            "--repair": self.repair,
-        }
-        words = [f" {name} {value}" for name, value in given.items() if value is not None]
-        return "".join(words) + (" --document-starts" if self.document_starts else "")
+            return {}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "device"}
 
     def text(self) -> CalibrationText | None:
         """The text that the options name, or None.

@@ -23,5 +23,5 @@ def report(
         check_file(output, {f"the record {record}": record})
     unused = write_report(records, output, title=title)
     for name in unused:
-        err.print(f"nothing is drawn of {name}", markup=False)
-    err.print(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB", markup=False)
+        err.print(f"nothing is drawn of {name}")
+    err.print(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
