@@ -37,7 +37,9 @@ RULES: dict[str, tuple[list[str], set[str]]] = {
     "export/llama_cpp_process.py": ([], TORCH),
     "processes.py": (["errors"], {"transformers", "safetensors"}),
     "files.py": ([], TORCH),
-    "errors.py": ([], TORCH | DISK | {"pathlib"}),
+    "errors.py": (["safe_text"], TORCH | DISK | {"pathlib"}),
+    "safe_text.py": ([], TORCH | DISK | {"pathlib"}),
+    "screen.py": (["safe_text"], TORCH | DISK | {"pathlib"}),
 }
 # These reach the disk in rooms that keep from it: a compiler writes what it builds.
 MAY_REACH_DISK = {"attention/cpu_build.py"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 import sys
 from typing import Annotated, Any, NoReturn
@@ -12,6 +11,7 @@ from typer.core import TyperGroup
 
 from ..errors import AgreedError, RegroupError
 from . import advise, bench, convert, demo, evaluate, export, inspect, plan, report, streams, uptrain, verify
+from .options import summary
 
 
 class _Verbs(TyperGroup):
@@ -23,9 +23,7 @@ class _Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            returned = super().invoke(ctx)
-            sys.stdout.flush()
-            return returned
+            return super().invoke(ctx)
         except AgreedError as error:
             if not error.speaker:
                 raise typer.Exit(2) from error
@@ -35,8 +33,6 @@ class _Verbs(TyperGroup):
         except KeyboardInterrupt:
             _fail("interrupted; nothing half-written was left behind")
         except OSError as error:
-            if streams.flush_output() is not None:
-                raise typer.Exit(_lost(error)) from error
             _fail(str(RegroupError(f"the system refused: {error.strerror or error}", file=error.filename)))
 
 
@@ -46,6 +42,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # it takes "[default: 512]" in a help text for markup
     help="Turn a multi-head checkpoint into a grouped-query one.",
 )
 for _verb in (
@@ -60,8 +57,8 @@ for _verb in (
     report.report,
     demo.demo,
 ):
-    app.command()(_verb)
-app.add_typer(bench.app, name="bench")
+    app.command(short_help=summary(_verb))(_verb)
+app.add_typer(bench.app, name="bench", short_help=bench.app.info.help)
 
 
 def _version(wanted: bool) -> None:
@@ -84,23 +81,20 @@ def _options(
 def main() -> None:
     """Entry point of the ``regroup`` command."""
     streams.guard_streams()
-    streams.catch_signals()
+    release = streams.catch_signals()
     try:
-        app(prog_name="regroup")
-    except SystemExit as end:
-        # Help and version are printed before any verb is looked at.
-        lost = streams.flush_output()
-        raise SystemExit(end.code if lost is None else _lost(lost)) from None
+        try:
+            app(prog_name="regroup")
+        finally:
+            # Otherwise the interpreter finds out as it ends what was lost, too late for an exit status.
+            sys.stdout.flush()
+    except streams.LostOutputError as lost:
+        if lost.unread:
+            sys.exit(128 + signal.SIGPIPE)
+        _say(str(RegroupError("standard output cannot be written", got=lost.reason)))
+        sys.exit(2)
     finally:
-        streams.release_signals()
-
-
-def _lost(error: OSError) -> int:
-    """The exit status where standard output took less than was written to it."""
-    if error.errno == errno.EPIPE:  # a reader that has seen enough, such as head
-        return 128 + signal.SIGPIPE
-    _say(str(RegroupError("standard output cannot be written", got=error.strerror or str(error))))
-    return 2
+        release()
 
 
 def _fail(message: str) -> NoReturn:

@@ -130,6 +130,11 @@ def spread(verb: Callable[..., None]) -> Callable[..., None]:
     return called
 
 
+def summary(verb: Callable[..., None]) -> str:
+    """The first line of a verb's help, whole: in a list of verbs the rest of a long one would be cut off."""
+    return (verb.__doc__ or "").partition("\n")[0]
+
+
 def check_file(output: Path, others: Mapping[str, Path | None] | None = None) -> None:
     """Refuse a file that cannot be written, before the work that would go into it.
 

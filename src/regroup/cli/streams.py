@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import time
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 from ..safe_text import visible
 
@@ -47,6 +48,19 @@ def write_anything() -> None:
             stream.reconfigure(errors=_HANDLER)
 
 
+class LostOutputError(Exception):
+    """Standard output took less than was written to it.
+
+    No OSError: this is not about the files that the work at hand reads and writes, whose errors those are.
+    """
+
+    def __init__(self, error: OSError) -> None:
+        self.reason = error.strerror or str(error)
+        # A reader that has seen enough, such as head, wants no message.
+        self.unread = isinstance(error, BrokenPipeError)
+        super().__init__(self.reason)
+
+
 class _Tolerant(io.FileIO):
     """A file that loses what the system does not take."""
 
@@ -55,6 +69,21 @@ class _Tolerant(io.FileIO):
             return super().write(data)
         except OSError:
             return len(data)
+
+
+class _Watched(io.FileIO):
+    """A file that says once that the system did not take everything; what comes after that is lost too."""
+
+    lost = False
+
+    def write(self, data: Any) -> int:
+        if self.lost:
+            return len(data)
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.lost = True
+            raise LostOutputError(error) from error
 
 
 def guard_streams() -> None:
@@ -71,55 +100,38 @@ def guard_streams() -> None:
             os.open(os.devnull, mode)  # takes the lowest number that is free
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False, encoding="utf-8")  # noqa: SIM115 - as long as the process
-    if sys.stdout is None:
-        sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
-    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    raw = io.BufferedWriter(_Tolerant(2, "w", closefd=False))
-    sys.stderr = io.TextIOWrapper(raw, encoding=encoding, line_buffering=True)
-    write_anything()
+    sys.stdout = _text(_Watched(1, "w", closefd=False), sys.stdout, line_buffering=os.isatty(1))
+    sys.stderr = _text(_Tolerant(2, "w", closefd=False), sys.stderr, line_buffering=True)
 
 
-def flush_output() -> OSError | None:
-    """Write what standard output still holds; where that cannot be done, drop it and say why.
+def _text(raw: io.FileIO, before: Any, *, line_buffering: bool) -> io.TextIOWrapper:
+    """A stream in the place of another, which is None where the descriptor was closed."""
+    encoding = getattr(before, "encoding", None) or "utf-8"
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors=_HANDLER, line_buffering=line_buffering)
 
-    Without this, what was lost would be found out by the interpreter as it ends, too late for an exit status.
+
+def catch_signals() -> Callable[[], None]:
+    """Make a service manager's stop and a closed terminal what Ctrl-C is; signals that are ignored stay so.
+
+    Returns:
+        What to call at the end, when there is nothing left to clean up: from then on a signal just ends the process.
     """
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        try:
-            number = sys.stdout.fileno()
-        except (OSError, ValueError):  # not a file: a test's, or somebody else's
-            return error
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, number)
-        os.close(nowhere)
-        return error
-    return None
-
-
-def catch_signals() -> None:
-    """Make a service manager's stop and a closed terminal what Ctrl-C is; signals that are ignored stay so."""
-    last = -_IMPATIENCE
+    last: float | None = None
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
 
     def stop(*_: object) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= _IMPATIENCE:
+        if last is None or now - last >= _IMPATIENCE:
             last = now
-            _interrupt()
+            raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, stop)
+    def release() -> None:
+        # After one signal the next ones have nothing to say; the exit status is the message's.
+        if last is None:
+            for number in numbers:
+                signal.signal(number, signal.SIG_DFL)
 
-
-def _interrupt() -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def release_signals() -> None:
-    """There is nothing left to clean up: from now on a signal just ends the process."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+    for number in numbers:
+        signal.signal(number, stop)
+    return release
