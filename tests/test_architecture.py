@@ -21,7 +21,7 @@ DISK = {"os", "io", "shutil", "tempfile", "mmap", "glob", "safetensors", "huggin
 RULES: dict[str, tuple[list[str], set[str]]] = {
     "layout/*": (["errors", "layout*"], TORCH | DISK | {"pathlib"}),
     # The plan reads and writes its own JSON file, by a path.
-    "plan/*": (["errors", "layout*", "plan*"], TORCH | DISK),
+    "plan/*": (["errors", "files", "layout*", "plan*"], TORCH | DISK),
     "bench/roofline.py": (["errors"], TORCH | DISK | {"pathlib"}),
     "advise/hardware.py": (["errors"], TORCH | DISK | {"pathlib"}),
     "advise/predict.py": (["bench", "bench.roofline*"], TORCH | DISK | {"pathlib"}),
@@ -30,7 +30,7 @@ RULES: dict[str, tuple[list[str], set[str]]] = {
     "merge/*": (["errors", "merge*"], {"transformers", "numpy"} | DISK | {"pathlib"}),
     "attention/*": (["errors", "attention*"], DISK | {"pathlib"}),
     "checkpoint/*": (["errors", "files", "checkpoint*"], {"transformers"}),
-    "data/*": (["errors", "data*"], {"transformers"}),
+    "data/*": (["errors", "files", "data*"], {"transformers"}),
     "report/*": (["errors", "files", "record", "report", "report*"], TORCH),
     # They run beside a checkpoint, and in a process of their own.
     "export/configuration_nemotron_nas.py": ([], {"torch"} | DISK | {"pathlib"}),

@@ -16,6 +16,7 @@ from .convert.config import child_config
 from .convert.resume import PLAN_FILE
 from .convert.stream import CALIBRATION_FILE
 from .errors import RegroupError
+from .files import as_named
 from .layout import Layout
 from .opening import open_source
 from .plan import Plan
@@ -73,7 +74,7 @@ def verify(
     Raises:
         RegroupError: the parent or the plan cannot be read. A child that cannot is a broken promise.
     """
-    folder = Path(child).expanduser()
+    folder = as_named(child)
     if not folder.is_dir():
         raise RegroupError("the child is not a folder", file=folder, expected="a converted checkpoint")
     chosen = Plan.load(plan or folder / PLAN_FILE)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
+from ..files import regular
 
 
 def read_gguf(path: Path) -> dict[str, Any]:
@@ -17,6 +18,7 @@ def read_gguf(path: Path) -> dict[str, Any]:
     from gguf import GGUFReader
 
     try:
+        regular(path)
         reader = GGUFReader(str(path))
     # The library reports damage by whatever its parsing runs into.
     except (OSError, ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..errors import RegroupError
-from ..files import parse_json
-from .companions import companion_files
+from ..files import parse_json, regular
+from .companions import companion_files, refuse_special
 from .header import MAX_HEADER_BYTES, TensorEntry, read_header, unreadable
 
 SINGLE_FILE = "model.safetensors"
@@ -127,7 +127,7 @@ def read_json(path: Path) -> dict[str, Any]:
         RegroupError: missing, unreadable, or not a JSON object.
     """
     try:
-        size = path.stat().st_size
+        size = regular(path).st_size
         if size > MAX_HEADER_BYTES:
             raise RegroupError(
                 "a JSON file of the checkpoint is larger than any that is known",
@@ -167,6 +167,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             expected="a checkpoint folder with config.json and safetensors files",
             remedy="give a local folder, or a hub id such as meta-llama/Llama-2-7b-hf",
         )
+    refuse_special(folder)
     config = read_json(folder / "config.json")
     single, index_path = folder / SINGLE_FILE, folder / INDEX_FILE
     index = read_json(index_path) if index_path.exists() else None

@@ -13,6 +13,7 @@ from ..checkpoint.header import nbytes_of
 from ..checkpoint.writer import check_destination, existing_parent
 from ..convert.rewrite import Change
 from ..errors import RegroupError
+from ..files import as_named
 from ..opening import Source, open_source
 from ..planning import Listener
 from .folder import CONFIGURATION_FILE, write_folder
@@ -107,7 +108,7 @@ def export_checkpoint(
     if dtype is not None and dtype not in DTYPES:
         raise RegroupError("this dtype is not known here", expected=" or ".join(DTYPES), got=dtype)
     request = Request(to, expand, tensor_parallel, dtype, check, listener or Listener())
-    file, target = Path(source).expanduser(), Path(destination).expanduser()
+    file, target = as_named(source), as_named(destination)
     if file.suffix == ".gguf" and file.is_file():
         from .gguf_source import export_from_gguf
 

@@ -83,9 +83,11 @@ def load(
         raise RegroupError("no code from a checkpoint is run here", file=path, remedy="leave trust_remote_code out")
     import transformers
 
+    from regroup.checkpoint.companions import refuse_special
     from regroup.checkpoint.reader import read_json
     from regroup.models import modeling_regroup
 
+    refuse_special(Path(path))
     given = config is not None
     config = read_json(file) if config is None else config
     architecture = stock_architecture(config, str(file))
@@ -110,9 +112,12 @@ def load(
         with contextlib.nullcontext() if progress else without_bars():
             # Pickles are never read here; ``regroup convert --allow-pickle`` makes safetensors of them.
             return cls.from_pretrained(path, **{"use_safetensors": True, **kwargs})
-    except (OSError, ValueError, RuntimeError) as error:
+    # Damage in a file that transformers reads by itself shows in all kinds of ways.
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise RegroupError(
-            "transformers cannot load the checkpoint", file=path, got=str(error).strip()[:800] or type(error).__name__
+            "transformers cannot load the checkpoint",
+            file=path,
+            got=" ".join(str(error).split())[:800] or type(error).__name__,
         ) from error
 
 
@@ -138,13 +143,17 @@ def load_tokenizer(folder: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    from regroup.checkpoint.companions import refuse_special
+
+    if Path(folder).is_dir():
+        refuse_special(Path(folder))
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises that itself, and damage shows in all kinds of ways
         raise RegroupError(
             "the checkpoint has no tokenizer that can be loaded",
             file=folder,
-            got=str(error).strip().splitlines()[0][:200],
+            got=" ".join(str(error).split())[:200] or type(error).__name__,
             remedy="copy the tokenizer's files into the folder",
         ) from error
 
