@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -48,18 +47,18 @@ def human_bytes(count: float) -> str:
 @contextlib.contextmanager
 def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar that counts bytes, on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as progress:
-        task = progress.add_task(escape(visible(title)), total=total)
+        task = progress.add_task(visible(title), total=total)
         yield lambda count: progress.advance(task, count)
 
 
 @contextlib.contextmanager
 def count_progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar that counts things, on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task(escape(visible(title)), total=total)
+        task = progress.add_task(visible(title), total=total)
         yield lambda count: progress.advance(task, count)
 
 

@@ -82,6 +82,7 @@ def load(
     if kwargs.pop("trust_remote_code", False):
         raise RegroupError("no code from a checkpoint is run here", file=path, remedy="leave trust_remote_code out")
     import transformers
+    from safetensors import SafetensorError
 
     from regroup.checkpoint.companions import refuse_special
     from regroup.checkpoint.reader import read_json
@@ -112,8 +113,9 @@ def load(
         with contextlib.nullcontext() if progress else without_bars():
             # Pickles are never read here; ``regroup convert --allow-pickle`` makes safetensors of them.
             return cls.from_pretrained(path, **{"use_safetensors": True, **kwargs})
-    # Damage in a file that transformers reads by itself shows in all kinds of ways.
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    # Damage in a file that transformers reads by itself shows in all kinds of ways. The last is safetensors' own, of
+    # which it is a matter too that a name is not UTF-8.
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise RegroupError(
             "transformers cannot load the checkpoint",
             file=path,

@@ -19,6 +19,10 @@ FORMAT = "regroup-plan/1"
 # Linear maps that queries and outputs absorb (``regroup.merge.sharing``); the paper's rules need no such thing.
 LINEAR_METHODS = ("lowrank", "procrustes")
 METHODS = ("mean", "first", "random", *LINEAR_METHODS)
+# What may be asked of ``make_plan``, which chooses among these for each layer where it is told "auto".
+ASKED_METHODS = ("auto", *METHODS)
+# Those that look at nothing but places: text has nothing to say about them.
+BLIND_METHODS = ("first", "random")
 
 
 @dataclass(frozen=True)
