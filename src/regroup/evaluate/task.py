@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import yaml
 
 from ..errors import RegroupError
-from ..files import as_named, kind_of, parse_json, read_once
+from ..files import kind_of, parse_json, read_once
 from .metrics import CHOOSING, GENERATING
 
 _GENERATED = ("exact_match", "f1")
@@ -96,7 +96,7 @@ class Task:
             values.setdefault("metrics", ["accuracy"])
         checked: dict[str, Any] = {key: _checked(path, key, value) for key, value in values.items()}
         try:
-            checked["data"] = path.parent / as_named(checked["data"])
+            checked["data"] = path.parent / Path(checked["data"]).expanduser()
             checked["data"].resolve()
         except (RuntimeError, ValueError) as error:  # the home of nobody, or a name that no file can have
             raise _refused(path, "data", "a file's name", got=f"{checked['data']!r}: {error}") from None
