@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from helpers import copy, digests, everything, refused, run
+from helpers import config_of, copy, digests, edit_json, everything, refused, run, tensors, write
 from regroup.cli import app
 from regroup.safe_text import visible
 from test_safe_text import NAMES, by_bash
@@ -216,3 +217,52 @@ def test_what_is_no_file_in_a_checkpoint(
         assert str(path) in out + message
         assert kind in out + message
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("where", ["model_type", "hidden_act", "architectures", "tensor", "shard"])
+def test_names_from_a_checkpoint_command_no_terminal(where: str, shop: Path, tmp_path: Path) -> None:
+    name = "\x1b[2J\x07x\nerror: all is well\u202e"
+    folder, weights = copy(shop / "parent", tmp_path / "p"), tensors(shop / "parent")
+    if where == "tensor":
+        write(folder, config_of(folder), {**weights, name: next(iter(weights.values())).clone()})
+    elif where == "shard":
+        (folder / "model.safetensors").unlink()
+        write(folder, config_of(folder), weights, shards={f"{name}.safetensors": list(weights)})
+    else:
+        edit_json(folder / "config.json", **{where: [name] if where == "architectures" else name})
+    shown = ""
+    for arguments in (
+        ["inspect", folder],
+        ["convert", folder, tmp_path / "c", "--kv-heads", 2],
+        ["verify", folder, tmp_path / "c"],
+        ["evaluate", folder, "--data", shop / "held-out.txt", "--window", 16, "--windows", 2],
+    ):
+        if where == "tensor" and arguments[0] == "evaluate":
+            continue  # transformers lists it on a stream of its own: see the next test
+        status, out, message = run(*arguments)
+        assert status in (0, 1, 2)
+        shown += out + message
+    assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+    assert "\nerror: all is well" not in shown
+
+
+def test_what_libraries_log_commands_no_terminal() -> None:
+    code = """
+import logging, sys, warnings
+from regroup import cli
+def verb(): logging.getLogger("x").warning("a %s\\nb", "\\x1b[2J"); warnings.warn("\\x1b[2J"); sys.exit(0)
+cli.app = lambda prog_name: verb()
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=60)
+    assert (done.returncode, b"\x1b" in done.stderr) == (0, False)
+    assert done.stderr.startswith(b"a \\x1b[2J\nb\n")
+    assert done.stderr.count(b"\\x1b[2J") >= 2
+
+
+def test_a_record_names_what_no_text_can(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    copy(shop / "parent", tmp_path / "caf\udce9")
+    status, _, message = run("inspect", "caf\udce9", "--record", tmp_path / "record.json")
+    assert status == 0, message
+    assert json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))["configuration"]["model"] == "caf\\udce9"

@@ -81,6 +81,7 @@ def _options(
 def main() -> None:
     """Entry point of the ``regroup`` command."""
     streams.guard_streams()
+    streams.log_safely()
     release = streams.catch_signals()
     try:
         try:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import codecs
 import io
+import logging
 import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +110,24 @@ def _text(raw: io.FileIO, before: Any, *, line_buffering: bool) -> io.TextIOWrap
     """A stream in the place of another, which is None where the descriptor was closed."""
     encoding = getattr(before, "encoding", None) or "utf-8"
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors=_HANDLER, line_buffering=line_buffering)
+
+
+def log_safely() -> None:
+    """Spell out what a terminal would obey in what libraries log and warn of: they quote names from checkpoints."""
+    made, formatted = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        found = made(*args, **kwargs)
+        # Their own lines stay lines.
+        found.msg, found.args = _lines(found.getMessage()), ()
+        return found
+
+    logging.setLogRecordFactory(record)
+    warnings.formatwarning = lambda *args, **kwargs: _lines(formatted(*args, **kwargs))
+
+
+def _lines(text: str) -> str:
+    return "\n".join(map(visible, text.split("\n")))
 
 
 def catch_signals() -> Callable[[], None]:
