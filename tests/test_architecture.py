@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ DISK = {"os", "io", "shutil", "tempfile", "mmap", "glob", "safetensors", "huggin
 RULES: dict[str, tuple[list[str], set[str]]] = {
     "layout/*": (["errors", "layout*"], TORCH | DISK | {"pathlib"}),
     # The plan reads and writes its own JSON file, by a path.
-    "plan/*": (["errors", "layout*", "plan*"], TORCH | DISK),
+    "plan/*": (["errors", "files", "layout*", "plan*"], TORCH | DISK),
     "bench/roofline.py": (["errors"], TORCH | DISK | {"pathlib"}),
     "advise/hardware.py": (["errors"], TORCH | DISK | {"pathlib"}),
     "advise/predict.py": (["bench", "bench.roofline*"], TORCH | DISK | {"pathlib"}),
@@ -30,14 +32,16 @@ RULES: dict[str, tuple[list[str], set[str]]] = {
     "merge/*": (["errors", "merge*"], {"transformers", "numpy"} | DISK | {"pathlib"}),
     "attention/*": (["errors", "attention*"], DISK | {"pathlib"}),
     "checkpoint/*": (["errors", "files", "checkpoint*"], {"transformers"}),
-    "data/*": (["errors", "data*"], {"transformers"}),
+    "data/*": (["errors", "files", "data*"], {"transformers"}),
     "report/*": (["errors", "files", "record", "report", "report*"], TORCH),
     # They run beside a checkpoint, and in a process of their own.
     "export/configuration_nemotron_nas.py": ([], {"torch"} | DISK | {"pathlib"}),
     "export/llama_cpp_process.py": ([], TORCH),
     "processes.py": (["errors"], {"transformers", "safetensors"}),
     "files.py": ([], TORCH),
-    "errors.py": ([], TORCH | DISK | {"pathlib"}),
+    "errors.py": (["safe_text"], TORCH | DISK | {"pathlib"}),
+    "safe_text.py": ([], TORCH | DISK | {"pathlib"}),
+    "screen.py": (["safe_text"], TORCH | DISK | {"pathlib"}),
 }
 # These reach the disk in rooms that keep from it: a compiler writes what it builds.
 MAY_REACH_DISK = {"attention/cpu_build.py"}
@@ -177,6 +181,59 @@ def test_reader_and_layout_meet_in_few_places() -> None:
         "opening.py",
         "verification.py",
     ]
+
+
+VERBS = "inspect|advise|plan|convert|verify|export|evaluate|uptrain|report|demo|bench"
+COMMAND = re.compile(rf"\bregroup ({VERBS})( [^`]*)?$")
+MARKUP = re.compile(r"\[/?(bold|dim|italic|underline|red|green|yellow|blue|cyan|magenta|white|black)( \w+)*\]|\[/\]")
+
+
+def careless(file: str, source: str) -> list[str]:
+    """Where a module writes names into a command without quoting them, or into text that is read as markup."""
+    complaints = []
+    for node in ast.walk(ast.parse(source)):
+        parts: list[ast.expr] = []
+        if isinstance(node, ast.JoinedStr):
+            parts = node.values
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mod):
+            parts = [node.left, node.right]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format":
+            parts = [node.func.value, node]
+        for part, after in itertools.pairwise(parts):
+            if isinstance(part, ast.Constant) and isinstance(part.value, str) and COMMAND.search(part.value):
+                complaints.append(f"{file}:{after.lineno} puts a value into a command: safe_text.command quotes it")
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and MARKUP.search(node.value):
+            complaints.append(f"{file}:{node.lineno} holds markup: screen.Screen.label gives colour")
+    if file != "screen.py" and {"rich.console.Console", "rich.markup"} & imports(source, "regroup.x"):
+        complaints.append(f"{file} makes a console of its own: screen.Screen shows names as they are")
+    return complaints
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_names_are_written_with_care(file: str) -> None:
+    assert careless(file, (PACKAGE / file).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "print(f'next: regroup evaluate {folder} --data FILE')",
+        "print('regroup convert ' + folder)",
+        "print('regroup plan %s' % folder)",
+        "print('regroup bench decode {}'.format(folder))",
+        "err.print(f'[yellow]note:[/yellow] {folder}')",
+        "err.print('[bold red]no[/]')",
+        "from rich.console import Console",
+        "def f():\n    from rich.markup import escape",
+    ],
+)
+def test_carelessness_is_found(source: str) -> None:
+    assert careless("cli/plan.py", source)
+
+
+def test_care_is_not_refused() -> None:
+    source = "print(f'run `regroup convert` in {folder}', command('convert', folder), f'{x[0]} [x>=1]')"
+    assert careless("cli/plan.py", source) == []
 
 
 def test_transformers_classes_are_patched_in_models_alone() -> None:

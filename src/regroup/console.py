@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -27,30 +25,32 @@ from .layout import Layout
 from .opening import Source
 from .plan import Plan
 from .planning import Listener
+from .safe_text import visible
+from .screen import Screen
 
 if TYPE_CHECKING:
     from .convert.calibrate import Calibrated
     from .convert.similarity import LayerSimilarity
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Screen()
+err = Screen(stderr=True)
 
 
 @contextlib.contextmanager
 def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar that counts bytes, on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as progress:
-        task = progress.add_task(title, total=total)
+        task = progress.add_task(visible(title), total=total)
         yield lambda count: progress.advance(task, count)
 
 
 @contextlib.contextmanager
 def count_progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar that counts things, on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task(escape(title), total=total)
+        task = progress.add_task(visible(title), total=total)
         yield lambda count: progress.advance(task, count)
 
 
@@ -65,7 +65,7 @@ def show_summary(
         facts.append(f"{summary.parameters / 1e6:,.1f} M parameters")
     if summary.dtype is not None:
         facts.append(summary.dtype)
-    out.print(f"[bold]{summary.source}[/bold]\n{', '.join(facts)}")
+    out.label(summary.source, "bold", "", ", ".join(facts))
 
     table = Table("layers", "attention", "heads", "KV heads", "head_dim", "RoPE dims", "window")
     for layers, example in _runs(summary.layers):
@@ -121,15 +121,16 @@ def show_similarity(layers: Sequence[LayerSimilarity], left_out: int) -> None:
         table.add_row(label, *medians, *best, *(_share(shares[g]) if g in shares else "–" for g in groups))
     out.print(table)
     out.print(
-        "keys, values, both (their mean): what the median pair of KV heads loses; 50% is the most.\n"
-        "to G: what groups of neighbouring heads lose together.\n"
-        "From the weights alone, for maps that queries and outputs absorb. Energy is not loss: regroup evaluate tells."
+        "keys, values, both (their mean): what the median pair of KV heads loses; 50% is the most.",
+        "to G: what groups of neighbouring heads lose together.",
+        "From the weights alone, for maps that queries and outputs absorb. Energy is not loss: regroup evaluate tells.",
+        sep="\n",
     )
     for note, labels in notes.items():
         where = "every layer" if len(labels) == len(layers) else ", ".join(labels)
-        out.print(f"[yellow]note:[/yellow] {note} ({where}); what follows in the row is of the other alone")
+        out.label("note:", "yellow", f"{note} ({where}); what follows in the row is of the other alone")
     if left_out:
-        out.print(f"[yellow]note:[/yellow] layers left out, for they have one KV head: {left_out}")
+        out.label("note:", "yellow", f"layers left out, for they have one KV head: {left_out}")
 
 
 def _share(share: float) -> str:
@@ -168,9 +169,11 @@ def show_plan(plan: Plan, layout: Layout) -> None:
     if plan.tensor_parallel > 1:
         for count, number in Counter(layer.num_key_value_heads for layer in plan.layers).items():
             if count < plan.tensor_parallel:
-                err.print(
-                    f"[yellow]note:[/yellow] {number} layers have {count} KV heads for {plan.tensor_parallel} devices: "
-                    "each is copied to several, so fewer than the devices save nothing more (paper, section 2.2)"
+                err.label(
+                    "note:",
+                    "yellow",
+                    f"{number} layers have {count} KV heads for {plan.tensor_parallel} devices: "
+                    "each is copied to several, so fewer than the devices save nothing more (paper, section 2.2)",
                 )
 
 
@@ -230,10 +233,10 @@ class Told(Listener):
         show_plan(plan, source.layout)
         show_preview(ahead)
         if source.ignores_code:
-            err.print("[yellow]note:[/yellow] the source asks for code of its own; it is neither run nor copied")
+            err.label("note:", "yellow", "the source asks for code of its own; it is neither run nor copied")
 
     def notice(self, text: str) -> None:
-        err.print(f"[yellow]note:[/yellow] {text}")
+        err.label("note:", "yellow", text)
 
     def searching(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         return count_progress("comparing heads, layers", layers)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from .safe_text import visible
+
 
 class RegroupError(Exception):
     """Something the user can act on: bad input, an impossible request, a full disk.
 
-    The command line prints it without a traceback and exits with status 2.
+    The command line prints it without a traceback and exits with status 2. In the message each detail is one line that
+    is safe to show on a terminal (``safe_text.visible``); ``details`` holds them as they are.
 
     Args:
         what: one sentence that says what is wrong.
@@ -35,7 +38,7 @@ class RegroupError(Exception):
             "got": got,
             "remedy": remedy,
         }
-        lines = [what]
+        lines = [visible(what)]
         lines += [f"  {name + ':':<10}{_short(value)}" for name, value in self.details.items() if value is not None]
         super().__init__("\n".join(lines))
 
@@ -73,6 +76,6 @@ def two_sizes(one: float, other: float) -> tuple[str, str]:
 
 
 def _short(value: object, most: int = 2000) -> str:
-    """A damaged file can hold a name of megabytes."""
+    """One line. A damaged file can hold a name of megabytes, and one that a terminal would obey."""
     text = str(value)
-    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
+    return visible(text) if len(text) <= most else f"{visible(text[:most])}… ({len(text):,} characters)"

@@ -1,18 +1,107 @@
-"""Files of text: JSON that is checked as it is read, and a file that appears when it is complete."""
+"""Files: what a name stands for, JSON that is checked as it is read, and a file that appears when it is complete."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+import select
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 # A million tensors' worth. Python takes 70 bytes for an empty list, which is two bytes of JSON and a comma.
 MAX_JSON_ITEMS = 10_000_000
+
+
+# Seconds that a named pipe is given to be written to by somebody.
+PATIENCE = 10.0
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a disk",
+}
+
+
+def kind_of(path: Path) -> str:
+    """What a name stands for, in words; a link for what it points at.
+
+    Returns:
+        ``"a file"``, ``"a folder"``, ``"a pipe"``, ``"a socket"``, ``"a device"``, ``"a disk"``, or ``"nothing"``.
+
+    Raises:
+        OSError: the system does not say, such as for a folder that may not be entered.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "nothing"
+    return "a file" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "something that is no file")
+
+
+def regular(path: Path) -> os.stat_result:
+    """The status of a file. Opening anything else may wait for ever, or read for ever.
+
+    Raises:
+        OSError: there is no file; whoever handles it reads in ``strerror`` what there is instead.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        number = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
+        raise OSError(number, f"this is {kind_of(path)} and not a file", str(path))
+    return status
+
+
+def read_once(path: Path, limit: int | None = None) -> bytes:
+    """All bytes of a file or of a pipe, such as a shell's ``<(…)``; a pipe can be read a single time.
+
+    Args:
+        path: of either, ``/dev/stdin`` included.
+        limit: bytes at most.
+
+    Raises:
+        OSError: it is neither, it holds more, nobody writes to the pipe, or the system refuses.
+    """
+    if kind_of(path) != "a pipe":
+        regular(path)
+        with path.open("rb") as file:
+            return _bounded(file, limit, path)
+    # Opening a pipe waits for a writer, unless one is told not to; then it can be asked whether there is one.
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with os.fdopen(number, "rb") as file:
+        waiting = select.poll()
+        waiting.register(number, select.POLLIN | select.POLLHUP)
+        if not waiting.poll(1000 * PATIENCE):
+            raise OSError(errno.EAGAIN, "this is a pipe that nobody writes to", str(path))
+        os.set_blocking(number, True)
+        return _bounded(file, limit, path)
+
+
+def _bounded(file: Any, limit: int | None, path: Path) -> bytes:
+    raw = file.read(-1 if limit is None else limit + 1)
+    if limit is not None and len(raw) > limit:
+        raise OSError(errno.EFBIG, f"this holds more than {limit / 1e9:g} GB", str(path))
+    return raw
+
+
+def as_named(name: str | Path) -> Path:
+    """The path that a name stands for: itself where that exists, else with ``~`` as the home folder.
+
+    The shell has expanded ``~`` already, save within quotes and after ``=``; a name that begins with it may be a
+    file's own.
+    """
+    path = Path(name)
+    try:
+        return path if path.exists() else path.expanduser()
+    except (RuntimeError, OSError, ValueError):  # the home of nobody; a name that no file can have
+        return path
 
 
 def parse_json(raw: bytes, *, strict: bool = False, whole: Callable[[str], Any] = int) -> Any:

@@ -13,6 +13,7 @@ from .bench.roofline import kv_cache_bytes
 from .checkpoint import GGUFFile, fetch, headers_of, is_gguf, is_hub_id, open_checkpoint, read_gguf
 from .checkpoint.reader import read_json
 from .errors import RegroupError
+from .files import as_named
 from .layout import Layout, detect
 from .layout.detect import MAX_HEADS, MAX_LAYERS
 from .opening import layout_of
@@ -109,7 +110,7 @@ def summarize(source: str, *, revision: str | None = None) -> Summary:
     Raises:
         RegroupError: nothing of the kind, or nothing that is understood.
     """
-    path = Path(source).expanduser()
+    path = as_named(source)
     if path.suffix.lower() == ".gguf" or is_gguf(path):
         return _from_gguf(path)
     if path.suffix == ".safetensors":

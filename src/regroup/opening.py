@@ -13,6 +13,7 @@ from .checkpoint import Checkpoint, fetch, headers_of, is_hub_id, open_checkpoin
 from .checkpoint.forms import refuse_adapter
 from .checkpoint.pickles import pickled_files, unpickle
 from .checkpoint.reader import read_json
+from .files import as_named
 from .layout import Layout, detect
 from .layout.families import family_for, stored_ties, ties
 from .layout.spelling import as_known
@@ -129,7 +130,7 @@ def open_layout(name: str, *, revision: str | None = None, allow_pickle: bool = 
     Raises:
         RegroupError: as ``open_source``.
     """
-    if not Path(name).expanduser().exists() and is_hub_id(name) and not allow_pickle:
+    if not as_named(name).exists() and is_hub_id(name) and not allow_pickle:
         return detect(*headers_of(name, revision=revision))
     with open_source(name, revision=revision, allow_pickle=allow_pickle) as source:
         return source.layout

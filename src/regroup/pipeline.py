@@ -12,6 +12,7 @@ from .checkpoint.writer import check_destination, existing_parent
 from .convert import Conversion, foretell, prepare, write
 from .convert.resume import earlier_plan
 from .convert.text import CalibrationText, calibration_batches
+from .files import as_named
 from .opening import Source, open_source
 from .plan import Plan
 from .planning import Listener, along, check_for_text, check_text_options, choose_plan, grouped, searches, settings_for
@@ -76,7 +77,7 @@ def convert_checkpoint(
     Example:
         >>> regroup.convert_checkpoint("meta-llama/Llama-2-7b-hf", "llama-2-7b-gqa8", kv_heads=8)  # doctest: +SKIP
     """
-    target, told = Path(destination).expanduser(), listener or Listener()
+    target, told = as_named(destination), listener or Listener()
     check_text_options(repair, device, calibration, team)
     existing_parent(target)  # refuses what can have no folder
     scratch = target.absolute().parent

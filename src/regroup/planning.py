@@ -13,7 +13,7 @@ from .convert.text import CalibrationText, calibration_batches
 from .errors import RegroupError
 from .layout import Layout
 from .opening import Source, open_layout, open_source
-from .plan import Plan, allocate, layer_units, make_plan, parse_budget, token_bytes
+from .plan import ASKED_METHODS, BLIND_METHODS, Plan, allocate, layer_units, make_plan, parse_budget, token_bytes
 from .processes import ALONE, Team
 
 if TYPE_CHECKING:
@@ -250,12 +250,12 @@ def check_for_text(plan: Plan) -> None:
         RegroupError: naming the first such layer.
     """
     for want in plan.layers:
-        unsolved = {want.key_method, want.value_method} & {"first", "random"}
+        unsolved = {want.key_method, want.value_method} & set(BLIND_METHODS)
         if want.changes and unsolved:
             raise RegroupError(
                 "calibration text was given, and a method that does not look at it",
                 layer=want.name,
-                expected="auto, lowrank, procrustes or mean",
+                expected=" or ".join(m for m in ASKED_METHODS if m not in BLIND_METHODS),
                 got=" and ".join(sorted(unsolved)),
                 remedy="leave out --calibration, or choose another method",
             )

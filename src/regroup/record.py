@@ -64,7 +64,8 @@ def write_record(path: Path | None, value: Mapping[str, Any]) -> None:
     Raises:
         RegroupError: the file cannot be written.
     """
-    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # A terminal may lack characters, or obey some.
+    text = json.dumps(_plain(value), indent=2, ensure_ascii=path is None, allow_nan=False) + "\n"
     if path is None:
         sys.stdout.write(text)
         return
@@ -90,11 +91,13 @@ def write_whole(path: Path, text: str, what: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no word for what is infinite or not a number: null."""
+    """JSON has no word for what is infinite or not a number: null. Bytes of a name that are not UTF-8 are spelt out."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -16,6 +16,7 @@ from .convert.config import child_config
 from .convert.resume import PLAN_FILE
 from .convert.stream import CALIBRATION_FILE
 from .errors import RegroupError
+from .files import as_named
 from .layout import Layout
 from .models.expected import check_loadable
 from .opening import open_source, readable
@@ -77,7 +78,7 @@ def verify(
         RegroupError: the parent or the plan cannot be read, or the parent is incomplete. A child that cannot be read or
             is incomplete is a broken promise.
     """
-    folder = Path(child).expanduser()
+    folder = as_named(child)
     refuse_gguf(folder)
     if not folder.is_dir():
         raise RegroupError("the child is not a folder", file=folder, expected="a converted checkpoint")

@@ -75,7 +75,7 @@ def named(name: str) -> Hardware:
     """
     key = name.lower().replace("_", "-").replace(" ", "-")
     if key not in KNOWN:
-        close = get_close_matches(key, KNOWN, n=3)
+        close = get_close_matches(key, (*KNOWN, "this"), n=3)
         raise RegroupError(
             "the hardware is not in the table",
             expected=" or ".join(close) if close else ", ".join(KNOWN) + ", or this",

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from ..attention import BACKENDS, explain, grouped_query_attention
 from ..errors import RegroupError, human_bytes
+from .build import DTYPES
 from .machine import Bystanders, Rate, product_rate, quantiles, read_bandwidth, timed
 from .roofline import Cost, operator_cost
 
@@ -50,8 +51,8 @@ class Shape:
                 got=self.kv_heads,
                 remedy="choose --kv-heads that divide --heads",
             )
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise RegroupError("the dtype is not known", expected="float32, bfloat16 or float16", got=self.dtype)
+        if self.dtype not in DTYPES:
+            raise RegroupError("the dtype is not known", expected=" or ".join(DTYPES), got=self.dtype)
 
     @property
     def group(self) -> int:

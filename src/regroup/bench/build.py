@@ -14,6 +14,7 @@ from torch import nn
 from ..checkpoint import fetch, headers_of, is_hub_id, open_checkpoint, refuse_gguf
 from ..checkpoint.reader import read_json
 from ..errors import RegroupError
+from ..files import as_named
 from ..models.expected import check_loadable, refuse_kernels
 from .roofline import DecodingLayer, Experts, Weights
 from .variants import decoder_layers, variant
@@ -63,7 +64,7 @@ def read_config(source: str, *, revision: str | None = None) -> tuple[dict[str, 
     Raises:
         RegroupError: it is none of these.
     """
-    path = Path(source).expanduser()
+    path = as_named(source)
     refuse_gguf(path)
     if path.is_file():
         return read_json(path), None

@@ -44,9 +44,7 @@ class Work:
                     got=getattr(self, name),
                 )
         if self.dtype not in DTYPES:
-            raise RegroupError(
-                "the dtype is not known", expected="float32, bfloat16 or float16", got=self.dtype, remedy="see --dtype"
-            )
+            raise RegroupError("the dtype is not known", expected=" or ".join(DTYPES), got=self.dtype)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import RegroupError
+from ..files import kind_of
 
 # Weights in other formats describe the parent and would contradict the child; caches and version control are noise.
 _LEFT_BEHIND = (
@@ -29,18 +30,54 @@ _LEFT_BEHIND = (
 )
 
 
+def refuse_special(folder: Path) -> None:
+    """Refuse a checkpoint folder in which a name stands for neither a file nor a folder.
+
+    Libraries open what they find by its name, and reading a pipe that nobody writes to, or a device, never ends.
+
+    Raises:
+        RegroupError: naming it and what it is; or the folder cannot be read.
+    """
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise RegroupError("the folder cannot be read", file=folder, got=error.strerror or str(error)) from error
+    for path in paths:
+        _refuse_special(path)
+
+
+def _refuse_special(path: Path) -> None:
+    try:
+        kind = kind_of(path)
+    except OSError as error:
+        raise RegroupError(
+            "a file of the checkpoint cannot be read", file=path, got=error.strerror or str(error)
+        ) from error
+    if kind not in ("a file", "a folder", "nothing"):
+        raise RegroupError(
+            "a name in the checkpoint's folder stands for something that is no file",
+            file=path,
+            expected="a file",
+            got=kind,
+            remedy="replace it by the file, or remove it",
+        )
+
+
 def companion_files(folder: Path) -> Iterator[Path]:
     """Paths, relative to the folder, of the files that travel with the weights.
 
     Raises:
-        RegroupError: a link points out of the folder.
+        RegroupError: a link points out of the folder, or something is neither a file nor a folder.
     """
     root = folder.resolve()
     # In huggingface_hub's cache every file is a link into the blobs folder of the same repository.
     allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if any(part.startswith(".") for part in relative.parts) or not path.is_file():
+        if any(part.startswith(".") for part in relative.parts):
+            continue
+        _refuse_special(path)
+        if not path.is_file():
             continue
         if relative.as_posix() == "config.json" or path.name.endswith(_LEFT_BEHIND):
             continue

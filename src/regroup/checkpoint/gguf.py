@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import mmap
-import shlex
-import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +18,8 @@ import numpy as np
 import torch
 
 from ..errors import RegroupError
+from ..files import regular
+from ..safe_text import command
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -135,8 +135,7 @@ def refuse_gguf(path: Path) -> None:
             "this is a GGUF file, and checkpoint folders are read here",
             file=path,
             expected="a checkpoint folder or a hub id",
-            remedy="make a folder of it and give that one: "
-            f"regroup export {shlex.quote(str(path))} {shlex.quote(str(folder))} --to hf",
+            remedy=f"make a folder of it and give that one: {command('export', path, folder, to='hf')}",
         )
 
 
@@ -147,9 +146,7 @@ def read_gguf(path: Path) -> GGUFFile:
         RegroupError: missing, no regular file, no GGUF, damaged, cut short, or one part of several.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise RegroupError("a GGUF file is a regular file", file=path, got="a folder, pipe or device")
+        status = regular(path)
         with path.open("rb") as file:
             if status.st_size < 24 or file.read(4) != _MAGIC:
                 raise RegroupError("this is no GGUF file, or one cut short", file=path, expected="a file with a header")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
-from ..files import parse_json
+from ..files import parse_json, regular
 
 # The limit that the safetensors library itself enforces.
 MAX_HEADER_BYTES = 100_000_000
@@ -75,7 +75,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """
     refuse_pointer(path)
     with unreadable(path):
-        size = path.stat().st_size
+        size = regular(path).st_size
         with path.open("rb") as file:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..errors import RegroupError, human_bytes
-from ..files import parse_json
-from .companions import companion_files
+from ..files import parse_json, regular
+from .companions import companion_files, refuse_special
 from .forms import foreign_weights, refuse_adapter, refuse_other_forms
 from .header import MAX_HEADER_BYTES, TensorEntry, missing_shard, read_header, refuse_pointer, unreadable
 
@@ -148,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
         RegroupError: missing, unreadable, or not a JSON object.
     """
     try:
-        size = path.stat().st_size
+        size = regular(path).st_size
         if size > MAX_HEADER_BYTES:
             raise RegroupError(
                 "a JSON file of the checkpoint is larger than any that is known",
@@ -190,6 +190,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             expected="a checkpoint folder with config.json and safetensors files",
             remedy="give a local folder, or a hub id such as meta-llama/Llama-2-7b-hf",
         )
+    refuse_special(folder)
     refuse_adapter(folder)
     config = read_json(folder / "config.json")
     named = config.get("transformers_weights")

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
+from ..files import as_named, kind_of
+from .companions import refuse_special
 from .forms import refuse_other_forms
 from .gguf import refuse_gguf
 from .header import TensorEntry, read_header, unreadable
@@ -35,15 +37,18 @@ def fetch(source: str, *, revision: str | None = None, weights: bool = True, pic
     Raises:
         RegroupError: no such folder, and not a hub id or not to be had (offline, gated, absent).
     """
-    path = Path(source).expanduser()
+    path = as_named(source)
     if path.exists() or not is_hub_id(source):
         refuse_gguf(path)
         if not path.is_dir():
+            kind = kind_of(path)
             raise RegroupError(
-                "the source does not exist" if not path.exists() else "the source is not a folder",
+                "the source does not exist" if kind == "nothing" else "the source is not a folder",
                 file=path,
                 expected="a checkpoint folder or a hub id such as meta-llama/Llama-2-7b-hf",
+                got=None if kind == "nothing" else kind,
             )
+        refuse_special(path)
         return path
 
     from huggingface_hub import snapshot_download

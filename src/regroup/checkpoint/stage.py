@@ -243,8 +243,8 @@ def _refusal(error: OSError, destination: Path) -> RegroupError:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Let a second, impatient Ctrl-C or SIGTERM wait: half a clean-up is what it would leave behind."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    """Let a second, impatient Ctrl-C, SIGTERM or SIGHUP wait: half a clean-up is what it would leave behind."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     if threading.current_thread() is not threading.main_thread():
         yield
         return

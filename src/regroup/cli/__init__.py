@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import signal
+import sys
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from ..errors import AgreedError, RegroupError
-from . import advise, bench, convert, demo, evaluate, export, inspect, plan, report, uptrain, verify
+from . import advise, bench, convert, demo, evaluate, export, inspect, plan, report, streams, uptrain, verify
+from .options import summary
 
 
 class _Verbs(TyperGroup):
     """Turns whatever a user can act on into a message and exit status 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        streams.write_anything()
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -27,17 +33,16 @@ class _Verbs(TyperGroup):
         except KeyboardInterrupt:
             _fail("interrupted; nothing half-written was left behind")
         except OSError as error:
-            _fail(
-                f"the system refused: {error.strerror or error}"
-                + (f"\n  file:     {error.filename}" if error.filename else "")
-            )
+            _fail(str(RegroupError(f"the system refused: {error.strerror or error}", file=error.filename)))
 
 
 app = typer.Typer(
+    name="regroup",
     cls=_Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # it takes "[default: 512]" in a help text for markup
     help="Turn a multi-head checkpoint into a grouped-query one.",
 )
 for _verb in (
@@ -52,8 +57,8 @@ for _verb in (
     report.report,
     demo.demo,
 ):
-    app.command()(_verb)
-app.add_typer(bench.app, name="bench")
+    app.command(short_help=summary(_verb))(_verb)
+app.add_typer(bench.app, name="bench", short_help=bench.app.info.help)
 
 
 def _version(wanted: bool) -> None:
@@ -75,19 +80,30 @@ def _options(
 
 def main() -> None:
     """Entry point of the ``regroup`` command."""
-
-    def stop(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    # A service manager's stop cleans up as Ctrl-C does.
-    signal.signal(signal.SIGTERM, stop)
-    app()
+    streams.guard_streams()
+    streams.log_safely()
+    release = streams.catch_signals()
+    try:
+        try:
+            app(prog_name="regroup")
+        finally:
+            # Otherwise the interpreter finds out as it ends what was lost, too late for an exit status.
+            sys.stdout.flush()
+    except streams.LostOutputError as lost:
+        if lost.unread:
+            sys.exit(128 + signal.SIGPIPE)
+        _say(str(RegroupError("standard output cannot be written", got=lost.reason)))
+        sys.exit(2)
+    finally:
+        release()
 
 
 def _fail(message: str) -> NoReturn:
-    from rich.markup import escape
-
-    from ..console import err
-
-    err.print(f"[bold red]error:[/bold red] {escape(message)}")
+    _say(message)
     raise typer.Exit(2)
+
+
+def _say(message: str) -> None:
+    from ..screen import Screen
+
+    Screen(stderr=True).label("error:", "bold red", *message.split("\n"))

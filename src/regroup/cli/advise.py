@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RegroupError
+from ..safe_text import command
 from .options import AllowPickle, Calibration, Revision, check_file, spread
 
 
@@ -81,25 +82,26 @@ def advise(
         )
     out.print(_table(advice, batch))
     for line in advice.assumptions:
-        out.print(f"- {line}", markup=False)
-    _recommend(out, advice, source, output, calibration.flags())
+        out.print(f"- {line}")
+    _recommend(out, advice, source, output, calibration.given())
     if figure is not None:
         from ..advise.plot import draw
 
         draw(advice.record, figure)
-        err.print(f"wrote {figure}", markup=False)
+        err.print(f"wrote {figure}")
     if output is not None and advice.plan is not None:
         write_whole(output, advice.plan.dumps(), "the plan")
-        err.print(f"wrote {output}", markup=False)
+        err.print(f"wrote {output}")
     elif output is not None:
-        err.print(f"no plan is needed, so {output} was not written", markup=False)
+        err.print(f"no plan is needed, so {output} was not written")
     if record is not None:
         write_record(record, advice.record)
-        err.print(f"wrote {record}", markup=False)
+        err.print(f"wrote {record}")
 
 
 def _table(advice: Any, batch: int) -> Any:
     from rich.table import Table
+    from rich.text import Text
 
     from ..errors import human_bytes
 
@@ -122,7 +124,7 @@ def _table(advice: Any, batch: int) -> Any:
             cells.append(f"{one.loss_after:+.3f}")
         table.add_row(*cells, style="bold" if one is advice.chosen else None)
     words = f"batch {batch}; fits: the largest batch; loss in nats a token over the parent"
-    table.caption = words + ("\n● nothing is both faster and better" if known else "")
+    table.caption = Text(words + ("\n● nothing is both faster and better" if known else ""))
     return table
 
 
@@ -130,10 +132,10 @@ def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.2f}" if seconds >= 1e-3 else f"{1e3 * seconds:.2g}"
 
 
-def _recommend(out: Any, advice: Any, source: str, output: Path | None, flags: str) -> None:
+def _recommend(out: Any, advice: Any, source: str, output: Path | None, text: dict[str, Any]) -> None:
     chosen, parent = advice.chosen, advice.predictions[0]
     if chosen is parent:
-        out.print("[bold]recommended: leave the model as it is[/bold]; it keeps to every limit that was given")
+        out.label("recommended: leave the model as it is", "bold", "; it keeps to every limit that was given", gap="")
         return
     saved = parent.cache_bytes / chosen.cache_bytes
     speed = parent.token_seconds / chosen.token_seconds
@@ -143,11 +145,11 @@ def _recommend(out: Any, advice: Any, source: str, output: Path | None, flags: s
         words += f" ({chosen.loss_after_low:.3f} to {chosen.loss_after_high:.3f})"
     elif chosen.loss is not None:
         words += f", at {chosen.loss:.3f} nats a token ({chosen.loss_low:.3f} to {chosen.loss_high:.3f})"
-    out.print(f"[bold]recommended: {chosen.name}[/bold]: {words}")
+    out.label(f"recommended: {chosen.name}", "bold", f": {words}", gap="")
     if advice.plan is None:
         return
     plan = output or "plan.json"
     before = "" if output else "add -o plan.json, then: "
     # A config alone cannot be converted: the checkpoint that it is of can.
     place = "SRC" if Path(source).is_file() else source
-    out.print(f"{before}regroup convert {place} DST --plan {plan}{flags}", markup=False, highlight=False)
+    out.print(before + command("convert", place, "DST", plan=plan, **text))

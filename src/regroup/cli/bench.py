@@ -9,10 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RegroupError
-from .options import AllowPickle, Json, Record, check_file, numbers
+from .options import AllowPickle, Json, Record, check_file, numbers, summary
 
 app = typer.Typer(
-    no_args_is_help=True, help="How fast decoding is, beside the ceiling of this machine: whole models, or attention."
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="How fast decoding is, beside the ceiling of this machine: whole models, or attention.",
 )
 
 DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
@@ -20,7 +22,6 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the arithmetic, m
 Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
 
 
-@app.command()
 def decode(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_CONFIG", help="A folder, a config.json, or a hub id.")],
     kv_heads: Annotated[
@@ -94,7 +95,6 @@ def decode(
         err.print(f"wrote {plot}")
 
 
-@app.command()
 def attention(
     kv_heads: Annotated[str, typer.Option("--kv-heads", help="Numbers of KV heads.")] = "32,8,4,1",
     heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
@@ -158,6 +158,10 @@ def attention(
         err.print(f"stopped after {minutes:g} minutes; run the same command again to go on from {work}")
         return
     _finish(record, output, json, write_record, err)
+
+
+for _verb in (decode, attention):
+    app.command(short_help=summary(_verb))(_verb)
 
 
 def _finish(record: dict[str, Any], output: Path | None, json: bool, write: Any, err: Any) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ..errors import human_bytes
+from ..screen import Screen
 
 if TYPE_CHECKING:
     from ..bench.attention import Shape
@@ -16,20 +16,22 @@ if TYPE_CHECKING:
     from ..bench.work import Roofs, Work
 
 
-def show_work(screen: Console, source: str, models: Sequence[Model], work: Work) -> None:
+def show_work(screen: Screen, source: str, models: Sequence[Model], work: Work) -> None:
     """What will be decoded, and what each step reads and computes: arithmetic alone."""
     from ..bench.work import cache_bytes, step_costs
 
     first = models[0]
     what = f"{work.new} tokens after {'an encoded text' if first.is_encoder_decoder else 'a prompt'} of {work.prompt}"
-    screen.print(f"[bold]{source}[/bold]: {what}, batch {work.batch}, {work.dtype}, {work.device}")
+    screen.label(source, "bold", f": {what}, batch {work.batch}, {work.dtype}, {work.device}", gap="")
     if first.layers < first.full_layers:
-        screen.print(
-            f"[yellow]note:[/yellow] {first.layers} of the model's {first.full_layers} layers; every figure is of "
-            "those, and nothing is extrapolated to the whole"
+        screen.label(
+            "note:",
+            "yellow",
+            f"{first.layers} of the model's {first.full_layers} layers; every figure is of those, and nothing is "
+            "extrapolated to the whole",
         )
     if first.is_encoder_decoder:
-        screen.print("[yellow]note:[/yellow] the encoder is not run: the first token is timed without it")
+        screen.label("note:", "yellow", "the encoder is not run: the first token is timed without it")
     random = [str(model.kv_heads) for model in models if model.folder is None]
     if random:
         screen.print(f"weights are random for KV heads {', '.join(random)}")
@@ -51,7 +53,7 @@ def show_work(screen: Console, source: str, models: Sequence[Model], work: Work)
         screen.print(f"a step makes {work.batch} tokens, one for each sequence")
 
 
-def show_ceiling(screen: Console, models: Sequence[Model], work: Work, roofs: Roofs) -> None:
+def show_ceiling(screen: Screen, models: Sequence[Model], work: Work, roofs: Roofs) -> None:
     """The measured rates, and the least time of a step."""
     ceilings = [roofs.ceiling(model) for model in models]
     screen.print(
@@ -83,7 +85,7 @@ def expected_seconds(models: Sequence[Model], work: Work, roofs: Roofs, paths: i
     return total + 5
 
 
-def show_model(screen: Console, found: dict[str, Any], paths: Sequence[str]) -> None:
+def show_model(screen: Screen, found: dict[str, Any], paths: Sequence[str]) -> None:
     """One model, as soon as it was measured."""
     for path in paths:
         timing = found[path]
@@ -97,7 +99,7 @@ def show_model(screen: Console, found: dict[str, Any], paths: Sequence[str]) -> 
         _warn_of_others(screen, timing["other_processes_share_of_cpu"])
 
 
-def show_comparison(screen: Console, record: dict[str, Any], paths: Sequence[str]) -> None:
+def show_comparison(screen: Screen, record: dict[str, Any], paths: Sequence[str]) -> None:
     """All models together, beside multi-head attention where that was measured."""
     models = record["results"]["models"]
     many = len(paths) > 1
@@ -123,7 +125,7 @@ def show_comparison(screen: Console, record: dict[str, Any], paths: Sequence[str
         screen.print("ceiling: share of it that is reached. MHA: times faster than it; limit: what the floors allow")
 
 
-def show_shapes(screen: Console, shapes: Sequence[Shape]) -> None:
+def show_shapes(screen: Screen, shapes: Sequence[Shape]) -> None:
     """What attention reads and computes in each shape."""
     table = Table(
         "dtype", "batch", "context", "KV heads", "KV read", "FLOPs", title="a step of one layer, by arithmetic"
@@ -141,7 +143,7 @@ def show_shapes(screen: Console, shapes: Sequence[Shape]) -> None:
     screen.print(table)
 
 
-def show_shape(screen: Console, found: dict[str, Any]) -> None:
+def show_shape(screen: Screen, found: dict[str, Any]) -> None:
     """One shape, as soon as it was measured."""
     shape = f"{found['dtype']}, batch {found['batch']}, context {found['context']:,}, KV heads {found['kv_heads']}"
     if "left_out" in found:
@@ -161,7 +163,7 @@ def show_shape(screen: Console, found: dict[str, Any]) -> None:
     screen.print(table)
     for name, way in found["ways"].items():
         if "not_run" in way:
-            screen.print(f"not run: {name}: {way['not_run']}", markup=False)
+            screen.print(f"not run: {name}: {way['not_run']}")
     _warn_of_others(screen, found["other_processes_share_of_cpu"])
 
 
@@ -171,11 +173,12 @@ def duration(seconds: float) -> str:
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
 
 
-def _warn_of_others(screen: Console, share: float | None) -> None:
+def _warn_of_others(screen: Screen, share: float | None) -> None:
     if share is not None and share > 0.05:
-        screen.print(
-            f"[yellow]note:[/yellow] other processes kept {share:.0%} of the processors busy meanwhile: "
-            "these times say little"
+        screen.label(
+            "note:",
+            "yellow",
+            f"other processes kept {share:.0%} of the processors busy meanwhile: these times say little",
         )
 
 

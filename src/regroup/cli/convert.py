@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RegroupError
+from ..safe_text import command
 from .options import (
     AllowPickle,
     Calibration,
@@ -72,6 +73,8 @@ def convert(
         }
         rest = {"device": calibration.device, "workers": workers, "dry_run": dry_run, "team": team}
 
+        score = command("evaluate", destination, teacher=source, data="FILE")
+
         def run(target: Path) -> Any:
             return convert_checkpoint(source, target, **options, **rest, listener=Told())
 
@@ -91,7 +94,7 @@ def convert(
 
             convert_and_uptrain(source, destination, uptrain, run, options, listener=Shown())
             err.print(f"wrote {destination}; the record of its uptraining is in {destination}.uptraining/run")
-            err.print(f"what it cost in quality: regroup evaluate {destination} --teacher {source} --data FILE")
+            err.print(f"what it cost in quality: {score}")
             return
         started = time.perf_counter()
         done = run(destination)
@@ -101,4 +104,4 @@ def convert(
         rate = (done.preview.bytes_before + done.preview.bytes_after) / done.seconds
         whole = time.perf_counter() - started
         err.print(f"wrote {destination} in {whole:.1f} s; {human_bytes(rate)}/s read and written")
-        err.print(f"what it cost in quality: regroup evaluate {destination} --teacher {source} --data FILE")
+        err.print(f"what it cost in quality: {score}")

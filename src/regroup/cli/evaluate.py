@@ -143,7 +143,6 @@ def _answers(
 
 
 def _show(record: dict[str, Any]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     from ..console import out
@@ -151,7 +150,7 @@ def _show(record: dict[str, Any]) -> None:
     results = record["results"]
     if record["kind"] == "evaluate/task":
         compared = record["configuration"]["against"]
-        more = () if compared is None else (f"less {escape(compared)}", "95% interval", "p")
+        more = () if compared is None else (f"less {compared}", "95% interval", "p")
         table = Table("metric", "value", "95% interval", *more, title=f"{results['rows']} rows")
         for name, found in results["metrics"].items():
             cells = [

@@ -33,8 +33,6 @@ def export(
     allow_pickle: AllowPickle = False,
 ) -> None:
     """Write a checkpoint in the form that an engine reads, and compare the result with its source."""
-    from rich.markup import escape
-
     from ..console import Told, err
     from ..export.run import export_checkpoint
 
@@ -50,10 +48,10 @@ def export(
         allow_pickle=allow_pickle,
         listener=Told("exporting"),
     )
-    err.print(f"wrote {escape(str(done.destination))}: {escape(done.form)}")
+    err.print(f"wrote {done.destination}: {done.form}")
     for note in done.notes:
-        err.print(f"note: {escape(note)}")
+        err.print(f"note: {note}")
     if done.checked is not None:
-        err.print(f"[green]checked[/green] with {escape(done.checked)}")
+        err.label("checked", "green", f"with {done.checked}")
     else:
-        err.print(f"[yellow]not checked[/yellow]: {escape(done.unchecked or '')}")
+        err.label("not checked:", "yellow", done.unchecked or "")

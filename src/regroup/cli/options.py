@@ -66,19 +66,11 @@ class Calibration:
     ] = None
     device: Annotated[str | None, typer.Option(help="Where calibration runs; a GPU where there is one.")] = None
 
-    def flags(self) -> str:
-        """The options as they were given, for the command that is advised next; those of a plan need its text."""
+    def given(self) -> dict[str, Any]:
+        """The options as they were given, for the ``command`` that is advised next; those of a plan need its text."""
         if self.calibration is None:
-            return ""
-        given = {
-            "--calibration": self.calibration,
-            "--calibration-tokens": self.calibration_tokens,
-            "--calibration-window": self.calibration_window,
-            "--calibration-batch": self.calibration_batch,
-            "--repair": self.repair,
-        }
-        words = [f" {name} {value}" for name, value in given.items() if value is not None]
-        return "".join(words) + (" --document-starts" if self.document_starts else "")
+            return {}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "device"}
 
     def text(self) -> CalibrationText | None:
         """The text that the options name, or None.
@@ -139,6 +131,11 @@ def spread(verb: Callable[..., None]) -> Callable[..., None]:
     called.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
     called.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
     return called
+
+
+def summary(verb: Callable[..., None]) -> str:
+    """The first line of a verb's help, whole: in a list of verbs the rest of a long one would be cut off."""
+    return (verb.__doc__ or "").partition("\n")[0]
 
 
 def check_file(output: Path, others: Mapping[str, Path | None] | None = None) -> None:

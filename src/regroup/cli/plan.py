@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..safe_text import command
 from .options import (
     AllowPickle,
     Calibration,
@@ -79,5 +80,7 @@ def plan(
             typer.echo(made.dumps(), nl=False)
             return
         write_whole(output, made.dumps(), "the plan")
-        again = "" if made.predicted_kl is None else calibration.flags()
-        err.print(f"wrote {output}; carry it out with: regroup convert {source} DST --plan {output}{again}")
+        again = {"plan": output, "revision": revision, "allow_pickle": allow_pickle}
+        again |= {} if made.predicted_kl is None else calibration.given()
+        following = command("convert", source, "DST", **again)
+        err.print(f"wrote {output}; carry it out with: {following}")

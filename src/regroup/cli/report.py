@@ -24,5 +24,5 @@ def report(
         check_file(output, {f"the record {record}": record})
     unused = write_report(records, output, title=title)
     for name in unused:
-        err.print(f"nothing is drawn of {name}", markup=False)
-    err.print(f"wrote {output}, {human_bytes(output.stat().st_size)}", markup=False)
+        err.print(f"nothing is drawn of {name}")
+    err.print(f"wrote {output}, {human_bytes(output.stat().st_size)}")

@@ -49,15 +49,13 @@ def verify(
             device=device,
             progress=progress,
         )
-    marks = {True: "[green]✓[/green]", False: "[red]✗[/red]", None: "–"}
-    from rich.markup import escape
-
+    marks = {True: ("✓", "green"), False: ("✗", "red"), None: ("–", "")}
     for promise in record["results"]["promises"]:
-        out.print(f"{marks[promise['held']]} {escape(promise['name'])}: {escape(promise['detail'])}")
+        out.label(*marks[promise["held"]], f"{promise['name']}: {promise['detail']}")
     if output is not None:
         write_record(output, record)
         err.print(f"wrote {output}")
     kept = record["results"]["verdict"] == "kept"
-    out.print("[bold green]all promises are kept[/bold green]" if kept else "[bold red]a promise is broken[/bold red]")
+    out.label(*(("all promises are kept", "bold green") if kept else ("a promise is broken", "bold red")))
     if not kept:
         raise typer.Exit(1)

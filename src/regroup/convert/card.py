@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 from ..errors import RegroupError
 from ..layout.types import Layout
 from ..plan import Plan
+from ..safe_text import code_span, visible
 
+# Names that Markdown shows as they are.
+_PLAIN = re.compile(r"[A-Za-z0-9]([\w./ -]*[A-Za-z0-9])?", re.ASCII)
 _KEPT = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 
 
@@ -42,7 +46,7 @@ def model_card(
     rows = "\n".join(
         f"| {number} | {before} | {after} | {key} | {value} |" for (before, after, key, value), number in counts.items()
     )
-    name = hub_id or Path(parent).resolve().name
+    name = visible(hub_id or Path(parent).resolve().name)
     text = "On calibration text: `regroup_calibration.json`." if calibrated else "From the weights alone."
     load = "" if stock else ", trust_remote_code=True"
     versions = ", ".join(
@@ -52,9 +56,9 @@ def model_card(
 {data}
 ---
 
-# {name} with grouped-query attention
+# {name if _PLAIN.fullmatch(name) else code_span(name)} with grouped-query attention
 
-Converted from `{name}` by [regroup](https://pypi.org/project/regroup-gqa/): key and value heads were merged
+Converted from {code_span(name)} by [regroup](https://pypi.org/project/regroup-gqa/): key and value heads were merged
 within groups (Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints",
 EMNLP 2023). **Merging alone costs quality; continue training before use.**
 

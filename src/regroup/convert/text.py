@@ -15,6 +15,7 @@ import torch
 from ..data import causal_batches, document_windows, pair_batches, read_pairs, read_texts, token_windows
 from ..data.text import check_window
 from ..errors import RegroupError
+from ..files import as_named
 from ..layout.families import slow_output
 from ..models import load_tokenizer
 
@@ -44,7 +45,7 @@ class CalibrationText:
 
     def describe(self) -> dict[str, Any]:
         """For the record: a file by name and content, never by place; anything else by name."""
-        path = Path(self.data).expanduser()
+        path = as_named(self.data)
         found: dict[str, Any] = {"data": path.name if path.exists() else str(self.data)}
         if path.is_file():
             with path.open("rb") as file:

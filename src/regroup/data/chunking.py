@@ -68,6 +68,18 @@ def columns(row: Any, pairs: bool, where: str) -> Any:
             expected=" and ".join(names) + ", each a string",
             got=str(row)[:120],
         )
+    for name, value in zip(names, values, strict=True):
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            # JSON's escapes can spell halves of characters, which no tokenizer takes.
+            raise RegroupError(
+                "a row of the data holds text that is not Unicode",
+                file=where,
+                expected=f"{name}: text without lone surrogates",
+                got=f"{error.object[error.start]!a} at character {error.start + 1}",
+                remedy="correct the row, or leave it out",
+            ) from error
     return values if pairs else values[0]
 
 

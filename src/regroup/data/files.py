@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
+from ..files import regular
 from .chunking import CHUNK_BYTES, Chunk, columns
 
 JSON_LINES = (".jsonl", ".json")
+_GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """A text file: one document, in pieces that end at line ends, so that hardly a token is cut."""
+    """A text file: one document, in pieces that end at line ends, so that hardly a token is cut.
+
+    ``raw`` is what was in it, where it is a pipe that was read.
+    """
 
     path: Path
+    raw: bytes | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
         return self.path.name
 
     def nbytes(self) -> int | None:
-        return _file_bytes(self.path)
+        return _file_bytes(self.path, self.raw)
 
     def chunks(self, position: int | None = None) -> Iterator[Chunk]:
         """Positions are byte offsets, of the text where it is gzipped."""
-        with _reading(self.path) as file:
+        with _reading(self.path, self.raw) as file:
             offset = position or 0
             file.seek(offset)
             block = file.read(CHUNK_BYTES)
@@ -60,22 +67,27 @@ def _last_border(block: bytes) -> int:
 
 @dataclass(frozen=True)
 class LineFile:
-    """JSON lines with ``text``, or ``source`` and ``target``; or tab-separated pairs."""
+    """JSON lines with ``text``, or ``source`` and ``target``; or tab-separated pairs.
+
+    Where it is a pipe that was read, ``raw`` is what was in it, and ``as_json`` says which of the two.
+    """
 
     path: Path
     pairs: bool
+    raw: bytes | None = field(default=None, repr=False)
+    as_json: bool | None = None
 
     @property
     def name(self) -> str:
         return self.path.name
 
     def nbytes(self) -> int | None:
-        return _file_bytes(self.path)
+        return _file_bytes(self.path, self.raw)
 
     def chunks(self, position: list[int] | None = None) -> Iterator[Chunk]:
         """Positions are byte offset and number of the line, counted from 0."""
-        as_json = suffix_of(self.path) in JSON_LINES
-        with _reading(self.path) as file:
+        as_json = suffix_of(self.path) in JSON_LINES if self.as_json is None else self.as_json
+        with _reading(self.path, self.raw) as file:
             offset, number = position or (0, 0)
             file.seek(offset)
             start, rows = [offset, number], []
@@ -113,15 +125,33 @@ def suffix_of(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
-def _file_bytes(path: Path) -> int | None:
+def is_json(raw: bytes, path: Path) -> bool:
+    """Whether what came through a pipe begins with a line that is a JSON object."""
+    with _reading(path, raw) as file:
+        first = file.readline(CHUNK_BYTES)
+        while first and not first.strip():
+            first = file.readline(CHUNK_BYTES)
+    try:
+        return isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _file_bytes(path: Path, raw: bytes | None) -> int | None:
     """Of the text; not known beforehand where it is gzipped."""
+    if raw is not None:
+        return None if raw.startswith(_GZIP) else len(raw)
     return None if path.suffix == ".gz" else path.stat().st_size
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[Any]:
+def _reading(path: Path, raw: bytes | None) -> Iterator[Any]:
+    packed = path.suffix == ".gz" if raw is None else raw.startswith(_GZIP)
+    held: Any = path if raw is None else io.BytesIO(raw)
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        if raw is None:
+            regular(path)
+        with gzip.open(held, "rb") if packed else path.open("rb") if raw is None else held as file:
             yield file
     except (OSError, EOFError, zlib.error) as error:
         raise RegroupError("the data cannot be read", file=path, got=str(error)[:200]) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ def read_texts(name: str | Path) -> Iterator[str]:
     """Documents: the whole of a text file, the ``"text"`` of each JSON line or parquet row, or a data set's.
 
     Args:
-        name: a file or folder (see ``sources.find_sources``), or a data set of the hub such as ``hf:allenai/c4:en``.
+        name: a file, pipe or folder (see ``sources.find_sources``), or a data set of the hub such as
+            ``hf:allenai/c4:en``.
 
     Raises:
         RegroupError: missing, not UTF-8, empty, or a row without text.
     """
     empty = True
-    for source in find_sources([str(name)], pairs=False):
+    for source in find_sources([str(name)], pairs=False, once=True):
         pieces: list[str] = []
         for chunk in source.chunks():
             for number, document in enumerate(chunk.documents):
@@ -45,7 +46,7 @@ def read_pairs(name: str | Path) -> Iterator[tuple[str, str]]:
     Args and errors as ``read_texts``.
     """
     empty = True
-    for source in find_sources([str(name)], pairs=True):
+    for source in find_sources([str(name)], pairs=True, once=True):
         for chunk in source.chunks():
             empty = False
             yield from chunk.documents
@@ -104,7 +105,7 @@ def token_windows(
         given, not predicted, and special tokens hold no text.
 
     Raises:
-        RegroupError: less text than one window.
+        RegroupError: less text than one window, or special tokens alone.
     """
     first = [tokenizer.bos_token_id] if bos and tokenizer.bos_token_id is not None else []
     body = length - len(first)
@@ -127,6 +128,7 @@ def token_windows(
             expected=f"at least {length} tokens",
             remedy=f"use a shorter {option}",
         )
+    _check_text(rows, tokenizer, file)
     return torch.tensor(rows, dtype=torch.int64), nbytes
 
 
@@ -155,7 +157,7 @@ def document_windows(
         (windows, length) int64.
 
     Raises:
-        RegroupError: no document is as long as a window.
+        RegroupError: no document is as long as a window, or there are special tokens alone.
     """
     first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     body = length - len(first)
@@ -179,7 +181,20 @@ def document_windows(
         rows += [first + tokens[start : start + body] for tokens in documents]
         start += body
         documents = [tokens for tokens in documents if len(tokens) >= start + body]
+    _check_text(rows[:limit], tokenizer, file)
     return torch.tensor(rows[:limit], dtype=torch.int64)
+
+
+def _check_text(rows: Sequence[Sequence[int]], tokenizer: Any, file: object) -> None:
+    """Refuse windows in which there is nothing to learn or to predict but special tokens."""
+    if set().union(*rows) <= set(tokenizer.all_special_ids):
+        raise RegroupError(
+            "the data holds special tokens alone",
+            file=file,
+            expected="text",
+            got="tokens such as " + ", ".join(tokenizer.convert_ids_to_tokens(sorted(set(rows[0]))[:3])),
+            remedy="give text of the kind that the model was trained on; it may be in letters that its tokenizer lacks",
+        )
 
 
 def _text_bytes(tokens: list[int], tokenizer: Any) -> int:

@@ -174,25 +174,35 @@ def tell(output: Path, *, windows: int) -> dict[str, Any]:
     config, tokens = story.parent.config, story.training["tokens"]
     out.print(
         f"The parent: a multi-head Llama of {sum(p.numel() for p in story.parent.parameters()) / 1e6:.1f} M parameters "
-        f"with {config.num_attention_heads} heads, trained on {tokens / 1e6:.1f} M tokens of Python's standard library."
-        f"\nHeld out: {len(story.windows)} windows of {WINDOW} tokens from files it never saw.\n"
-        f"\n1. Convert to {', '.join(str(g) for g in KV_HEADS)} key/value heads in {len(METHODS)} ways (a minute).\n"
+        f"with {config.num_attention_heads} heads, trained on {tokens / 1e6:.1f} M tokens of Python's standard "
+        "library.",
+        f"Held out: {len(story.windows)} windows of {WINDOW} tokens from files it never saw.",
+        "",
+        f"1. Convert to {', '.join(str(g) for g in KV_HEADS)} key/value heads in {len(METHODS)} ways (a minute).",
+        "",
+        sep="\n",
     )
     rows = story.convert_all()
     _table(rows)
     out.print(
-        f"\nmean, first and random are the paper's merge rules. auto shares heads by linear maps that queries and"
-        f"\noutputs absorb, from the weights alone or on {CALIBRATION_TOKENS:,} tokens of training text. Nothing was"
-        f"\ntrained so far.\n"
-        f"\n2. Uptrain two of them at α = {recovery.ALPHA}: {recovery.ALPHA * tokens:,.0f} tokens of other text "
-        "(two minutes).\n"
+        "",
+        "mean, first and random are the paper's merge rules. auto shares heads by linear maps that queries and",
+        f"outputs absorb, from the weights alone or on {CALIBRATION_TOKENS:,} tokens of training text. Nothing was",
+        "trained so far.",
+        "",
+        f"2. Uptrain two of them at α = {recovery.ALPHA}: {recovery.ALPHA * tokens:,.0f} tokens of other text "
+        "(two minutes).",
+        "",
+        sep="\n",
     )
     recovered = story.uptrain_both()
     _table([rows[0], *recovered])
     out.print(
-        "\nThe paper's recipe starts from mean and goes on with pre-training. Ours starts from auto + text and learns"
-        "\nthe parent's logits and hidden states, which costs a forward pass of the parent more: "
-        f"{recovered[1]['flops'] / recovered[0]['flops']:.2f} times the FLOPs."
+        "",
+        "The paper's recipe starts from mean and goes on with pre-training. Ours starts from auto + text and learns",
+        "the parent's logits and hidden states, which costs a forward pass of the parent more: "
+        f"{recovered[1]['flops'] / recovered[0]['flops']:.2f} times the FLOPs.",
+        sep="\n",
     )
     value = record(
         "demo",
@@ -208,8 +218,10 @@ def tell(output: Path, *, windows: int) -> dict[str, Any]:
     write_record(output / "demo.json", value)
     draw(value, output / "demo.png")
     out.print(
-        f"\nWrote {output / 'demo.png'}, {output / 'demo.json'} and the checkpoints beside them "
-        f"({time.perf_counter() - started:.0f} s). Load one with regroup.load or AutoModelForCausalLM."
+        "",
+        f"Wrote {output / 'demo.png'}, {output / 'demo.json'} and the checkpoints beside them "
+        f"({time.perf_counter() - started:.0f} s). Load one with regroup.load or AutoModelForCausalLM.",
+        sep="\n",
     )
     return value
 

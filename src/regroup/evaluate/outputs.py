@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
+from ..files import kind_of, read_once
 
 _FORMAT = 1
 
@@ -29,7 +30,10 @@ class Outputs:
         self.rows: dict[int, dict[str, Any]] = {}
         if path is None:
             return
-        if path.exists() and path.stat().st_size:
+        kind = kind_of(path)
+        if kind not in ("a file", "nothing"):
+            raise RegroupError("the outputs cannot be kept", file=path, expected="a file", got=kind)
+        if kind == "a file" and path.stat().st_size:
             found, self.rows, good = read(path)
             for name, value in facts.items():
                 if found.get(name) != value:
@@ -70,7 +74,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]], int]:
         RegroupError: not such a file.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_once(path)
     except OSError as error:
         raise RegroupError("the outputs cannot be read", file=path, got=error.strerror or str(error)) from error
     good = raw.rfind(b"\n") + 1

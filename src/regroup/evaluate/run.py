@@ -15,6 +15,7 @@ from ..data import causal_batches, pair_batches, read_pairs, read_texts, token_w
 from ..data.text import check_window
 from ..devices import device_named
 from ..errors import RegroupError
+from ..files import as_named, kind_of
 from ..models import load, load_tokenizer
 from ..opening import readable
 from ..record import record
@@ -56,8 +57,11 @@ def evaluate(
         RegroupError: anything missing, unreadable or mismatched.
     """
     check_dtype(dtype)
-    if not data.is_file():
-        raise RegroupError("the data cannot be read", file=data, expected="a file", got="no such file")
+    data = as_named(data)
+    if kind_of(data) == "nothing":
+        raise RegroupError(
+            "the data cannot be read", file=data, expected="a file, a folder of files, or a pipe", got="no such file"
+        )
     place = device_named(device)
     with readable(model, allow_pickle=allow_pickle) as name:
         folder = fetch(name)

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import yaml
 
 from ..errors import RegroupError
-from ..files import parse_json
+from ..files import kind_of, parse_json, read_once
 from .metrics import CHOOSING, GENERATING
 
 _GENERATED = ("exact_match", "f1")
@@ -114,9 +114,13 @@ class Task:
         Raises:
             RegroupError: no file, no row, or a row that lacks something, by its line.
         """
-        if not self.data.is_file():
+        kind = kind_of(self.data)
+        if kind != "a file":
             raise RegroupError(
-                "the data of the task cannot be read", file=self.data, expected="a file", got="none there"
+                "the data of the task cannot be read",
+                file=self.data,
+                expected="a file",
+                got="none there" if kind == "nothing" else kind,
             )
         found: list[Row] = []
         with self.data.open(encoding="utf-8", errors="strict") as file:
@@ -191,7 +195,7 @@ def _texts(value: Any) -> TypeGuard[list[str]]:
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.safe_load(read_once(path).decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RegroupError("the task cannot be read", file=path, got=str(error)[:200]) from error
     except (yaml.YAMLError, RecursionError) as error:

@@ -13,6 +13,7 @@ from ..checkpoint.header import nbytes_of
 from ..checkpoint.writer import check_destination, existing_parent
 from ..convert.rewrite import Change
 from ..errors import RegroupError
+from ..files import as_named
 from ..models.expected import check_loadable
 from ..opening import Source, open_source
 from ..planning import Listener
@@ -109,7 +110,7 @@ def export_checkpoint(
     if dtype is not None and dtype not in DTYPES:
         raise RegroupError("this dtype is not known here", expected=" or ".join(DTYPES), got=dtype)
     request = Request(to, expand, tensor_parallel, dtype, check, listener or Listener())
-    file, target = Path(source).expanduser(), Path(destination).expanduser()
+    file, target = as_named(source), as_named(destination)
     if is_gguf(file):
         from .gguf_source import export_from_gguf
 

@@ -78,13 +78,17 @@ def load(
             is missing or unexpected or does not fit the model, or the family has no choice of the attention
             implementation that is asked for.
     """
+    from safetensors import SafetensorError
+
     from regroup.checkpoint import open_checkpoint
+    from regroup.checkpoint.companions import refuse_special
     from regroup.checkpoint.forms import refuse_adapter
 
     from .expected import check_generation_config, check_loadable, model_class
     from .spelled import spelled
 
     file = Path(path) / "config.json"
+    refuse_special(Path(path))
     refuse_adapter(Path(path))
     if not file.is_file():
         raise RegroupError("the folder is not a checkpoint", file=path, expected="a config.json in it")
@@ -107,9 +111,13 @@ def load(
             # Pickles are never read here; ``regroup convert --allow-pickle`` makes safetensors of them. Code of the
             # folder, for generation say, would otherwise be run by whoever answers transformers' question with yes.
             return cls.from_pretrained(path, **{"use_safetensors": True, **kwargs}, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError) as error:
+    # Damage in a file that transformers reads by itself shows in all kinds of ways. The last is safetensors' own, of
+    # which it is a matter too that a name is not UTF-8.
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise RegroupError(
-            "transformers cannot load the checkpoint", file=path, got=str(error).strip()[:800] or type(error).__name__
+            "transformers cannot load the checkpoint",
+            file=path,
+            got=" ".join(str(error).split())[:800] or type(error).__name__,
         ) from error
 
 
@@ -135,9 +143,13 @@ def load_tokenizer(folder: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    from regroup.checkpoint.companions import refuse_special
+
+    if Path(folder).is_dir():
+        refuse_special(Path(folder))
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises that itself, and damage shows in all kinds of ways
         if "trust_remote_code" in str(error):
             raise RegroupError(
                 "the tokenizer needs code that comes with the checkpoint, which is never run here",
@@ -149,7 +161,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise RegroupError(
             "the checkpoint has no tokenizer that can be loaded",
             file=folder,
-            got=str(error).strip().splitlines()[0][:200],
+            got=" ".join(str(error).split())[:200] or type(error).__name__,
             remedy="copy the tokenizer's files into the folder",
         ) from error
 

@@ -4,10 +4,12 @@ from .budget import allocate, layer_units, parse_budget, token_bytes
 from .check import allowed_kv_heads
 from .grouping import group_members, key_value_sources
 from .make import make_plan, parse_layers
-from .plan import LINEAR_METHODS, METHODS, LayerPlan, Plan
+from .plan import ASKED_METHODS, BLIND_METHODS, LINEAR_METHODS, METHODS, LayerPlan, Plan
 from .search import query_order, search_groups
 
 __all__ = [
+    "ASKED_METHODS",
+    "BLIND_METHODS",
     "LINEAR_METHODS",
     "METHODS",
     "LayerPlan",

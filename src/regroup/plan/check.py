@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 from ..errors import RegroupError
 from ..layout.types import AttentionLayer
-from .plan import LINEAR_METHODS, METHODS, LayerPlan
+from .plan import BLIND_METHODS, LINEAR_METHODS, METHODS, LayerPlan
 
 
 def check_layers(wanted: Sequence[LayerPlan], layers: Sequence[AttentionLayer], tensor_parallel: int) -> None:
@@ -110,7 +110,7 @@ def _check_methods(want: LayerPlan, layer: AttentionLayer) -> None:
             )
     if not want.changes:
         return
-    if set(both) & set(LINEAR_METHODS) and set(both) & {"first", "random"}:
+    if set(both) & set(LINEAR_METHODS) and set(both) & set(BLIND_METHODS):
         raise RegroupError(
             "these methods for keys and values cannot be combined",
             layer=want.name,
@@ -124,7 +124,7 @@ def _check_methods(want: LayerPlan, layer: AttentionLayer) -> None:
             raise RegroupError(
                 f"the {what} of this layer cannot be shared by a linear map: {obstacle}",
                 layer=layer.name,
-                expected="mean, first or random",
+                expected=" or ".join(m for m in METHODS if m not in LINEAR_METHODS),
                 got=method,
                 remedy="use --method auto, which pools them by mean and solves what can be solved",
             )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ..errors import RegroupError
 from ..layout.types import AttentionLayer, Layout
-from .plan import LayerPlan, Plan
+from .plan import ASKED_METHODS, LayerPlan, Plan
 
 
 def make_plan(
@@ -39,6 +39,13 @@ def make_plan(
     """
     if kv_heads is None and layers is None:
         raise RegroupError("no number of KV heads was given", remedy="pass --kv-heads G, --layers, or a plan")
+    if method not in ASKED_METHODS:
+        raise RegroupError(
+            "the merge method is not known",
+            expected=" or ".join(ASKED_METHODS),
+            got=repr(method),
+            remedy="mean is the paper's",
+        )
     chosen = parse_layers(layers, layout) if isinstance(layers, str) else dict(layers or {})
     plan = Plan(
         family=layout.family,

@@ -12,12 +12,17 @@ from types import NoneType
 from typing import Any
 
 from ..errors import RegroupError
+from ..files import parse_json, read_once
 from ..layout.types import Layout
 
 FORMAT = "regroup-plan/1"
 # Linear maps that queries and outputs absorb (``regroup.merge.sharing``); the paper's rules need no such thing.
 LINEAR_METHODS = ("lowrank", "procrustes")
 METHODS = ("mean", "first", "random", *LINEAR_METHODS)
+# What may be asked of ``make_plan``, which chooses among these for each layer where it is told "auto".
+ASKED_METHODS = ("auto", *METHODS)
+# Those that look at nothing but places: text has nothing to say about them.
+BLIND_METHODS = ("first", "random")
 
 
 @dataclass(frozen=True)
@@ -107,9 +112,10 @@ class Plan:
             RegroupError: unreadable, of another format, or with unknown or missing fields.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            json.dumps(data, ensure_ascii=False).encode()  # escapes can spell text that is not Unicode
-        except (OSError, ValueError, RecursionError) as error:
+            data = parse_json(read_once(path))
+        except OSError as error:
+            raise RegroupError("the plan cannot be read", file=path, got=error.strerror or str(error)) from error
+        except (ValueError, RecursionError) as error:
             raise RegroupError("the plan cannot be read", file=path, got=str(error)[:200]) from error
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise RegroupError(

@@ -14,6 +14,7 @@ from ..checkpoint.source import fetch, is_hub_id
 from ..checkpoint.writer import check_destination, write_text
 from ..data.sources import find_sources
 from ..errors import RegroupError
+from ..files import as_named
 from ..plan import Plan
 from .recipe import Recipe
 from .run import Result, uptrain
@@ -51,7 +52,7 @@ def convert_and_uptrain(
     work, child, run = _places(destination)
     # Everything that can be wrong with the recipe, before the conversion takes its time.
     wanted = check_recipe(recipe, source, destination)
-    check_destination(destination, Path(source).expanduser(), 0)
+    check_destination(destination, as_named(source), 0)
     asked = _asked(source, options)
     if child.exists():
         if not (work / _OPTIONS).is_file() or (work / _OPTIONS).read_text(encoding="utf-8") != asked:
@@ -98,7 +99,7 @@ def check_recipe(recipe: Path, source: str, destination: Path) -> Recipe:
     held_out = () if wanted.held_out is None else (wanted.held_out,)
     find_sources((*wanted.data, *held_out), pairs=wanted.objective == "pairs")
     # A hub id could only be checked by downloading the teacher, which a dry run should not do.
-    if wanted.teacher is not None and (Path(wanted.teacher).expanduser().exists() or not is_hub_id(wanted.teacher)):
+    if wanted.teacher is not None and (as_named(wanted.teacher).exists() or not is_hub_id(wanted.teacher)):
         fetch(wanted.teacher)
     return wanted
 
@@ -121,7 +122,7 @@ def _asked(source: str, options: Mapping[str, Any]) -> str:
 
 
 def _place(name: str | Path) -> str:
-    path = Path(name).expanduser()
+    path = as_named(name)
     return str(path.resolve() if path.exists() else name)
 
 

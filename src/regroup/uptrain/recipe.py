@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..errors import RegroupError
+from ..files import as_named
 from .settings import checked, read_settings, unknown_setting
 
 # Settings that do not change what is learnt.
@@ -187,4 +188,4 @@ def _plain(value: Any) -> Any:
 
 
 def _same(source: str) -> Path:
-    return Path(source).expanduser().resolve()
+    return as_named(source).resolve()

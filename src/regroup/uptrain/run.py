@@ -14,6 +14,7 @@ from ..checkpoint.writer import write_text
 from ..errors import RegroupError
 from ..processes import barrier, rank, together, world
 from ..record import record, write_record
+from ..safe_text import code_span, visible
 from . import states
 from .budget import Budget
 from .export import write_model
@@ -219,7 +220,7 @@ def _entry(entry: Mapping[str, float]) -> dict[str, float]:
 def _note(ready: Prepared, results: Mapping[str, Any]) -> str:
     """Markdown for the model card."""
     recipe, budget = ready.recipe, ready.budget
-    how = f"distilled from `{Path(recipe.teacher).name}`" if recipe.teacher else "on cross-entropy"
+    how = f"distilled from {code_span(visible(Path(recipe.teacher).name))}" if recipe.teacher else "on cross-entropy"
     share = f", α = {results['alpha']:.3g} of the parent's pre-training" if results["alpha"] else ""
     lines = [
         "## Uptraining",

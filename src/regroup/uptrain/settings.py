@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from ..errors import RegroupError
+from ..files import read_once
 from .budget import parse_count
 
 OBJECTIVES = ("causal", "span-corruption", "pairs")
@@ -64,10 +65,10 @@ _OPEN = {"alpha": "low", "temperature": "low", "learning_rate": "low", "dropout"
 
 def read_settings(path: Path) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.safe_load(read_once(path).decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RegroupError("the recipe cannot be read", file=path, got=str(error)[:200]) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise RegroupError("the recipe is not valid YAML", file=path, got=" ".join(str(error).split())[:200]) from error
     value = {} if value is None else value
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):

@@ -42,18 +42,18 @@ class Shown(Listener):
     """Shows a run on standard error: a bar with loss, speed and time left, and a line for each evaluation."""
 
     def __init__(self) -> None:
-        from rich.console import Console
+        from ..screen import Screen
 
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Screen(stderr=True)
         self._progress: Any = None
         self._task: Any = None
 
     def planned(self, lines: Sequence[str]) -> None:
         for line in lines:
-            self.console.print(line, markup=False)
+            self.console.print(line)
 
     def notice(self, text: str) -> None:
-        self.console.print(f"note: {text}", markup=False)
+        self.console.print(f"note: {text}")
 
     @contextlib.contextmanager
     def training(self, steps: int, first: int) -> Iterator[None]:
@@ -76,7 +76,7 @@ class Shown(Listener):
     def evaluated(self, step: int, results: Mapping[str, float]) -> None:
         names = {"eval_loss": "held-out", "eval_kl": "KL to the teacher", "eval_teacher_loss": "the teacher's"}
         said = ", ".join(f"{name} {results[key]:.4f}" for key, name in names.items() if key in results)
-        self.console.print(f"step {step}: {said} nats a token", markup=False)
+        self.console.print(f"step {step}: {said} nats a token")
 
 
 class Progress(TrainerCallback):
