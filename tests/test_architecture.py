@@ -37,6 +37,7 @@ RULES: dict[str, tuple[list[str], set[str]]] = {
     "export/llama_cpp_process.py": ([], TORCH),
     "processes.py": (["errors"], {"transformers", "safetensors"}),
     "files.py": ([], TORCH),
+    "progress.py": ([], TORCH | DISK - {"os"}),
     "errors.py": ([], TORCH | DISK | {"pathlib"}),
 }
 # These reach the disk in rooms that keep from it: a compiler writes what it builds.

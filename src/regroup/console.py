@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 from .convert import Forecast, Preview
@@ -26,6 +16,7 @@ from .layout import Layout
 from .opening import Source
 from .plan import Plan
 from .planning import Listener
+from .progress import Progress, stage
 
 if TYPE_CHECKING:
     from .convert.calibrate import Calibrated
@@ -42,24 +33,6 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
         count /= 1024
     return f"{count:.4g} TiB"
-
-
-@contextlib.contextmanager
-def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar that counts bytes, on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda count: progress.advance(task, count)
-
-
-@contextlib.contextmanager
-def count_progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar that counts things, on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task(escape(title), total=total)
-        yield lambda count: progress.advance(task, count)
 
 
 def show_summary(
@@ -243,23 +216,26 @@ class Told(Listener):
     def notice(self, text: str) -> None:
         err.print(f"[yellow]note:[/yellow] {text}")
 
-    def searching(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        return count_progress("comparing heads, layers", layers)
+    def searching(self, layers: int) -> AbstractContextManager[Progress]:
+        return stage("comparing heads", layers, unit="layers")
 
-    def calibrating(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        return count_progress("calibrating, layers", layers)
+    def calibrating(self, layers: int) -> AbstractContextManager[Progress]:
+        return stage("calibrating", layers, unit="layers")
 
     def calibrated(self, solved: Calibrated) -> None:
         show_outcomes(solved)
 
-    def writing(self, nbytes: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        return byte_progress(self.verb, nbytes)
+    def writing(self, nbytes: int) -> AbstractContextManager[Progress]:
+        return stage(self.verb, nbytes, unit="bytes")
 
     def comparison_ahead(self, nbytes: int) -> None:
         err.print(f"source and result are compared afterwards, one at a time, which takes about {human_bytes(nbytes)}")
 
-    def comparing(self) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        return count_progress("comparing, models", 2)
+    def stage(self, title: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Progress]:
+        return stage(title, total, unit=unit)
+
+    def comparing(self) -> AbstractContextManager[Progress]:
+        return stage("comparing", 2, unit="models")
 
 
 def _runs(layers: Sequence[LayerSummary]) -> list[tuple[str, LayerSummary]]:

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import AgreedError, RegroupError
+from ..progress import on_terminal, quiet_libraries
 from . import advise, bench, convert, demo, evaluate, export, inspect, plan, report, uptrain, verify
 
 
@@ -81,6 +82,8 @@ def main() -> None:
 
     # A service manager's stop cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, stop)
+    if not on_terminal():
+        quiet_libraries()
     app()
 
 

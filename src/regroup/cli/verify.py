@@ -29,24 +29,23 @@ def verify(
 
     Exit status 0: everything promised holds; 1: something does not; 2: it could not be checked.
     """
-    from ..console import count_progress, err, out
+    from ..console import Told, err, out
     from ..record import write_record
     from ..verification import verify as run
 
     if output is not None:
         check_file(output)
-    with count_progress("comparing tensors", None) as progress:
-        record = run(
-            parent,
-            child,
-            plan=plan,
-            uptrained=uptrained,
-            data=data,
-            window=window,
-            windows=windows,
-            device=device,
-            progress=progress,
-        )
+    record = run(
+        parent,
+        child,
+        plan=plan,
+        uptrained=uptrained,
+        data=data,
+        window=window,
+        windows=windows,
+        device=device,
+        listener=Told(),
+    )
     marks = {True: "[green]✓[/green]", False: "[red]✗[/red]", None: "–"}
     from rich.markup import escape
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..console import count_progress, human_bytes, out
+from ..console import human_bytes, out
 from ..convert.text import CalibrationText
 from ..data import token_windows
 from ..evaluate import Score, causal_batches, score
@@ -20,6 +20,7 @@ from ..evaluate.run import load_for_scoring
 from ..inspection import summarize
 from ..models import load_tokenizer
 from ..pipeline import convert_checkpoint
+from ..progress import stage
 from ..record import record, write_record
 from . import recovery
 from .corpus import held_out_text, training_text
@@ -124,7 +125,7 @@ class Story:
     def convert_all(self) -> list[dict[str, Any]]:
         variants = [(method, heads) for heads in KV_HEADS for method in METHODS]
         rows = [self.row("parent", PARENT, self.base)]
-        with count_progress("converting and evaluating", len(variants)) as progress:
+        with stage("converting and evaluating", len(variants), unit="variants") as progress:
             for method, heads in variants:
                 rows.append(self.measured(method, self.child(method, heads)))
                 progress(1)

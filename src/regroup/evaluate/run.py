@@ -34,6 +34,7 @@ def evaluate(
     dtype: str = "auto",
     device: str | None = None,
     progress: Callable[[int], None] | None = None,
+    ahead: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on held-out text or pairs.
 
@@ -45,6 +46,7 @@ def evaluate(
         dtype: of weights and activations; ``"auto"`` as stored.
         device: a torch device; a GPU where there is one.
         progress: called with the number of rows after each batch.
+        ahead: called before the first with the number of all rows.
 
     Returns:
         A record (see ``regroup.record``).
@@ -81,6 +83,8 @@ def evaluate(
         )
         batches = causal_batches(cut, batch_size)
         rows = len(cut)
+    if ahead is not None:
+        ahead(rows)
     result = score(student, batches, teacher=parent, progress=progress)
     if math.isnan(result.nats_per_token):
         raise RegroupError(

@@ -64,7 +64,7 @@ def uptrain(recipe: Recipe, *, listener: Listener | None = None, dry_run: bool =
     """
     _join(recipe)
     told = (listener or Listener()) if rank() == 0 else Listener()
-    with together():
+    with told.stage("checking the recipe, the model and the data"), together():
         ready = prepare(recipe)
     told.planned(ready.lines)
     if dry_run:
