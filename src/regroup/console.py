@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from .bench.roofline import DTYPE_BYTES, cache_dtype
 from .convert import Forecast, Preview
 from .inspection import LayerSummary, Summary
 from .layout import Layout
@@ -64,14 +65,20 @@ def show_summary(
     where = f"{context:,} tokens × batch {batch}"
     if encoder_context is not None:
         where += f", {encoder_context:,} encoder tokens"
-    cache = Table("KV heads", "16-bit, a token", f"16-bit, {where}", f"32-bit, {where}", f"8-bit, {where}", "of now")
-    now = summary.kv_bytes("BF16", context=context, batch=batch, encoder_context=encoder_context)
+    own, called = cache_dtype(summary.dtype)
+    # What a conversion counts in stands first; the other widths beside it.
+    shown = {own: called} | {
+        dtype: name
+        for dtype, name in (("BF16", "16-bit"), ("F32", "32-bit"), ("F8", "8-bit"))
+        if DTYPE_BYTES[dtype] != DTYPE_BYTES[own]
+    }
+    cache = Table("KV heads", f"{called}, per token", *(f"{name}, {where}" for name in shown.values()), "of now")
+    now = summary.kv_bytes(own, context=context, batch=batch, encoder_context=encoder_context)
     for label, variant in [("now", summary), *((str(g), summary.with_kv_heads(g)) for g in kv_heads)]:
         sizes = [
-            variant.kv_bytes(dtype, context=context, batch=batch, encoder_context=encoder_context)
-            for dtype in ("BF16", "F32", "F8")
+            variant.kv_bytes(dtype, context=context, batch=batch, encoder_context=encoder_context) for dtype in shown
         ]
-        cache.add_row(label, human_bytes(variant.kv_bytes("BF16")), *map(human_bytes, sizes), f"{sizes[0] / now:.3g}")
+        cache.add_row(label, human_bytes(variant.kv_bytes(own)), *map(human_bytes, sizes), f"{sizes[0] / now:.3g}")
     out.print(cache)
 
 
@@ -161,7 +168,8 @@ def show_preview(ahead: Preview) -> None:
         f"weights {human_bytes(ahead.bytes_before)} → {human_bytes(ahead.bytes_after)} in {len(ahead.shards)} "
         f"file{'s' if len(ahead.shards) > 1 else ''}, "
         f"{len(ahead.changed)} tensor{'s' if len(ahead.changed) != 1 else ''} rewritten; "
-        f"KV cache {human_bytes(ahead.kv_bytes_before)} → {human_bytes(ahead.kv_bytes_after)} a token; "
+        f"KV cache {human_bytes(ahead.kv_bytes_before)} → {human_bytes(ahead.kv_bytes_after)} per token in "
+        f"{ahead.kv_dtype}; "
         + ("loads with stock transformers" if ahead.stock else "loads with trust_remote_code=True or regroup.load")
     )
 

@@ -218,7 +218,7 @@ def tell(output: Path, *, windows: int) -> dict[str, Any]:
 def _table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
-    table = Table()
+    table = Table(caption="KV/token: bytes of the KV cache for one token, in 16-bit numbers")
     for name in ("KV heads", "method", "KV/token", "nats/token", "excess", "KL", "top-1"):
         table.add_column(name, no_wrap=True)
     last = None
