@@ -20,12 +20,12 @@ from ..convert.calibrate import add_lack
 from ..convert.layers import LayerStream
 from ..convert.lesson import Lesson
 from ..convert.repair import DistillSettings
-from ..errors import RegroupError
 from ..models import load
 from ..opening import open_source
 from ..processes import rank
 from . import states
 from .distill import inputs_of
+from .enough import NothingLearntError
 from .prepare import Prepared
 from .watch import Listener
 
@@ -40,12 +40,17 @@ def local_stage(ready: Prepared, told: Listener) -> None:
     this again. Hidden states of all those batches lie in memory twice, in float32.
 
     Raises:
-        RegroupError: the data ended before there were two batches.
+        NothingLearntError: the data ended before there were that many batches.
     """
     recipe = ready.recipe
     batches = [dict(inputs_of(batch)) for batch in _global_batches(ready)]
-    if len(batches) < 2:
-        raise RegroupError("the data ended within the local stage", got=f"{len(batches)} batches")
+    if len(batches) < ready.local_steps:
+        raise NothingLearntError(
+            "the data ended within the local stage",
+            expected=f"{ready.local_steps} batches of {recipe.batch_size}, as the recipe asks for",
+            got=f"{len(batches)} batches",
+            remedy="give more data, fewer tokens or steps, or more epochs in the recipe",
+        )
     folder = recipe.output / states.LOCAL_FOLDER
     if rank() == 0:
         assert ready.teacher_folder is not None
