@@ -117,7 +117,8 @@ def furnish(folder: Path, *, layers: int) -> None:
     t5 = T5Config(vocab_size=tiny.VOCAB_SIZE, d_model=24, d_kv=2, d_ff=32, num_heads=12, num_layers=12)
     T5ForConditionalGeneration(t5).save_pretrained(folder / "t5-base")
     for name in ("held-out.txt", "train.txt", "valid.txt"):
-        (folder / name).write_text(texts.TEXT * 2, encoding="utf-8")
+        # A step of training takes 4,096 tokens.
+        (folder / name).write_text(texts.TEXT * (8 if name == "train.txt" else 2), encoding="utf-8")
     for name in ("text.jsonl", "train.jsonl"):
         (folder / name).write_text(f"{json.dumps({'text': texts.TEXT})}\n" * 6, encoding="utf-8")
     rows = [{"source": "the cat", "target": "sat on the mat"}, {"source": "the hat", "target": "is flat"}]

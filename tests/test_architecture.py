@@ -40,6 +40,7 @@ RULES: dict[str, tuple[list[str], set[str]]] = {
     "processes.py": (["errors"], {"transformers", "safetensors"}),
     "files.py": ([], TORCH),
     "errors.py": (["safe_text"], TORCH | DISK | {"pathlib"}),
+    "progress.py": (["screen"], TORCH | DISK - {"os"}),
     "safe_text.py": ([], TORCH | DISK | {"pathlib"}),
     "screen.py": (["safe_text"], TORCH | DISK | {"pathlib"}),
 }

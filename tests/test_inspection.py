@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +15,14 @@ import gguf
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError
 
 import tiny
 from helpers import config_of, copy, head_map, refused, run
 from regroup import RegroupError, summarize
 from regroup.checkpoint import fetch, is_hub_id, open_checkpoint, remote_headers
+from regroup.console import human_bytes
 from regroup.inspection import Summary
 
 Saved = Callable[[str], Path]
@@ -320,3 +324,29 @@ def test_a_folder_with_pickles_is_not_a_config_alone(saved: Saved, tmp_path: Pat
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     assert "--allow-pickle" in refused("inspect", folder)
     assert config_of(folder)["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "qwen2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_inspect_and_convert_count_the_cache_in_one_dtype_and_name_it(
+    name: str, dtype: str, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.setattr("regroup.console.out.width", 160)
+    folder = tmp_path / "parent"
+    shutil.copytree(saved(name), folder)
+    for file in folder.glob("*.safetensors"):
+        save_file({k: v.to(getattr(torch, dtype)) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    status, out, message = run("inspect", folder, "--kv-heads", "2,1")
+    assert status == 0, message
+    assert f"{dtype}, per token" in " ".join(out.replace("┃", " ").split())
+    first = [re.split(r" *│ *", line)[2] for line in out.splitlines() if re.match(r"│ (now|2|1) ", line)]
+    status, _, message = run("convert", folder, tmp_path / "child", "--kv-heads", 1, "--method", "mean", "--dry-run")
+    assert status == 0, message
+    assert f"KV cache {first[0]} → {first[2]} per token in {dtype};" in message
+    facts = json.loads(run("inspect", folder, "--kv-heads", "2,1", "--json")[1])
+    size = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
+    elements = sum(2 * layer["num_key_value_heads"] * layer["head_dim"] for layer in facts["layers"])
+    assert facts["kv_cache"]["now"][facts["kv_cache_dtype"]]["kv_bytes_per_token"] == size * elements
+    assert human_bytes(size * elements) == first[0]

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
+from .bench.roofline import DTYPE_BYTES, cache_dtype
 from .convert import Forecast, Preview
 from .errors import human_bytes
 from .inspection import LayerSummary, Summary
@@ -25,7 +17,7 @@ from .layout import Layout
 from .opening import Source
 from .plan import Plan
 from .planning import Listener
-from .safe_text import visible
+from .progress import Progress, stage
 from .screen import Screen
 
 if TYPE_CHECKING:
@@ -34,24 +26,6 @@ if TYPE_CHECKING:
 
 out = Screen()
 err = Screen(stderr=True)
-
-
-@contextlib.contextmanager
-def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar that counts bytes, on standard error."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as progress:
-        task = progress.add_task(visible(title), total=total)
-        yield lambda count: progress.advance(task, count)
-
-
-@contextlib.contextmanager
-def count_progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar that counts things, on standard error."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task(visible(title), total=total)
-        yield lambda count: progress.advance(task, count)
 
 
 def show_summary(
@@ -83,14 +57,20 @@ def show_summary(
     where = f"{context:,} tokens × batch {batch}"
     if encoder_context is not None:
         where += f", {encoder_context:,} encoder tokens"
-    cache = Table("KV heads", "16-bit, a token", f"16-bit, {where}", f"32-bit, {where}", f"8-bit, {where}", "of now")
-    now = summary.kv_bytes("BF16", context=context, batch=batch, encoder_context=encoder_context)
+    own, called = cache_dtype(summary.dtype)
+    # What a conversion counts in stands first; the other widths beside it.
+    shown = {own: called} | {
+        dtype: name
+        for dtype, name in (("BF16", "16-bit"), ("F32", "32-bit"), ("F8", "8-bit"))
+        if DTYPE_BYTES[dtype] != DTYPE_BYTES[own]
+    }
+    cache = Table("KV heads", f"{called}, per token", *(f"{name}, {where}" for name in shown.values()), "of now")
+    now = summary.kv_bytes(own, context=context, batch=batch, encoder_context=encoder_context)
     for label, variant in [("now", summary), *((str(g), summary.with_kv_heads(g)) for g in kv_heads)]:
         sizes = [
-            variant.kv_bytes(dtype, context=context, batch=batch, encoder_context=encoder_context)
-            for dtype in ("BF16", "F32", "F8")
+            variant.kv_bytes(dtype, context=context, batch=batch, encoder_context=encoder_context) for dtype in shown
         ]
-        cache.add_row(label, human_bytes(variant.kv_bytes("BF16")), *map(human_bytes, sizes), f"{sizes[0] / now:.3g}")
+        cache.add_row(label, human_bytes(variant.kv_bytes(own)), *map(human_bytes, sizes), f"{sizes[0] / now:.3g}")
     out.print(cache)
 
 
@@ -183,7 +163,8 @@ def show_preview(ahead: Preview) -> None:
         f"weights {human_bytes(ahead.bytes_before)} → {human_bytes(ahead.bytes_after)} in {len(ahead.shards)} "
         f"file{'s' if len(ahead.shards) > 1 else ''}, "
         f"{len(ahead.changed)} tensor{'s' if len(ahead.changed) != 1 else ''} rewritten; "
-        f"KV cache {human_bytes(ahead.kv_bytes_before)} → {human_bytes(ahead.kv_bytes_after)} a token; "
+        f"KV cache {human_bytes(ahead.kv_bytes_before)} → {human_bytes(ahead.kv_bytes_after)} per token in "
+        f"{ahead.kv_dtype}; "
         + ("loads with stock transformers" if ahead.stock else "loads with trust_remote_code=True or regroup.load")
     )
 
@@ -238,23 +219,26 @@ class Told(Listener):
     def notice(self, text: str) -> None:
         err.label("note:", "yellow", text)
 
-    def searching(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        return count_progress("comparing heads, layers", layers)
+    def searching(self, layers: int) -> AbstractContextManager[Progress]:
+        return stage("comparing heads", layers, unit="layers")
 
-    def calibrating(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        return count_progress("calibrating, layers", layers)
+    def calibrating(self, layers: int) -> AbstractContextManager[Progress]:
+        return stage("calibrating", layers, unit="layers")
 
     def calibrated(self, solved: Calibrated) -> None:
         show_outcomes(solved)
 
-    def writing(self, nbytes: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        return byte_progress(self.verb, nbytes)
+    def writing(self, nbytes: int) -> AbstractContextManager[Progress]:
+        return stage(self.verb, nbytes, unit="bytes")
 
     def comparison_ahead(self, nbytes: int) -> None:
         err.print(f"source and result are compared afterwards, one at a time, which takes about {human_bytes(nbytes)}")
 
-    def comparing(self) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        return count_progress("comparing, models", 2)
+    def stage(self, title: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Progress]:
+        return stage(title, total, unit=unit)
+
+    def comparing(self) -> AbstractContextManager[Progress]:
+        return stage("comparing", 2, unit="models")
 
 
 def _runs(layers: Sequence[LayerSummary]) -> list[tuple[str, LayerSummary]]:

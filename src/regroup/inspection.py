@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .bench.roofline import kv_cache_bytes
+from .bench.roofline import cache_dtype, kv_cache_bytes
 from .checkpoint import GGUFFile, fetch, headers_of, is_gguf, is_hub_id, open_checkpoint, read_gguf
 from .checkpoint.reader import read_json
 from .errors import RegroupError
@@ -77,7 +77,12 @@ class Summary:
     def to_json(
         self, kv_heads: Sequence[int], *, context: int, batch: int, encoder_context: int | None
     ) -> dict[str, Any]:
-        """Everything that the command prints, as plain data; bytes throughout."""
+        """Everything that the command prints, as plain data; bytes throughout.
+
+        The cache is given in several dtypes, by safetensors name; ``kv_cache_dtype`` is the one that the command shows
+        first and that a conversion counts in: the source's own, or 16 bits where that is not known.
+        """
+        own, _ = cache_dtype(self.dtype)
 
         def costs(summary: Summary) -> dict[str, Any]:
             return {
@@ -85,7 +90,7 @@ class Summary:
                     "kv_bytes_per_token": summary.kv_bytes(dtype),
                     "kv_bytes": summary.kv_bytes(dtype, context=context, batch=batch, encoder_context=encoder_context),
                 }
-                for dtype in ("F32", "BF16", "F8")
+                for dtype in dict.fromkeys((own, "F32", "BF16", "F8"))
             }
 
         return {
@@ -93,6 +98,7 @@ class Summary:
             "context": context,
             "batch": batch,
             "encoder_context": encoder_context,
+            "kv_cache_dtype": own,
             "kv_cache": {"now": costs(self), **{str(g): costs(self.with_kv_heads(g)) for g in kv_heads}},
         }
 

@@ -118,12 +118,12 @@ def convert_checkpoint(
         if calibration is not None:
             settings = settings_for(chosen, repair, choose=plan is None and method in (None, "auto"), search=search)
             if not dry_run:
-                count = stack.enter_context(told.calibrating(layout.layers[-1].index + 1))
-                solved = stack.enter_context(
-                    calibrated(
-                        opened, chosen, batches, settings, scratch=scratch, device=device, progress=count, team=team
+                with told.calibrating(layout.layers[-1].index + 1) as count:
+                    solved = stack.enter_context(
+                        calibrated(
+                            opened, chosen, batches, settings, scratch=scratch, device=device, progress=count, team=team
+                        )
                     )
-                )
                 told.calibrated(solved)
                 record = {**calibration.describe(), "repair": repair, **solved.to_json()}
                 ready = prepare(

@@ -15,6 +15,7 @@ from .layout import Layout
 from .opening import Source, open_layout, open_source
 from .plan import ASKED_METHODS, BLIND_METHODS, Plan, allocate, layer_units, make_plan, parse_budget, token_bytes
 from .processes import ALONE, Team
+from .progress import Progress
 
 if TYPE_CHECKING:
     from .convert.attention import Settings
@@ -51,6 +52,12 @@ class Listener:
 
     def comparison_ahead(self, nbytes: int) -> None:
         """Nothing is written yet; what is will be compared with its source, in so many bytes of memory."""
+
+    def stage(
+        self, title: str, total: int | None = None, unit: str = ""
+    ) -> contextlib.AbstractContextManager[Progress]:
+        """Something to call with how much more of some other work is done."""
+        return contextlib.nullcontext(Progress(title, total))
 
     def comparing(self) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         """Something to call with 1 after each of the two models that has answered."""

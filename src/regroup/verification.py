@@ -21,6 +21,8 @@ from .layout import Layout
 from .models.expected import check_loadable
 from .opening import open_source, readable
 from .plan import Plan
+from .planning import Listener
+from .progress import Progress
 from .record import record
 
 # Layers' losses do not add up: whole models came to 0.9 to 2.0 times the sum (benchmarks/records/advise-loss.json).
@@ -54,7 +56,7 @@ def verify(
     window: int = 512,
     windows: int | None = None,
     device: str | None = None,
-    progress: Callable[[int], None] | None = None,
+    listener: Listener | None = None,
 ) -> dict[str, Any]:
     """Recompute what a conversion promised.
 
@@ -69,7 +71,7 @@ def verify(
         uptrained: the child was trained since: its weights are its own, and their structure alone is checked.
         data: text, or pairs, on which both are scored.
         window, windows, device: see ``evaluate.run.evaluate``.
-        progress: called with 1 after each tensor.
+        listener: told how it goes on.
 
     Returns:
         A record of kind ``"verify"`` with ``promises`` and the ``verdict``: ``"kept"`` or ``"broken"``.
@@ -78,6 +80,7 @@ def verify(
         RegroupError: the parent or the plan cannot be read, or the parent is incomplete. A child that cannot be read or
             is incomplete is a broken promise.
     """
+    told = listener or Listener()
     folder = as_named(child)
     refuse_gguf(folder)
     if not folder.is_dir():
@@ -85,8 +88,8 @@ def verify(
     chosen = Plan.load(plan or folder / PLAN_FILE)
     with open_source(parent, allow_pickle=allow_pickle) as opened:
         chosen.check(opened.layout)
-        ahead = preview(opened.checkpoint, opened.layout, chosen)
-        check_loadable(child_config(opened.checkpoint.config, opened.layout, chosen), ahead.tensors, opened.folder)
+        planned = preview(opened.checkpoint, opened.layout, chosen)
+        check_loadable(child_config(opened.checkpoint.config, opened.layout, chosen), planned.tensors, opened.folder)
         promises = [Promise("the plan fits the parent", True, f"{len(chosen.layers)} layers, hash {chosen.digest()}")]
         try:
             made = open_checkpoint(folder)
@@ -96,16 +99,20 @@ def verify(
         if made is not None:
             promises.append(_config(opened.checkpoint.config, made.config, opened.layout, chosen))
             promises.append(_loadable(made))
-            structure = list(_structure(made, ahead))
+            structure = list(_structure(made, planned))
             promises += structure
             if not uptrained and all(promise.held for promise in structure):
                 calibrated = (folder / CALIBRATION_FILE).exists()
-                promises += _weights(opened.checkpoint, made, opened.layout, ahead, calibrated, progress)
+                with told.stage("comparing", len(made.tensors), "tensors") as count:
+                    promises += _weights(opened.checkpoint, made, opened.layout, planned, calibrated, count)
             elif uptrained:
                 promises.append(Promise("weights", None, "trained since the conversion: not compared"))
     if data is not None and all(promise.held is not False for promise in promises):
-        with readable(parent, allow_pickle=allow_pickle) as place:
-            promises.append(_loss(place, folder, chosen, data, window, windows, device))
+        with (
+            readable(parent, allow_pickle=allow_pickle) as place,
+            told.stage("scoring both on text", unit="rows") as count,
+        ):
+            promises.append(_loss(place, folder, chosen, data, window, windows, device, count))
     verdict = "broken" if any(promise.held is False for promise in promises) else "kept"
     name = Path(parent).name if Path(parent).exists() else parent
     asked = {"parent": name, "child": folder.name, "uptrained": uptrained, "data": None if data is None else data.name}
@@ -163,7 +170,7 @@ def _weights(
     layout: Layout,
     ahead: Preview,
     calibrated: bool,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None],
 ) -> list[Promise]:
     """Untouched tensors byte for byte, merged ones made again, solved ones for being numbers."""
     solved = _attention(layout) if calibrated else set()
@@ -183,8 +190,7 @@ def _weights(
             counts["untouched"] += 1
             if not _same(parent.read(name), mine):
                 differ.append(name)
-        if progress is not None:
-            progress(1)
+        progress(1)
     promises = [_promise("untouched tensors are the parent's, byte for byte", differ, f"{counts['untouched']} tensors")]
     if calibrated:
         detail = f"{counts['solved']} tensors, finite; they cannot be made again without the text"
@@ -221,7 +227,14 @@ def _promise(name: str, broken: list[str], detail: str) -> Promise:
 
 
 def _loss(
-    parent: str, child: Path, plan: Plan, data: Path, window: int, windows: int | None, device: str | None
+    parent: str,
+    child: Path,
+    plan: Plan,
+    data: Path,
+    window: int,
+    windows: int | None,
+    device: str | None,
+    progress: Progress,
 ) -> Promise:
     """KL to the parent on text, beside what the plan predicts."""
     from .evaluate.run import evaluate
@@ -234,6 +247,8 @@ def _loss(
         windows=windows,
         dtype="float32",
         device=device,
+        progress=progress,
+        ahead=progress.expect,
     )["results"]
     kl, excess = found["kl_nats_per_token"], found["excess_nats_per_token"]
     measured = f"KL {kl:.4f}, {excess:+.4f} nats a token over the parent, on {found['tokens']:,} tokens"

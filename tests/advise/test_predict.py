@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 
 import tiny
 from helpers import run
-from regroup.advise.choose import Prediction, choose, pareto
+from regroup.advise.choose import Choice, Prediction, choose, conventional, knee_distances, pareto
 from regroup.advise.hardware import KNOWN, named
 from regroup.advise.predict import Efficiency, Heads, Setting, Shape, between, fit, largest_batch, memory
 from regroup.advise.recovery import curves_of, left_out_error
@@ -137,14 +138,69 @@ def test_the_front_is_what_brute_force_finds() -> None:
 
 def test_the_fastest_within_the_limits_is_chosen() -> None:
     found = [prediction(4, 0.0, name="parent"), prediction(3, 0.1), prediction(2, 0.3, fits=2), prediction(1, 0.9)]
-    assert choose(found, batch=1, max_loss=0.5, max_seconds=None) is found[2]
-    assert choose(found, batch=8, max_loss=0.5, max_seconds=None) is found[1]
-    assert choose(found, batch=1, max_loss=None, max_seconds=None) is found[0]
-    assert choose(found, batch=1, max_loss=None, max_seconds=2.5) is found[2]
+    assert choose(found, batch=1, max_loss=0.5, max_seconds=None).prediction is found[2]
+    assert choose(found, batch=8, max_loss=0.5, max_seconds=None).prediction is found[1]
+    assert choose(found, batch=1, max_loss=0.0, max_seconds=None) == Choice(found[0], "limits")
+    assert choose(found, batch=1, max_loss=None, max_seconds=2.5).prediction is found[2]
+    assert choose(found[:1], batch=1, max_loss=None, max_seconds=None) == Choice(found[0], "nothing else")
     with pytest.raises(RegroupError, match=r"at best 0\.1 nats a token"):
         choose(found[1:], batch=1, max_loss=0.05, max_seconds=None)
     with pytest.raises(RegroupError, match="a batch of 100"):
         choose(found, batch=101, max_loss=None, max_seconds=None)
+
+
+def test_the_knee_is_the_point_farthest_below_the_chord() -> None:
+    """Against geometry: the distance of a point from a line, over the front alone."""
+    draw = random.Random(1)
+    knees = 0
+    for _ in range(300):
+        count = draw.randrange(3, 8)
+        points = [(100, 0.0)] + [(draw.randrange(1, 100), draw.random() * draw.choice((1, 5))) for _ in range(count)]
+        found = [prediction(1.0, loss, cache=cache) for cache, loss in points]
+        caches, losses = zip(*points, strict=True)
+        scaled = [((c - min(caches)) / (max(caches) - min(caches)), loss / max(losses)) for c, loss in points]
+        front = [n for n, p in enumerate(scaled) if not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in scaled)]
+        # From (0, 1) to (1, 0): twice the triangle's area over its base, positive below.
+        area = [(1 - 0) * (1 - scaled[n][1]) - (scaled[n][0] - 0) * (1 - 0) for n in range(len(points))]
+        away = [twice / math.hypot(1, 1) for twice in area]
+        assert knee_distances(found) == pytest.approx(away)
+        chosen = choose(found, batch=1, max_loss=None, max_seconds=None)
+        best = max((n for n in range(1, len(points))), key=lambda n: away[n])
+        assert chosen.prediction is found[best]
+        assert best in front or away[best] <= 0
+        assert chosen.reason == ("knee" if away[best] > 0 else "no knee")
+        knees += chosen.reason == "knee"
+    assert 0 < knees < 300
+
+
+def test_a_hand_made_knee() -> None:
+    caches, losses = (32, 16, 8, 4, 2, 1), (0.0, 0.01, 0.03, 0.2, 1.0, 3.0)
+    found = [prediction(c, loss, cache=c, name=str(c)) for c, loss in zip(caches, losses, strict=True)]
+    # By hand: 1 - x - y is 0.51, 0.76, 0.84, 0.63 and 0.
+    assert choose(found, batch=1, max_loss=None, max_seconds=None).prediction.name == "4"
+    # What is lost without any gain is not chosen, and a limit takes the next best.
+    worse = [*found, prediction(4, 0.5, cache=4, name="worse")]
+    assert choose(worse, batch=1, max_loss=None, max_seconds=None).prediction.name == "4"
+    short = [replace(one, largest_batch=100 // one.cache_bytes) for one in found]
+    assert choose(short, batch=40, max_loss=None, max_seconds=None).prediction.name == "2"
+    # Losses that are all alike say: the smallest cache.
+    alike = [replace(one, loss=0.0) for one in found]
+    assert choose(alike, batch=1, max_loss=None, max_seconds=None).prediction.name == "1"
+
+
+@pytest.mark.parametrize(
+    ("original", "others", "wanted"),
+    [(64, (32, 16, 8, 4, 2, 1), 8), (40, (20, 10, 8, 5, 1), 8), (28, (14, 7, 4, 2, 1), 7), (8, (4, 2, 1), 4),
+     (12, (6, 4, 3, 2, 1), 6), (3, (1,), 1), (71, (1,), 1)],
+)  # fmt: skip
+def test_the_conventional_number(original: int, others: tuple[int, ...], wanted: int) -> None:
+    def one(heads: int) -> Prediction:
+        return replace(prediction(heads, None, cache=heads), kv_heads=heads, heads={"0": heads})
+
+    found = [one(original), *(one(heads) for heads in others)]
+    chosen = choose(found, batch=1, max_loss=None, max_seconds=None)
+    assert (chosen.prediction.kv_heads, chosen.reason) == (wanted, "convention")
+    assert conventional(found[1:], found[0]) is chosen.prediction
 
 
 def test_recovery_is_fitted_and_its_error_is_of_what_was_left_out() -> None:
@@ -182,4 +238,4 @@ def test_a_config_alone_gets_memory_and_time(saved: Saved) -> None:
     )
     assert status == 0, message
     assert "times are floors" in out
-    assert "a config alone says nothing of loss" in out
+    assert "a config alone says nothing of it" in out

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from quick import quick  # noqa: F401
 
 from helpers import everything, refused, run
@@ -143,3 +144,42 @@ def test_rates_are_of_the_work_that_is_done() -> None:
     assert twice.work == 2 * machine._PRODUCTS * 8 * 16 * int(twice.way.split(", ")[1].split()[0])
     assert machine.read_bandwidth(nbytes=1 << 16).probe.work == 1 << 16
     assert machine.quantiles([4.0, 1.0, 2.0, 3.0, 5.0]) == pytest.approx({"p20": 1.8, "p50": 3.0, "p80": 4.2})
+
+
+class Slow:
+    """A machine whose products take the time that a rate says, by a clock of its own."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate, self.now = rate, 0.0
+
+    def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        batch = left.shape[0] if left.dim() == 3 else 1
+        self.now += 1e-6 + 2 * batch * left.shape[-2] * left.shape[-1] * right.shape[-1] / self.rate
+        return left
+
+
+@pytest.mark.parametrize("rows", [1, 8, 512])
+@pytest.mark.parametrize("inner", [8, 64, 4096])
+@pytest.mark.parametrize("rate", [1e7, 1e8, 1e9, 1e11, 1e13])
+def test_a_rate_is_known_within_seconds_on_any_machine(
+    rows: int, inner: int, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 without instructions for it can be a thousand times slower; some operations each took minutes."""
+    slow = Slow(rate)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: slow.now)
+    monkeypatch.setattr(torch, "bmm", slow.product)
+    monkeypatch.setattr(torch, "mm", slow.product)
+    monkeypatch.setattr(machine, "fast_layer", lambda dtype: (None, "not here"))
+    # Operands are as large as they are; only the clock is not real.
+    monkeypatch.setattr(torch, "full", lambda sizes, *_, **__: torch.empty(sizes, device="meta"))
+    found = machine.product_rate(rows, inner, dtype=torch.bfloat16)
+    least = 2 * rows * inner * 16 / rate  # one small product of these sizes takes as long as it takes
+    assert slow.now < 2 * machine._MOST_SECONDS + 3 * least
+    assert found.median == pytest.approx(rate, rel=0.35) or rate > 1e12
+
+
+@pytest.mark.parametrize("threads", [1, 3, 6, 7, 12])
+def test_bandwidth_is_read_with_any_number_of_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    probe = machine.read_bandwidth(nbytes=1 << 18).probe
+    assert (1 << 18) - 8 * 16 * threads < probe.work <= 1 << 18

@@ -5,17 +5,24 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
+import random
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import tiny
 from helpers import refused, run
+from regroup.errors import RegroupError
 from regroup.report.heads import _cache, _short, _some
 from regroup.report.page import made_of, render
+from regroup.report.plausible import impossible
 from regroup.report.records import read_records, told_apart
 
 RECORDS = sorted((Path(__file__).parents[2] / "benchmarks/records").glob("*.json"))
@@ -208,6 +215,118 @@ def test_what_is_no_record_is_refused(content: str, words: tuple[str, ...], tmp_
     output.write_text("before")
     refused("report", path, "-o", output)
     assert output.read_text() == "before"
+
+
+def planned(tmp_path: Path) -> dict[str, Any]:
+    """A plan as the command writes it, with layers that differ, so that there is something to draw."""
+    file = tmp_path / "plan.json"
+    status, _, message = run("plan", tiny.save("llama", tmp_path / "parent"), "--layers", "0:3,1-2:2", "-o", file)
+    assert status == 0, message
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def advised(tmp_path: Path) -> dict[str, Any]:
+    given = ("--hardware", "l4", "--context", 32, "--batch", 4, "--record", tmp_path / "advice.json")
+    status, _, message = run("advise", tiny.save("llama", tmp_path / "parent"), *given)
+    assert status == 0, message
+    return json.loads((tmp_path / "advice.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "field"),
+    [
+        ("num_key_value_heads", -3, "layers[0].num_key_value_heads"),
+        ("num_key_value_heads", 0, "layers[0].num_key_value_heads"),
+        ("num_key_value_heads", 2.5, "layers[0].num_key_value_heads"),
+        ("num_key_value_heads", "3", "layers[0].num_key_value_heads"),
+        ("num_key_value_heads", True, "layers[0].num_key_value_heads"),
+        ("num_key_value_heads", 4, "layers[0].num_key_value_heads: a divisor of 6"),
+        ("num_key_value_heads", 12, "layers[0].num_key_value_heads: at most num_attention_heads"),
+        ("num_attention_heads", -6, "layers[0].num_attention_heads"),
+        ("parent_num_key_value_heads", 1, "layers[0].num_key_value_heads: at most parent_num_key_value_heads"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused_by_file_and_field(
+    name: str, value: object, field: str, tmp_path: Path
+) -> None:
+    plan = planned(tmp_path)
+    file, output = tmp_path / "edited.json", tmp_path / "report.html"
+    file.write_text(json.dumps(plan))
+    assert run("report", file, "-o", output)[0] == 0  # the control
+    output.unlink()
+    plan["layers"][0][name] = value
+    file.write_text(json.dumps(plan))
+    message = refused("report", file, "-o", output)
+    assert "holds what cannot be" in message
+    assert str(file) in message
+    assert field in message
+    assert not output.exists()
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*path, key)
+        yield from leaves(item, (*path, key))
+
+
+@pytest.mark.parametrize("kind", ["inspect", "task", "plan", "advise", "decode"])
+def test_a_damaged_record_never_ends_in_a_traceback(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any field of any record set to what it should not be: a page or a refusal, and never a negative count."""
+    made: dict[str, Callable[[], dict[str, Any]]] = {
+        "inspect": inspected,
+        "task": lambda: answered("m", 0.5),
+        "plan": lambda: planned(tmp_path),
+        "advise": lambda: advised(tmp_path),
+        "decode": lambda: json.loads((RECORDS[0].parent / "decode-llama-1b.json").read_text()),
+    }
+    monkeypatch.setattr("regroup.report.page._library", lambda: "")
+    whole, draw = made[kind](), random.Random(0)
+    places = sorted(leaves(whole), key=str)
+    refusals: list[str] = []
+    for place in draw.sample(places, min(20, len(places))):
+        for value in draw.sample([-1, -0.5, 0, None, "x", [], {}, 1e308, [[]], True, "<script>"], 3):
+            damaged = json.loads(json.dumps(whole))
+            part = damaged
+            for key in place[:-1]:
+                part = part[key]
+            part[place[-1]] = value
+            (path,) = write(tmp_path, damaged)
+            try:
+                records = read_records([path])
+                sections, unused = made_of(records)
+                render(sections, records, unused, "title")
+            except RegroupError as error:
+                refusals.append(str(error))
+                continue
+            counts = ("num_attention_heads", "num_key_value_heads", "kv_heads", "head_dim", "batch", "context")
+            below = isinstance(value, (int, float)) and not isinstance(value, bool) and value < 1
+            assert not (place[-1] in counts and below), (place, value)
+    assert refusals
+    assert all("record-0.json" in message for message in refusals)
+
+
+def test_every_committed_record_is_plausible() -> None:
+    for path in RECORDS:
+        assert list(impossible(json.loads(path.read_text(encoding="utf-8")))) == [], path
+
+
+def test_a_limit_of_address_space_is_named(tmp_path: Path) -> None:
+    (path,) = write(tmp_path, answered("m", 0.5))
+    output = tmp_path / "report.html"
+    words = f"{sys.executable} -m regroup.cli report {path} -o {output}"
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -v 12000000; exec {words}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: the charts cannot be made within the limit of address space")
+    assert "12.3 GB (ulimit -v)" in done.stderr
+    assert "ulimit -v unlimited" in done.stderr
+    assert not output.exists()
 
 
 def test_a_record_is_not_written_over(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import platform
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,65 +13,178 @@ from typing import Any
 import torch
 
 from ..bench.build import Model, describe
-from ..bench.machine import product_rate
-from ..bench.work import Roofs, Work, step_costs
+from ..bench.machine import product_rate, read_bandwidth
+from ..bench.work import Work, step_costs
 from ..checkpoint.reader import read_json
 from ..errors import RegroupError
+from ..planning import Listener
 from .hardware import Hardware
-from .predict import Efficiency, Rates, between, fit, step_floors
+from .predict import Efficiency, Rates, between, fit, step_floors, step_seconds
 
 _PROMPT_ROWS = 512
+# What is read to see how fast that goes is of the size of what a step reads, within these bounds: a small model stays
+# in the caches, and a block above the larger size is in none.
+_LEAST_READ, _MOST_READ = 1 << 20, 512 << 20
+
+
+@dataclass(frozen=True)
+class OwnRates:
+    """What this machine does: one set, measured once, for all candidates.
+
+    Times that are compared must rest on the same rates, for memory and processors are shared and rates change within
+    minutes. Attention has one rate in a dtype, the best of those with as many queries for a KV head as the candidates
+    have, so that a smaller cache is never predicted to be slower.
+
+    Attributes:
+        bandwidth: bytes a second.
+        products: operations a second, by dtype, rows, and the length of the sums.
+        attention: the same of attention, by dtype.
+        seconds: that measuring took.
+    """
+
+    bandwidth: float
+    products: Mapping[tuple[str, int, int], float]
+    attention: Mapping[str, float]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """For the record; units are in the names."""
+        return {
+            "read_bandwidth_bytes_per_second": self.bandwidth,
+            "matrix_rates_flops_per_second": {
+                f"{dtype}, {rows} rows of {inner}": rate for (dtype, rows, inner), rate in self.products.items()
+            },
+            "attention_rates_flops_per_second": dict(self.attention),
+            "seconds": self.seconds,
+        }
+
+
+def measure(
+    device: str,
+    models: Sequence[Model],
+    works: Sequence[Work],
+    others: Sequence[tuple[Model, Work]] = (),
+    told: Listener | None = None,
+) -> OwnRates:
+    """Measure what predictions for these models and works need, each rate once.
+
+    Args:
+        device: a torch device.
+        models: the candidates, the original model first.
+        works: what is asked about, one for each dtype.
+        others: what bench records measured.
+        told: how it goes on.
+    """
+    started = time.perf_counter()
+    groups = sorted(
+        {
+            (layer.num_attention_heads // layer.num_key_value_heads, layer.head_dim)
+            for model in models
+            for layer in model.attention
+        }
+    )
+    # The fewest and the most rows: between them rates lie between.
+    groups = list(dict.fromkeys((groups[0], groups[-1])))
+    dtypes = list(dict.fromkeys(work.dtype for work in (*works, *(work for _, work in others))))
+    wanted = {(work.dtype, rows, models[0].hidden): None for work in works for rows in (work.batch, _PROMPT_ROWS)}
+    wanted |= {(work.dtype, work.batch, model.hidden): None for model, work in others}
+    wanted |= {(dtype, *group): None for dtype in dtypes for group in groups}
+    largest = max(sum(cost.nbytes for cost in step_costs(models[0], work)) for work in works)
+    products: dict[tuple[str, int, int], float] = {}
+    with (told or Listener()).stage("measuring this machine", 1 + len(wanted), "rates") as progress:
+        progress(0, "reading memory")
+        block = min(_MOST_READ, max(_LEAST_READ, largest))
+        bandwidth = read_bandwidth(device, nbytes=block).median
+        for key in wanted:
+            dtype, rows, inner = key
+            progress(1, f"{dtype} products of {rows:,} rows, {inner:,} long")
+            products[key] = product_rate(rows, inner, dtype=getattr(torch, dtype), device=device).median
+        progress(1, "")
+    attention = {dtype: max(products[dtype, *group] for group in groups) for dtype in dtypes}
+    return OwnRates(bandwidth, products, attention, time.perf_counter() - started)
 
 
 class Machine:
-    """The hardware: of the table, or this one, measured as far as it is asked for.
+    """The hardware: of the table, or this one as it was measured.
 
     Args:
         known: of the table, or None.
-        roofs: of this machine, or None.
+        own: rates of this machine, or None.
     """
 
-    def __init__(self, known: Hardware | None, roofs: Roofs | None) -> None:
-        assert (known is None) != (roofs is None)
-        self._known, self._roofs = known, roofs
+    def __init__(self, known: Hardware | None, own: OwnRates | None) -> None:
+        assert (known is None) != (own is None)
+        self._known, self._own = known, own
 
     def rates(self, model: Model, work: Work) -> Rates:
         """Of a step of this model."""
         if self._known is not None:
             rate = self._known.rate(work.dtype)
             return Rates(self._known.bandwidth, rate, rate)
-        assert self._roofs is not None
-        ceiling = self._roofs.for_work(work).ceiling(model)
-        return Rates(ceiling.bandwidth, ceiling.weights_rate, ceiling.attention_rate)
+        assert self._own is not None
+        weights = self._own.products[work.dtype, work.batch, model.hidden]
+        return Rates(self._own.bandwidth, weights, self._own.attention[work.dtype])
 
     def bandwidth(self) -> float:
         """Bytes a second."""
-        if self._known is not None:
-            return self._known.bandwidth
-        assert self._roofs is not None
-        return self._roofs.bandwidth.median
+        return (self._known or self._own).bandwidth  # type: ignore[union-attr]
 
     def prompt_rate(self, model: Model, dtype: str) -> float:
         """Operations a second of products with many rows."""
         if self._known is not None:
             return self._known.rate(dtype)
-        assert self._roofs is not None
-        device = self._roofs.work.device
-        return product_rate(_PROMPT_ROWS, model.hidden, dtype=getattr(torch, dtype), device=device).median
+        assert self._own is not None
+        return self._own.products[dtype, _PROMPT_ROWS, model.hidden]
 
     def source(self) -> str:
         """Where the rates are from, in a line."""
         if self._known is not None:
             known = self._known
             return f"{known.name}: {known.bandwidth / 1e9:,.0f} GB/s, as its maker states ({known.source})"
-        return f"this machine: {self.bandwidth() / 1e9:.1f} GB/s of reads, measured just now"
+        assert self._own is not None
+        return (
+            f"this machine: {self.bandwidth() / 1e9:.1f} GB/s of reads, measured just now, with "
+            f"{len(self._own.products)} rates of products, in {self._own.seconds:.0f} s: one set for all candidates"
+        )
 
-    def describe(self, model: Model) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """For the record."""
         if self._known is not None:
             return {"name": self._known.name, "bandwidth_bytes_per_second": self._known.bandwidth}
-        assert self._roofs is not None
-        return self._roofs.to_json()
+        assert self._own is not None
+        return self._own.to_json()
+
+
+def fastest_dtype(machine: Machine, model: Model, works: Sequence[Work]) -> tuple[Work, str]:
+    """The dtype in which a step of a model takes least time here, and why in a line.
+
+    Args:
+        machine: measured.
+        model: the original one.
+        works: the same work in several dtypes; of equal times the first one wins.
+    """
+    seconds = [step_seconds(*step_costs(model, work), machine.rates(model, work), Efficiency()) for work in works]
+    best = min(range(len(works)), key=lambda number: seconds[number])
+    told = ", ".join(
+        f"{1e3 * took:.3g} ms in {work.dtype}"
+        for number, (took, work) in enumerate(zip(seconds, works, strict=True))
+        if number != best
+    )
+    chosen = works[best]
+    why = f"dtype {chosen.dtype}, chosen because a step of the original model takes at least "
+    why += f"{1e3 * seconds[best]:.3g} ms in it here, and {told}"
+    if chosen.dtype == "float32" and chosen.device == "cpu" and not _multiplies_bfloat16():
+        why += (
+            " (this processor has no instructions for bfloat16 products, such as AVX512-BF16 or AMX: they are emulated)"
+        )
+    return chosen, why + "; --dtype names another"
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether an x86 processor says so; True where nothing is known."""
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    known = [check() for check in checks if check is not None]
+    return any(known) or not known or platform.machine() not in ("x86_64", "AMD64")
 
 
 @dataclass(frozen=True)

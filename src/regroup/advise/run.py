@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..bench.build import Model, describe, parameters_of, read_config
 from ..bench.roofline import Cost
-from ..bench.work import Roofs, Work, check_positions, step_costs
+from ..bench.work import Work, check_positions, step_costs
 from ..convert.text import CalibrationText
 from ..devices import USABLE, device_named, free_memory
 from ..errors import RegroupError
@@ -20,8 +22,9 @@ from ..planning import Listener, check_text_options, grouped
 from ..record import record
 from . import hardware
 from .candidates import Candidate, candidates, from_config
-from .choose import Prediction, choose, pareto
-from .measured import Bench, Machine, efficiency_of
+from .choose import Choice, Prediction, choose, pareto
+from .grounds import assumptions, sure_of
+from .measured import Bench, Machine, efficiency_of, fastest_dtype, measure
 from .predict import Efficiency, Heads, Setting, Shape, first_token_seconds, largest_batch, memory, step_seconds
 from .recovery import Recovery
 
@@ -35,7 +38,10 @@ class Advice:
     Attributes:
         predictions: of the parent first, then of each candidate.
         front: whether each is on the Pareto front of time and loss.
-        chosen: the recommendation.
+        choice: the recommendation, and why it is.
+        setting: how the model is served, its dtype settled.
+        rests_on: what is known of loss: ``"config"`` (nothing), ``"weights"`` (a ranking) or ``"text"``.
+        sure: how sure the loss is, a line.
         plan: of it, or None where it is the parent itself.
         assumptions: what the figures rest on, a line each.
         record: everything (see ``regroup.record``).
@@ -43,10 +49,18 @@ class Advice:
 
     predictions: list[Prediction]
     front: list[bool]
-    chosen: Prediction
+    choice: Choice
+    setting: Setting
+    rests_on: str
+    sure: str
     plan: Plan | None
     assumptions: list[str]
     record: dict[str, Any]
+
+    @property
+    def chosen(self) -> Prediction:
+        """The recommended candidate."""
+        return self.choice.prediction
 
 
 def advise(
@@ -56,7 +70,7 @@ def advise(
     context: int,
     batch: int,
     new: int = 256,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     tensor_parallel: int = 1,
     memory_bytes: int | None = None,
     max_loss: float | None = None,
@@ -74,9 +88,12 @@ def advise(
     Args:
         source: a checkpoint folder or hub id; a ``config.json`` alone gives no loss.
         hardware_name: of ``hardware.KNOWN``, or ``"this"``: what this machine is measured to do.
-        context, batch, new, dtype, tensor_parallel: how the model is served (see ``predict.Setting``).
+        context, batch, new, dtype, tensor_parallel: how the model is served (see ``predict.Setting``). Without a dtype
+            it is bfloat16, and on ``"this"`` hardware the one of bfloat16 (on a GPU without it float16) and float32 in
+            which the original model is faster.
         memory_bytes: that a device may fill; 90% of the hardware's by default.
-        max_loss: nats a token over the parent at most, after uptraining where tokens of it are given.
+        max_loss: nats per token over the original model at most, after uptraining where tokens of it are given; the
+            fastest candidate within it is chosen. Without it, see ``choose``.
         max_seconds: a token at most.
         uptrain_tokens: of distillation afterwards.
         calibration, repair, device: text on which layers are converted to see what it costs (see ``plan_checkpoint``).
@@ -101,15 +118,19 @@ def advise(
             remedy="add --calibration FILE, or leave the uptraining out",
         )
     own = str(device_named(device)) if hardware_name == THIS else "cpu"
-    work = Work(batch, context, max(2, new), dtype, own)
+    dtypes = (dtype,) if dtype is not None else _dtypes(own) if hardware_name == THIS else ("bfloat16",)
+    works = [Work(batch, context, max(2, new), name, own) for name in dtypes]
     known = None if hardware_name == THIS else hardware.named(hardware_name)
     config, folder = read_config(source, revision=revision)
-    setting = Setting(batch, context, new, dtype, tensor_parallel)
     parent = describe(config, kv_heads=None, layers=None)
-    check_positions(parent, Work(batch, max(1, context - (0 if parent.is_encoder_decoder else 2)), 2, dtype, "cpu"))
-    machine = Machine(known, Roofs(work) if known is None else None)
+    check_positions(parent, Work(batch, max(1, context - (0 if parent.is_encoder_decoder else 2)), 2, "float32", "cpu"))
     records = [Bench.load(path, processor=known is None and own == "cpu") for path in bench]
-    efficiency = efficiency_of(records, machine, batch)
+    available = memory_bytes
+    if available is None:
+        free = known.memory if known else free_memory(own)
+        if free is None:
+            raise RegroupError("the system does not say how much memory is free", remedy="say it with --memory GB")
+        available = int(USABLE * free)
     if folder is None:
         if calibration is not None:
             raise RegroupError("the source has no weights to measure a loss with", file=source, got="a config alone")
@@ -117,28 +138,38 @@ def advise(
     else:
         with open_source(source, revision=revision) as opened:
             found = candidates(opened, config, calibration, told, tensor_parallel, repair, device)
-    available = memory_bytes
-    if available is None:
-        available = int(USABLE * (known.memory if known else free_memory(own) or 0))
+    with told.stage("building every candidate without memory", len(found), "candidates") as count:
+        models = []
+        for candidate in found:
+            models.append(describe(candidate.config, kv_heads=None, layers=None))
+            count(1)
+    own_rates = None
+    if known is None:
+        own_rates = measure(own, models, works, [(model, b.work) for b in records for model, _ in b.models], told)
+    machine = Machine(known, own_rates)
+    work, why = works[0], None
+    if len(works) > 1:
+        work, why = fastest_dtype(machine, parent, works)
+    setting = Setting(batch, context, new, work.dtype, tensor_parallel)
+    efficiency = efficiency_of(records, machine, batch)
     recovery = Recovery.load()
     predictions = [
-        _predict(candidate, parent, setting, work, machine, efficiency, records, available, recovery, uptrain_tokens)
-        for candidate in found
+        _predict(candidate, model, setting, work, machine, efficiency, records, available, recovery, uptrain_tokens)
+        for candidate, model in zip(found, models, strict=True)
     ]
-    chosen = choose(predictions, batch=batch, max_loss=max_loss, max_seconds=max_seconds)
-    candidate = found[predictions.index(chosen)]
-    plan = candidate.plan
+    choice = choose(predictions, batch=batch, max_loss=max_loss, max_seconds=max_seconds)
+    plan = found[predictions.index(choice.prediction)].plan
     if plan is not None and folder is not None:
         if calibration is None:
             with open_source(source, revision=revision) as opened:
                 plan = grouped(opened, plan, told)
         plan.check(detect(config))
     front = pareto(predictions)
-    lines = _assumptions(machine, efficiency, calibration, recovery, uptrain_tokens, parent, tensor_parallel)
-    if folder is None:
-        lines.append("a config alone says nothing of loss: of what keeps to the limits the most KV heads are taken")
-    elif calibration is None:
-        lines.append("loss is not known; candidates are ranked by the energy that heads lose, from weights alone")
+    lines = assumptions(machine, efficiency, calibration, recovery, uptrain_tokens, parent, tensor_parallel)
+    if why is not None:
+        lines.insert(1, why)
+    rests_on = "config" if folder is None else "weights" if calibration is None else "text"
+    sure = sure_of(rests_on, calibration, recovery, uptrain_tokens)
     asked = {
         "model": Path(source).name if Path(source).exists() else source,
         "hardware": hardware_name,
@@ -152,18 +183,29 @@ def advise(
     rows = [{**asdict(one), "pareto": on} for one, on in zip(predictions, front, strict=True)]
     results = {
         "candidates": rows,
-        "chosen": chosen.name,
-        "rates": machine.describe(parent),
+        "chosen": choice.prediction.name,
+        "reason": choice.reason,
+        "knee_distance": choice.distance,
+        "loss_rests_on": rests_on,
+        "loss_is_sure": sure,
+        "rates": machine.describe(),
         "efficiency": asdict(efficiency),
         "recovery": asdict(recovery),
         "assumptions": lines,
     }
-    return Advice(predictions, front, chosen, plan, lines, record("advise", asked, results))
+    return Advice(predictions, front, choice, setting, rests_on, sure, plan, lines, record("advise", asked, results))
+
+
+def _dtypes(device: str) -> tuple[str, ...]:
+    """Those that are tried where none is asked for, the one that is preferred first."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "float16", "float32"
+    return "bfloat16", "float32"
 
 
 def _predict(
     candidate: Candidate,
-    parent: Model,
+    model: Model,
     setting: Setting,
     work: Work,
     machine: Machine,
@@ -173,7 +215,6 @@ def _predict(
     recovery: Recovery,
     uptrain_tokens: int | None,
 ) -> Prediction:
-    model = describe(candidate.config, kv_heads=None, layers=None)
     held = parameters_of(candidate.config)
     shape = Shape(held, model.attention, model.hidden, model.intermediate, model.vocabulary, model.is_encoder_decoder)
     taken = memory(shape, setting)
@@ -182,7 +223,7 @@ def _predict(
     if seconds is None:
         seconds = step_seconds(weights, attention, machine.rates(model, work), efficiency)
     prompt = Cost(weights.nbytes, prompt_flops(model, held, setting) // setting.devices)
-    first = first_token_seconds(prompt, machine.prompt_rate(parent, setting.dtype), machine.bandwidth())
+    first = first_token_seconds(prompt, machine.prompt_rate(model, setting.dtype), machine.bandwidth())
     loss: dict[str, float] = {}
     if candidate.kl is not None:
         whole = candidate.kl * recovery.additivity
@@ -234,38 +275,3 @@ def prompt_flops(model: Model, held: int, setting: Setting) -> int:
         experts = model.weights.experts
         weights += experts.parameters * experts.chosen // experts.number
     return 2 * weights * tokens + 2 * pairs * width
-
-
-def _assumptions(
-    machine: Machine,
-    efficiency: Efficiency,
-    calibration: CalibrationText | None,
-    recovery: Recovery,
-    uptrain_tokens: int | None,
-    parent: Model,
-    tensor_parallel: int,
-) -> list[str]:
-    lines = [machine.source()]
-    if efficiency.measured:
-        lines.append(
-            f"a step takes {efficiency.weights:.2f} times its floor in linear layers and {efficiency.attention:.2f} "
-            "times in attention, by the bench records and their batches"
-        )
-    else:
-        lines.append("times are floors: no engine is faster, most are slower; --bench RECORD makes them predictions")
-    if tensor_parallel > 1:
-        lines.append("devices share layers without loss; what they tell each other is not counted")
-    if calibration is not None:
-        lines.append(
-            f"loss is the sum of what layers lose alone, times {recovery.additivity:.2f}: single models were off by a "
-            f"factor of {recovery.additivity_error:.2f} ({recovery.source})"
-        )
-    if uptrain_tokens is not None:
-        lines.append(
-            f"of it {recovery.share(uptrain_tokens):.0%} are left after {uptrain_tokens:,} tokens of distillation, off "
-            f"by a factor of {recovery.error:.2f} where a small model was left out of the fit; far beyond these "
-            "models it is a guess"
-        )
-    if parent.is_encoder_decoder:
-        lines.append("the context is the encoder's input")
-    return lines

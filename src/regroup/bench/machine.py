@@ -21,6 +21,8 @@ _READ_BYTES = 512 << 20
 _CACHED_BYTES = (128 << 10, 512 << 10, 4 << 20)
 _PRODUCTS = 8
 _SECONDS = 0.1
+# A product's rate is known after so many seconds even where a dtype is emulated, which can be a thousand times slower.
+_MOST_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,11 @@ def read_bandwidth(device: torch.device | str = "cpu", *, nbytes: int | None = N
     """
     device = torch.device(device)
     nbytes = _READ_BYTES if nbytes is None else nbytes
+    count = 16 * max(1, torch.get_num_threads())
+    # Whole rows of numbers of either width, whatever the number of threads.
+    nbytes = max(1, nbytes // (8 * count)) * 8 * count
     block = torch.ones(nbytes // 4, device=device)
-    rows = block.view(16 * max(1, torch.get_num_threads()), -1)
+    rows = block.view(count, -1)
     wide = rows.view(torch.float64)
     ways: dict[str, tuple[Callable[[], object], int]] = {
         "sum of float32, by row": (lambda: rows.sum(1), nbytes),
@@ -112,16 +117,23 @@ def product_rate(
     layers. On a GPU operands are large, for it has no such caches.
 
     Returns:
-        The best of several forms of the product, our fast linear layers among them.
+        The best of several forms of the product, our fast linear layers among them. It is known after some seconds
+        however slow the machine is in this dtype: larger products are left out there, and the smallest made smaller.
     """
     device = torch.device(device)
     size = torch.empty((), dtype=dtype).element_size()
     ways: dict[str, tuple[Callable[[], object], int]] = {}
+    most = _affordable(rows, inner, dtype, device)
     for cached in _CACHED_BYTES if device.type == "cpu" else (64 << 20,):
-        columns = max(16, cached // (inner * size))
-        flops = 2 * _PRODUCTS * rows * inner * columns
+        columns, products = max(16, cached // (inner * size)), _PRODUCTS
+        if 2 * products * rows * inner * columns > most:
+            if ways:
+                break
+            products = 1
+            columns = min(columns, max(16, int(most) // (2 * rows * inner)))
+        flops = 2 * products * rows * inner * columns
         left, matrix, weights = (
-            torch.full((_PRODUCTS, *sizes), 0.5, dtype=dtype, device=device)
+            torch.full((products, *sizes), 0.5, dtype=dtype, device=device)
             for sizes in ((rows, inner), (columns, inner), (rows, columns))
         )
         turned = matrix.transpose(1, 2).contiguous()
@@ -137,6 +149,21 @@ def product_rate(
             fast = layer(matrix.flatten(0, 1), None)
             ways[f"{layer.__name__}, {columns} columns"] = (functools.partial(fast, left[0]), flops)
     return _best(ways, device)
+
+
+def _affordable(rows: int, inner: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Operations of a product that may be repeated some hundred times: from one small product of the same form."""
+    columns = 16
+    left, matrix = (torch.full(sizes, 0.5, dtype=dtype, device=device) for sizes in ((rows, inner), (inner, columns)))
+
+    def once() -> float:
+        return timed(lambda: torch.mm(left, matrix), device)
+
+    with torch.inference_mode():
+        took = once()
+        # The first call also prepares things; where it was slow there is no time to see how much of it that was.
+        took = min(took, once()) if took < _MOST_SECONDS / 10 else took
+    return 2 * rows * inner * columns / max(took, 1e-7) * _MOST_SECONDS / 60
 
 
 class Bystanders:
@@ -199,14 +226,20 @@ def quantiles(values: list[float]) -> dict[str, float]:
 def _best(ways: dict[str, tuple[Callable[[], object], int]], device: torch.device) -> Rate:
     """Alternate the ways for a while, and keep the one that was fastest once."""
     probes = []
+    last = time.perf_counter() + _MOST_SECONDS
     for name, (action, work) in ways.items():
-        once = min(timed(action, device) for _ in range(3))
+        if probes and time.perf_counter() > last:
+            break
+        once = timed(action, device)
+        if once < _SECONDS:
+            once = min(once, timed(action, device), timed(action, device))
         # A run is long enough for the clock, and short enough to be left alone by the system now and then.
         probes.append(Probe(name, action, work, max(1, round(0.004 / max(once, 1e-7))), device))
     rates: list[list[float]] = [[] for _ in probes]
     end = time.perf_counter() + _SECONDS * len(ways)
-    while time.perf_counter() < end or len(rates[0]) < 3:
+    while not rates[0] or time.perf_counter() < min(end, last) or (len(rates[0]) < 3 and time.perf_counter() < last):
         for found, probe in zip(rates, probes, strict=True):
-            found.append(probe.run())
+            if not found or time.perf_counter() < last:
+                found.append(probe.run())
     winner = max(range(len(probes)), key=lambda index: max(rates[index]))
     return Rate(max(rates[winner]), statistics.median(rates[winner]), probes[winner])

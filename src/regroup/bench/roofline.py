@@ -19,6 +19,23 @@ DTYPE_BYTES = {
     "float64": 8,
 }
 
+# Safetensors names of what a cache is kept in, by the name that people use.
+_CACHE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+
+
+def cache_dtype(stored: str | None) -> tuple[str, str]:
+    """In what the cache of a checkpoint is counted where nothing else is asked for, and how that is called.
+
+    Args:
+        stored: what its attention weights are stored in (safetensors name); None where that is not known.
+
+    Returns:
+        That dtype where a cache can be of it, as it is when the model is loaded with ``dtype="auto"``; else 16 bits.
+    """
+    if stored in _CACHE_DTYPES:
+        return stored, _CACHE_DTYPES[stored]
+    return "BF16", "16-bit"
+
 
 class CachedLayer(Protocol):
     """What the cache of an attention layer depends on."""

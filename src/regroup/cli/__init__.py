@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import AgreedError, RegroupError
+from ..progress import on_terminal, quiet_libraries
 from . import advise, bench, convert, demo, evaluate, export, inspect, plan, report, streams, uptrain, verify
 from .options import summary
 
@@ -83,6 +84,8 @@ def main() -> None:
     streams.guard_streams()
     streams.log_safely()
     release = streams.catch_signals()
+    if not on_terminal():
+        quiet_libraries()
     try:
         try:
             app(prog_name="regroup")

@@ -25,12 +25,23 @@ def advise(
     ],
     batch: Annotated[int, typer.Option(min=1, max=10**9, help="Sequences at once.")],
     new: Annotated[int, typer.Option(min=2, max=10**9, help="Tokens that an encoder-decoder makes.")] = 256,
-    dtype: Annotated[str, typer.Option(help="Of weights and cache: float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of weights and cache: float32, bfloat16 or float16. [default: bfloat16; of this machine the faster "
+            "of bfloat16 and float32]"
+        ),
+    ] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share every layer.")] = 1,
     memory: Annotated[
         float | None, typer.Option(min=0, help="GB that a device may fill. [default: 90% of the hardware's]")
     ] = None,
-    max_loss: Annotated[float | None, typer.Option(min=0, help="Nats a token over the parent, at most.")] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Nats per token over the original model, at most; the fastest within it is recommended then."
+        ),
+    ] = None,
     max_time: Annotated[float | None, typer.Option(min=0, help="Milliseconds a token, at most.")] = None,
     uptrain_tokens: Annotated[
         str | None, typer.Option(help="Tokens of distillation that will follow, such as 100M.")
@@ -45,7 +56,10 @@ def advise(
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """How many KV heads? Predicts memory, time and loss of each number, uniform or by layer, and recommends one."""
+    """How many KV heads? Predicts memory, time and loss of each number, uniform or by layer, and recommends one.
+
+    Without --max-loss it is the one at the knee of cache against loss.
+    """
     from ..advise.run import advise as run
     from ..console import Told, err, out
     from ..opening import readable
@@ -80,7 +94,7 @@ def advise(
             revision=revision,
             listener=Told(),
         )
-    out.print(_table(advice, batch))
+    out.print(_table(advice))
     for line in advice.assumptions:
         out.print(f"- {line}")
     _recommend(out, advice, source, output, calibration.given())
@@ -99,7 +113,7 @@ def advise(
         err.print(f"wrote {record}")
 
 
-def _table(advice: Any, batch: int) -> Any:
+def _table(advice: Any) -> Any:
     from rich.table import Table
     from rich.text import Text
 
@@ -108,7 +122,7 @@ def _table(advice: Any, batch: int) -> Any:
     first = advice.predictions[0]
     known, after = first.judged is not None, first.loss_after is not None
     measure = "loss" if first.loss is not None else "energy lost"
-    columns = ["", "memory", "cache", "fits", "ms a token"]
+    columns = ["", "memory", f"cache, {advice.setting.dtype}", "fits", "ms a token"]
     table = Table(*columns, *([measure] if known else []), *(["uptrained"] if after else []))
     for one, on in zip(advice.predictions, advice.front, strict=True):
         cells = [
@@ -123,7 +137,7 @@ def _table(advice: Any, batch: int) -> Any:
         if after:
             cells.append(f"{one.loss_after:+.3f}")
         table.add_row(*cells, style="bold" if one is advice.chosen else None)
-    words = f"batch {batch}; fits: the largest batch; loss in nats a token over the parent"
+    words = f"batch {advice.setting.batch:,}; fits: the largest batch; loss in nats per token over the original model"
     table.caption = Text(words + ("\n● nothing is both faster and better" if known else ""))
     return table
 
@@ -132,24 +146,57 @@ def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.2f}" if seconds >= 1e-3 else f"{1e3 * seconds:.2g}"
 
 
+_REASONS = {
+    "limits": "the fastest within the limits",
+    "knee": "the knee of cache against loss",
+    "no knee": "nearest to a knee: no candidate lies below the straight line between the ends",
+    "convention": "the conventional number, for nothing is known of the loss",
+}
+
+
 def _recommend(out: Any, advice: Any, source: str, output: Path | None, text: dict[str, Any]) -> None:
-    chosen, parent = advice.chosen, advice.predictions[0]
-    if chosen is parent:
-        out.label("recommended: leave the model as it is", "bold", "; it keeps to every limit that was given", gap="")
+    from ..console import human_bytes
+
+    chosen, original, setting = advice.chosen, advice.predictions[0], advice.setting
+    if chosen is original:
+        only = "it alone keeps to every limit" if len(advice.predictions) > 1 else "it has no KV heads to share"
+        if advice.choice.reason == "limits":
+            only = "nothing that is faster keeps to every limit"
+        out.label("recommended: leave the model as it is", "bold", f"; {only}", gap="")
         return
-    saved = parent.cache_bytes / chosen.cache_bytes
-    speed = parent.token_seconds / chosen.token_seconds
-    words = f"a cache {saved:.1f} times smaller, {speed:.2f} times faster a token"
-    if chosen.loss_after is not None:
-        words += f", at {chosen.loss_after:.3f} nats a token after uptraining"
-        words += f" ({chosen.loss_after_low:.3f} to {chosen.loss_after_high:.3f})"
-    elif chosen.loss is not None:
-        words += f", at {chosen.loss:.3f} nats a token ({chosen.loss_low:.3f} to {chosen.loss_high:.3f})"
-    out.label(f"recommended: {chosen.name}", "bold", f": {words}", gap="")
+    out.label(f"recommended: {chosen.name}", "bold", f", {_REASONS[advice.choice.reason]}", gap="")
+    saved = original.cache_bytes / chosen.cache_bytes
+    speed = original.token_seconds / chosen.token_seconds
+    before, after = (_milliseconds(one.token_seconds) for one in (original, chosen))
+    facts = {
+        "cache": f"{human_bytes(original.cache_bytes)} → {human_bytes(chosen.cache_bytes)} in {setting.dtype}, "
+        f"{saved:.1f} times smaller (batch {setting.batch:,}, context {setting.context:,})",
+        "sequences": f"{original.largest_batch:,} → {chosen.largest_batch:,} fit",
+        "time": f"{before} → {after} ms per token, {speed:.2f} times faster",
+        "loss": _loss(chosen),
+        "how sure": advice.sure,
+    }
+    for name, value in facts.items():
+        out.print(f"  {name + ':':<11}{value}")
     if advice.plan is None:
         return
-    plan = output or "plan.json"
-    before = "" if output else "add -o plan.json, then: "
     # A config alone cannot be converted: the checkpoint that it is of can.
     place = "SRC" if Path(source).is_file() else source
-    out.print(before + command("convert", place, "DST", plan=plan, **text))
+    first = "" if output else "add -o plan.json, then: "
+    out.print(first + command("convert", place, "DST", plan=output or "plan.json", **text))
+
+
+def _loss(one: Any) -> str:
+    """What is expected of a candidate's loss, in nats and in perplexity, with its range."""
+    when = ""
+    low, value, high = one.loss_low, one.loss, one.loss_high
+    if one.loss_after is not None:
+        when = f" after uptraining ({one.loss:+.3f} before)"
+        low, value, high = one.loss_after_low, one.loss_after, one.loss_after_high
+    if value is not None:
+        percent = [f"{math.expm1(nats):+,.1%}" for nats in (value, low, high)]
+        return (
+            f"{value:+.3f} nats per token ({low:.3f} to {high:.3f}), perplexity {percent[0]} "
+            f"({percent[1]} to {percent[2]}){when}"
+        )
+    return "not known" if one.energy is None else f"not known; heads lose {one.energy:.1%} of their energy"

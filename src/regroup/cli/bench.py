@@ -55,6 +55,7 @@ def decode(
     from ..console import err, out
     from ..devices import device_named
     from ..opening import readable
+    from ..progress import stage
     from ..record import write_record
     from . import bench_tables as tables
 
@@ -82,9 +83,13 @@ def decode(
             f"decoding; expect about {tables.duration(tables.expected_seconds(models, work, roofs, len(paths)))} …"
         )
         started = time.perf_counter()
-        record = benchmark(
-            model, models, work, paths=paths, roofs=roofs, each=lambda found: tables.show_model(screen, found, paths)
-        )
+
+        def measured(found: dict[str, Any]) -> None:
+            tables.show_model(screen, found, paths)
+            progress(1)
+
+        with stage("decoding", len(models), unit="models", calm=True) as progress:
+            record = benchmark(model, models, work, paths=paths, roofs=roofs, each=measured)
         tables.show_comparison(screen, record, paths)
         screen.print(f"took {tables.duration(time.perf_counter() - started)}")
     _finish(record, output, json, write_record, err)
@@ -123,6 +128,7 @@ def attention(
     from ..bench.journal import run_grid
     from ..console import err, out
     from ..devices import device_named
+    from ..progress import stage
     from ..record import write_record
     from . import bench_tables as tables
 
@@ -145,15 +151,21 @@ def attention(
     if dry_run:
         screen.print("dry run: nothing was measured")
         return
-    record = run_grid(
-        shapes,
-        device=str(device_named(device)),
-        limit=int(limit * 1e9),
-        work=work,
-        minutes=minutes,
-        flex=flex,
-        each=lambda found: tables.show_shape(screen, found),
-    )
+
+    def measured(found: dict[str, Any]) -> None:
+        tables.show_shape(screen, found)
+        progress(1)
+
+    with stage("measuring", len(shapes), unit="shapes", calm=True) as progress:
+        record = run_grid(
+            shapes,
+            device=str(device_named(device)),
+            limit=int(limit * 1e9),
+            work=work,
+            minutes=minutes,
+            flex=flex,
+            each=measured,
+        )
     if record is None:
         err.print(f"stopped after {minutes:g} minutes; run the same command again to go on from {work}")
         return

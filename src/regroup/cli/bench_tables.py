@@ -36,7 +36,13 @@ def show_work(screen: Screen, source: str, models: Sequence[Model], work: Work) 
     if random:
         screen.print(f"weights are random for KV heads {', '.join(random)}")
     table = Table(
-        "KV heads", "parameters", "weights read", "KV read", "FLOPs", "KV cache", title="a step, by arithmetic"
+        "KV heads",
+        "parameters",
+        "weights read",
+        "KV read",
+        "FLOPs",
+        "KV cache",
+        title=f"a step, by arithmetic, in {work.dtype}",
     )
     for model in models:
         weights, attention = step_costs(model, work)

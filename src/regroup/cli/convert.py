@@ -21,6 +21,7 @@ from .options import (
     Seed,
     Source,
     TensorParallel,
+    resumable,
     spread,
 )
 
@@ -89,10 +90,11 @@ def convert(
 
             check_recipe(uptrain, source, destination)
         elif uptrain is not None:
-            from ..uptrain.chain import convert_and_uptrain
+            from ..uptrain.chain import convert_and_uptrain, uptraining_of
             from ..uptrain.watch import Shown
 
-            convert_and_uptrain(source, destination, uptrain, run, options, listener=Shown())
+            with resumable(*uptraining_of(destination)):
+                convert_and_uptrain(source, destination, uptrain, run, options, listener=Shown())
             err.print(f"wrote {destination}; the record of its uptraining is in {destination}.uptraining/run")
             err.print(f"what it cost in quality: {score}")
             return

@@ -61,10 +61,10 @@ def evaluate(
         check_file(output, {"the data": data, "the task's file": task, "the outputs to compare with": against})
     shared: dict[str, Any] = {"batch_size": batch, "dtype": dtype, "device": device}
     if data is not None:
-        from ..console import count_progress
         from ..evaluate.run import evaluate as run
+        from ..progress import stage
 
-        with count_progress("evaluating", None) as progress:
+        with stage("evaluating", None, unit="rows") as progress:
             record = run(
                 model,
                 data,
@@ -74,10 +74,12 @@ def evaluate(
                 document_starts=document_starts,
                 allow_pickle=allow_pickle,
                 progress=progress,
+                ahead=progress.expect,
                 **shared,
             )
     else:
         from ..opening import readable
+        from ..progress import stage
 
         with readable(model, allow_pickle=allow_pickle) as place:
             if task is not None:
@@ -86,7 +88,8 @@ def evaluate(
                 from ..evaluate.harness import evaluate_harness
 
                 assert tasks is not None
-                record = evaluate_harness(place, tasks.split(","), include=include_path, limit=limit, **shared)
+                with stage("evaluating with lm-evaluation-harness", None):
+                    record = evaluate_harness(place, tasks.split(","), include=include_path, limit=limit, **shared)
         record["configuration"]["model"] = model
     if output is not None:
         write_record(output, record)
@@ -119,9 +122,9 @@ def _check_options(ways: dict[str, Any], own: dict[str, dict[str, Any]]) -> None
 def _answers(
     model: str, file: Path, outputs: Path | None, output: Path | None, against: Path | None, shared: dict[str, Any]
 ) -> dict[str, Any]:
-    from ..console import count_progress
     from ..evaluate.answers import evaluate_task
     from ..evaluate.task import Task
+    from ..progress import stage
 
     task = Task.load(file)
     if outputs is None and output is not None:
@@ -131,13 +134,16 @@ def _answers(
         check_file(output, named)
     if outputs is not None:
         check_file(outputs, {**named, "the record": output})
-    done = 0
-    with count_progress(task.name, len(task.rows())) as progress:
+    first = True
+    with stage(task.name, len(task.rows()), unit="rows") as progress:
 
         def count(answered: int, _: int) -> None:
-            nonlocal done
-            progress(answered - done)
-            done = answered
+            nonlocal first
+            if first:
+                progress.begin(answered)
+            else:
+                progress(answered - progress.done)
+            first = False
 
         return evaluate_task(model, task, outputs=outputs, against=against, progress=count, **shared)
 

@@ -67,10 +67,10 @@ def inspect(
 
 def _compare(source: str, summary: Any, plots: Path | None, revision: str | None) -> Any:
     """How alike KV heads are (see ``convert.similarity``); plots go into a folder unless that is None."""
-    from ..console import count_progress
     from ..convert.similarity import compare_heads
     from ..opening import open_source
     from ..plots import check_folder, draw_similarity
+    from ..progress import stage
 
     if summary.format != "safetensors":
         raise RegroupError(
@@ -84,7 +84,7 @@ def _compare(source: str, summary: Any, plots: Path | None, revision: str | None
         check_folder(plots)
     with (
         open_source(source, revision=revision) as opened,
-        count_progress("comparing heads, layers", len(opened.layout.layers)) as progress,
+        stage("comparing heads", len(opened.layout.layers), unit="layers") as progress,
     ):
         found = compare_heads(opened.checkpoint, opened.layout, progress=progress)
     if plots is not None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -138,6 +142,57 @@ def summary(verb: Callable[..., None]) -> str:
     return (verb.__doc__ or "").partition("\n")[0]
 
 
+@contextlib.contextmanager
+def resumable(output: Path, converted: Path | None = None) -> Iterator[None]:
+    """Where uptraining is interrupted within the block, say what is kept of it and which command resumes.
+
+    Args:
+        output: folder of the run.
+        converted: what is trained, where the same command makes that first.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        from ..processes import rank
+        from ..uptrain import states
+
+        if rank() > 0:
+            raise
+        saved = states.complete(output)
+        command = _again()
+        if (output / states.MODEL_FOLDER).exists():
+            kept, file = "the result was complete already", output / states.MODEL_FOLDER
+        elif saved:
+            kept, file = f"the state after step {saved[-1][0]} is kept", saved[-1][1]
+        elif (output / states.LOCAL_FOLDER / "config.json").is_file():
+            kept, file = "what the local stage learnt is kept", output / states.LOCAL_FOLDER
+        elif converted is not None and converted.exists():
+            kept, file = "the conversion is complete and kept, and no state of the uptraining is", converted
+        else:
+            raise RegroupError(
+                "interrupted before a state was saved",
+                file=output if output.exists() else None,
+                got="nothing to resume from",
+                remedy=f"begin again with {command}, and with a smaller --save-every to lose less",
+            ) from error
+        raise RegroupError(f"interrupted; {kept}", file=file, remedy=f"resume from there with {command}") from error
+
+
+def _again() -> str:
+    """The command that this process was started with, ready for a shell; ``--no-resume`` would refuse to resume."""
+    program, *words = sys.argv
+    name = Path(program).name
+    if Path(program).parts[-3:] == ("regroup", "cli", "__main__.py"):
+        start = [Path(sys.executable).name, "-m", "regroup.cli"]
+    elif name == "regroup":
+        start = ["regroup"]
+    else:
+        return "the same command"
+    text = shlex.join([*start, *(word for word in words if word != "--no-resume")])
+    # A launcher's own words are not known here.
+    return f"the same launcher and {text}" if "WORLD_SIZE" in os.environ else text
+
+
 def check_file(output: Path, others: Mapping[str, Path | None] | None = None) -> None:
     """Refuse a file that cannot be written, before the work that would go into it.
 
@@ -148,8 +203,6 @@ def check_file(output: Path, others: Mapping[str, Path | None] | None = None) ->
     Raises:
         RegroupError: it is a folder or one of the others, or its place may not be written to.
     """
-    import os
-
     from ..checkpoint.writer import existing_parent
 
     if output.is_dir():

@@ -32,7 +32,10 @@ def plan(
     layers: Layers = None,
     kv_budget: Annotated[
         str | None,
-        typer.Option("--kv-budget", help="What the KV cache may take, such as 25% or 64KiB a token; G by layer then."),
+        typer.Option(
+            "--kv-budget",
+            help="What the KV cache may take, such as 25%, or 64KiB per token at 16 bits a number; G by layer then.",
+        ),
     ] = None,
     method: Method = None,
     grouping: Grouping = None,

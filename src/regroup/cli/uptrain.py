@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .options import resumable
+
 
 def uptrain(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A converted checkpoint or a hub id.")] = None,
@@ -94,7 +96,9 @@ def uptrain(
         from ..uptrain.watch import Shown
 
         given["stages"] = tuple(stages.split(",")) if stages else None
-        done = run(Recipe.load(recipe, **given), listener=Shown(), dry_run=dry_run)
+        settled = Recipe.load(recipe, **given)
+        with resumable(settled.output):
+            done = run(settled, listener=Shown(), dry_run=dry_run)
     finally:
         leave()
     if rank() == 0:
@@ -102,5 +106,7 @@ def uptrain(
 
         if done.model is None:
             err.print("dry run: nothing was written")
+        elif done.finished_before:
+            err.print(f"nothing was done: the run was finished before; its result is {done.model}", markup=False)
         else:
             err.print(f"wrote {done.model}, and {done.recipe.output}/record.json and curve.png")

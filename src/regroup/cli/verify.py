@@ -30,25 +30,24 @@ def verify(
 
     Exit status 0: everything promised holds; 1: something does not; 2: it could not be checked.
     """
-    from ..console import count_progress, err, out
+    from ..console import Told, err, out
     from ..record import write_record
     from ..verification import verify as run
 
     if output is not None:
         check_file(output)
-    with count_progress("comparing tensors", None) as progress:
-        record = run(
-            parent,
-            child,
-            plan=plan,
-            allow_pickle=allow_pickle,
-            uptrained=uptrained,
-            data=data,
-            window=window,
-            windows=windows,
-            device=device,
-            progress=progress,
-        )
+    record = run(
+        parent,
+        child,
+        plan=plan,
+        allow_pickle=allow_pickle,
+        uptrained=uptrained,
+        data=data,
+        window=window,
+        windows=windows,
+        device=device,
+        listener=Told(),
+    )
     marks = {True: ("✓", "green"), False: ("✗", "red"), None: ("–", "")}
     for promise in record["results"]["promises"]:
         out.label(*marks[promise["held"]], f"{promise['name']}: {promise['detail']}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bench.roofline import kv_cache_bytes
+from ..bench.roofline import cache_dtype, kv_cache_bytes
 from ..checkpoint import Checkpoint, staged_folder
 from ..checkpoint.header import nbytes_of
 from ..checkpoint.reader import INDEX_FILE
@@ -36,7 +36,8 @@ class Preview:
         shards: file name to tensor name to (dtype, shape), in the order of the data.
         changed: how to make every tensor that changes.
         bytes_before, bytes_after: of tensor data.
-        kv_bytes_before, kv_bytes_after: of KV cache for one token, in the checkpoint's own dtype.
+        kv_bytes_before, kv_bytes_after: of KV cache for one token, in
+        kv_dtype: the checkpoint's own, by its common name.
         stock: whether stock transformers classes load the result.
     """
 
@@ -46,6 +47,7 @@ class Preview:
     bytes_after: int
     kv_bytes_before: int
     kv_bytes_after: int
+    kv_dtype: str
     stock: bool
 
     @property
@@ -94,13 +96,15 @@ def preview(checkpoint: Checkpoint, layout: Layout, plan: Plan, given: Mapping[s
     wanted = tuple(
         layer.with_kv_heads(p.num_key_value_heads) for layer, p in zip(layout.layers, plan.layers, strict=True)
     )
+    dtype, called = cache_dtype(layout.dtype)
     return Preview(
         shards=shards,
         changed=changed,
         bytes_before=checkpoint.nbytes,
         bytes_after=sum(nbytes_of(*spec) for names in shards.values() for spec in names.values()),
-        kv_bytes_before=kv_cache_bytes(layout.layers, dtype=layout.dtype),
-        kv_bytes_after=kv_cache_bytes(wanted, dtype=layout.dtype),
+        kv_bytes_before=kv_cache_bytes(layout.layers, dtype=dtype),
+        kv_bytes_after=kv_cache_bytes(wanted, dtype=dtype),
+        kv_dtype=called,
         stock=is_stock(layout, plan),
     )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..console import count_progress
+from ..progress import stage
 from ..uptrain.recipe import Recipe
 from ..uptrain.run import uptrain
 from ..uptrain.watch import Listener
@@ -131,7 +131,7 @@ class _Bar(Listener):
 
     @contextlib.contextmanager
     def training(self, steps: int, first: int) -> Iterator[None]:
-        with count_progress(self._title, steps - first) as self._advance:
+        with stage(self._title, steps, done=first, unit="steps") as self._advance:
             yield
 
     def step(self, number: int, loss: float, tokens_per_second: float) -> None:

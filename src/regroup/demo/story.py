@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..console import count_progress, human_bytes, out
+from ..console import human_bytes, out
 from ..convert.text import CalibrationText
 from ..data import token_windows
 from ..evaluate import Score, causal_batches, score
@@ -20,6 +20,7 @@ from ..evaluate.run import load_for_scoring
 from ..inspection import summarize
 from ..models import load_tokenizer
 from ..pipeline import convert_checkpoint
+from ..progress import stage
 from ..record import record, write_record
 from . import recovery
 from .corpus import held_out_text, training_text
@@ -124,7 +125,7 @@ class Story:
     def convert_all(self) -> list[dict[str, Any]]:
         variants = [(method, heads) for heads in KV_HEADS for method in METHODS]
         rows = [self.row("parent", PARENT, self.base)]
-        with count_progress("converting and evaluating", len(variants)) as progress:
+        with stage("converting and evaluating", len(variants), unit="variants") as progress:
             for method, heads in variants:
                 rows.append(self.measured(method, self.child(method, heads)))
                 progress(1)
@@ -229,7 +230,7 @@ def tell(output: Path, *, windows: int) -> dict[str, Any]:
 def _table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
-    table = Table()
+    table = Table(caption="KV/token: bytes of the KV cache for one token, in 16-bit numbers")
     for name in ("KV heads", "method", "KV/token", "nats/token", "excess", "KL", "top-1"):
         table.add_column(name, no_wrap=True)
     last = None

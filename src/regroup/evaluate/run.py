@@ -37,6 +37,7 @@ def evaluate(
     device: str | None = None,
     allow_pickle: bool = False,
     progress: Callable[[int], None] | None = None,
+    ahead: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on held-out text or pairs.
 
@@ -49,6 +50,7 @@ def evaluate(
         device: a torch device; a GPU where there is one.
         allow_pickle: read pickled weights, with torch's restricted unpickler, where there is nothing else.
         progress: called with the number of rows after each batch.
+        ahead: called before the first with the number of all rows.
 
     Returns:
         A record (see ``regroup.record``).
@@ -91,6 +93,8 @@ def evaluate(
         )
         batches = causal_batches(cut, batch_size)
         rows = len(cut)
+    if ahead is not None:
+        ahead(rows)
     result = score(student, batches, teacher=parent, progress=progress)
     if math.isnan(result.nats_per_token):
         raise RegroupError(

@@ -70,8 +70,8 @@ def allocate(
         whole = full or sum(max(unit[choice] for choice in cost) for cost, unit in zip(costs, units, strict=True))
         raise RegroupError(
             "the budget is smaller than the smallest KV cache that these layers can have",
-            expected=f"at least {least} bytes a token",
-            got=f"{budget} bytes a token",
+            expected=f"at least {least} bytes per token, at 16 bits a number",
+            got=f"{budget} bytes per token",
             remedy=f"pass at least {_percent(least, whole)}",
         )
     # (spent, cost, choices), by what is spent; the cost falls along the list.
@@ -111,7 +111,7 @@ def _percent(part: int, whole: int) -> str:
 
 _AMOUNT = re.compile(r"([0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15}) *(%|[A-Za-z]+)?")
 _BYTES = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-_FORMS = "a share such as 25% or 0.25, or bytes a token such as 64KiB"
+_FORMS = "a share such as 25% or 0.25, or bytes per token such as 64KiB, at 16 bits a number"
 
 
 def parse_budget(text: str, full: int) -> int:
@@ -136,7 +136,7 @@ def parse_budget(text: str, full: int) -> int:
             "the KV budget has no unit",
             expected=_FORMS,
             got=text,
-            remedy=f"write {match[1]}% for a share of the parent's cache, {match[1]}B for bytes a token",
+            remedy=f"write {match[1]}% for a share of the parent's cache, {match[1]}B for bytes per token",
         )
     # Exact: a budget that is met to the byte is met.
     wanted = number * _BYTES[unit] if unit in _BYTES else number * full / (100 if unit else 1)
@@ -145,7 +145,7 @@ def parse_budget(text: str, full: int) -> int:
     if wanted > full:
         raise RegroupError(
             "the KV budget is larger than the parent's cache",
-            expected=f"at most 100%, {full} bytes a token",
+            expected=f"at most 100%, {full} bytes per token at 16 bits a number",
             got=text,
             remedy="ask for less; without a budget nothing has to shrink",
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import RegroupError, human_bytes
 from ..files import bounded, parse_json
+from .plausible import impossible
 
 _FORMAT = 1
 _PLAN_FORMAT = "regroup-plan/1"
@@ -52,7 +53,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     """Read files; one that holds several records (``runs``) gives them all.
 
     Raises:
-        RegroupError: unreadable, not JSON, no record, or of another format.
+        RegroupError: unreadable, not JSON, no record, of another format, or with numbers that cannot be.
     """
     found: list[Record] = []
     names = told_apart([str(path) for path in paths])
@@ -79,6 +80,16 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
                 remedy="give the file as the verb wrote it",
             ) from error
         found += _records(value, path, names[str(path)])
+        amiss = next(impossible(value), None)
+        if amiss is not None:
+            place, expected, got = amiss
+            raise RegroupError(
+                "the record holds what cannot be",
+                file=path,
+                expected=f"{place}: {expected}",
+                got=got[:200],
+                remedy="give the file as the verb wrote it",
+            )
     return found
 
 

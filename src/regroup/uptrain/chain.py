@@ -104,6 +104,12 @@ def check_recipe(recipe: Path, source: str, destination: Path) -> Recipe:
     return wanted
 
 
+def uptraining_of(destination: Path) -> tuple[Path, Path]:
+    """The folders of the run and of the converted checkpoint that ``convert_and_uptrain`` keeps meanwhile."""
+    _, child, run = _places(destination)
+    return run, child
+
+
 def _places(destination: Path) -> tuple[Path, Path, Path]:
     """The folder beside the destination, and in it those of the converted checkpoint and of the run."""
     work = destination.with_name(destination.name + ".uptraining")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,22 @@ from . import states
 from .reading import check_same_tokenizer
 from .recipe import Recipe
 
+# What transformers' Trainer reports to (report_to): modules of which one must be there, and the package to install.
+_REPORTING = {
+    "azure_ml": (("azureml.core",), "azureml-core"),
+    "clearml": (("clearml",), "clearml"),
+    "codecarbon": (("codecarbon",), "codecarbon"),
+    "comet_ml": (("comet_ml",), "comet-ml"),
+    "dagshub": (("dagshub",), "dagshub"),
+    "dvclive": (("dvclive",), "dvclive"),
+    "flyte": (("flytekit",), "flytekit"),
+    "mlflow": (("mlflow",), "mlflow"),
+    "neptune": (("neptune",), "neptune"),
+    "swanlab": (("swanlab",), "swanlab"),
+    "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
+    "trackio": (("trackio",), "trackio"),
+    "wandb": (("wandb",), "wandb"),
+}
 # How families name the dropout of their residual stream, and what else there is where they have none.
 _DROPOUTS = ("dropout_rate", "dropout", "hidden_dropout", "resid_pdrop", "resid_dropout")
 _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop")
@@ -89,6 +108,48 @@ def check_sharding(recipe: Recipe) -> None:
             got="one process" if world() == 1 else f"{world()} processes on the CPU",
             remedy="start it with torchrun or accelerate launch, or leave --fsdp out",
         )
+
+
+def check_reporting(recipe: Recipe) -> None:
+    """Refuse a place to report to that the Trainer does not know, or whose package is not installed.
+
+    Raises:
+        RegroupError: naming the package.
+    """
+    for name in recipe.report_to:
+        if name in ("none", "all"):  # all: of those that are installed
+            continue
+        if name == "kubeflow":  # it needs no package, and is there in its pods alone
+            if "KUBEFLOW_TRAINER_SERVER_URL" not in os.environ:
+                raise RegroupError(
+                    "the recipe reports to Kubeflow, and this is no pod of its trainer",
+                    expected="the environment variable KUBEFLOW_TRAINER_SERVER_URL, for report_to: kubeflow",
+                    remedy="set report_to to none in the recipe",
+                )
+            continue
+        if name not in _REPORTING:
+            known = (*_REPORTING, "kubeflow")
+            close = get_close_matches(name, known, n=1)
+            raise RegroupError(
+                "the recipe reports to something that is not known",
+                expected=f"report_to: {close[0] if close else 'one of ' + ', '.join(known)}, or none",
+                got=name,
+            )
+        modules, package = _REPORTING[name]
+        if not any(_installed(module) for module in modules):
+            raise RegroupError(
+                "what the recipe reports to is not installed",
+                expected=f"the package {package}, for report_to: {name}",
+                got="no such package",
+                remedy=f"pip install {package}, or set report_to to none in the recipe",
+            )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # of a module within one that is not there
+        return False
 
 
 def dropouts(recipe: Recipe, config: dict[str, Any]) -> dict[str, float]:

@@ -8,7 +8,7 @@ what the child's residual stream lacks by then where that is known. It needs no 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from ..convert.calibrate import add_lack
 from ..convert.layers import LayerStream
 from ..convert.lesson import Lesson
 from ..convert.repair import DistillSettings
-from ..errors import RegroupError
 from ..models import load
 from ..opening import open_source
 from ..processes import rank
 from . import states
 from .distill import inputs_of
+from .enough import NothingLearntError
 from .prepare import Prepared
 from .watch import Listener
 
@@ -40,16 +40,29 @@ def local_stage(ready: Prepared, told: Listener) -> None:
     this again. Hidden states of all those batches lie in memory twice, in float32.
 
     Raises:
-        RegroupError: the data ended before there were two batches.
+        NothingLearntError: the data ended before there were that many batches.
     """
     recipe = ready.recipe
     batches = [dict(inputs_of(batch)) for batch in _global_batches(ready)]
-    if len(batches) < 2:
-        raise RegroupError("the data ended within the local stage", got=f"{len(batches)} batches")
+    if len(batches) < ready.local_steps:
+        raise NothingLearntError(
+            "the data ended within the local stage",
+            expected=f"{ready.local_steps} batches of {recipe.batch_size}, as the recipe asks for",
+            got=f"{len(batches)} batches",
+            remedy="give more data, fewer tokens or steps, or more epochs in the recipe",
+        )
     folder = recipe.output / states.LOCAL_FOLDER
     if rank() == 0:
         assert ready.teacher_folder is not None
-        errors = distill_layers(ready.checkpoint.folder, ready.teacher_folder, ready.student, batches, _device(ready))
+        with told.stage("layer by layer", ready.source.layout.layers[-1].index + 1, "layers") as count:
+            errors = distill_layers(
+                ready.checkpoint.folder,
+                ready.teacher_folder,
+                ready.student,
+                batches,
+                _device(ready),
+                progress=count,
+            )
         for name, (before, after) in errors.items():
             told.notice(f"{name}: attention output missed by {before:.1%}, now {after:.1%}")
         with staged_folder(folder) as stage, states.quiet_files():
@@ -61,7 +74,13 @@ def local_stage(ready: Prepared, told: Listener) -> None:
 
 
 def distill_layers(
-    child_folder: Path, parent_folder: Path, student: Any, batches: Sequence[dict[str, Tensor]], device: str = "cpu"
+    child_folder: Path,
+    parent_folder: Path,
+    student: Any,
+    batches: Sequence[dict[str, Tensor]],
+    device: str = "cpu",
+    *,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, tuple[float, float]]:
     """Distil every attention layer whose heads the two folders have in different numbers.
 
@@ -71,6 +90,7 @@ def distill_layers(
         batches: model inputs. Positions that begin again within a window are left out: here both models see the whole
             window.
         device: where layers run.
+        progress: called with 1 after each decoder layer.
 
     Returns:
         For each such layer the share of the parent's attention output that held-out batches missed, before and after.
@@ -111,6 +131,7 @@ def distill_layers(
         with torch.no_grad():
             lower = [pupil.forward(batch, hidden).cpu() for batch, hidden in enumerate(lower)]
         upper = after
+        progress(1)
     return errors
 
 

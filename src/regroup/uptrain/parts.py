@@ -124,6 +124,12 @@ def local_steps_of(recipe: Recipe, steps: int) -> int:
     if "local" not in recipe.stages:
         return 0
     share = round(steps * recipe.local_share) if "logit" in recipe.stages else steps
+    if "logit" in recipe.stages and share >= steps:
+        raise RegroupError(
+            "the local stage leaves no step to the stage after it",
+            got=f"{share} of {steps} steps",
+            remedy="set a smaller local_share in the recipe, or ask for --stages local alone",
+        )
     if share < 2:
         raise RegroupError(
             "the local stage needs two batches at least, one to judge on",

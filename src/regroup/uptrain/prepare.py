@@ -17,6 +17,7 @@ from ..processes import world
 from . import states
 from .budget import Budget
 from .checks import (
+    check_reporting,
     check_room,
     check_sharding,
     check_window,
@@ -26,6 +27,7 @@ from .checks import (
     state_of,
 )
 from .defaults import resolved
+from .enough import check_enough
 from .export import check_names, freeze_tables
 from .job import Job, training_arguments
 from .objective import keeps_documents_apart
@@ -90,6 +92,7 @@ def prepare(recipe: Recipe) -> Prepared:
             remedy="choose another --batch-size",
         )
     check_sharding(recipe)
+    check_reporting(recipe)
     digest = recipe.digest()
     found = state_of(recipe, digest, run)
     state_folder, state = found if found is not None else (None, None)
@@ -119,6 +122,8 @@ def prepare(recipe: Recipe) -> Prepared:
         epochs=recipe.epochs,
         workers=recipe.workers,
     )
+    if state is None:
+        check_enough(recipe, stream, tokenizer)
     held_out = list(held_out_batches(recipe, tokenizer, objective, vocab_size))
     budget = budget_of(recipe, source, student, teacher_folder)
     local_steps = local_steps_of(recipe, budget.steps)

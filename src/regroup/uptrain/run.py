@@ -17,6 +17,7 @@ from ..record import record, write_record
 from ..safe_text import code_span, visible
 from . import states
 from .budget import Budget
+from .enough import NothingLearntError, check_changed, sample
 from .export import write_model
 from .prepare import Prepared, prepare
 from .recipe import Recipe
@@ -35,6 +36,7 @@ class Result:
         model: folder of the finished checkpoint, or None after a dry run.
         record: see ``regroup.record``, or None after a dry run.
         resumed_from: the step that the run went on from, or None.
+        finished_before: whether an earlier call had finished it, and nothing was done now.
     """
 
     recipe: Recipe
@@ -43,6 +45,7 @@ class Result:
     model: Path | None = None
     record: dict[str, Any] | None = None
     resumed_from: int | None = None
+    finished_before: bool = False
 
 
 def uptrain(recipe: Recipe, *, listener: Listener | None = None, dry_run: bool = False) -> Result:
@@ -65,24 +68,29 @@ def uptrain(recipe: Recipe, *, listener: Listener | None = None, dry_run: bool =
     """
     _join(recipe)
     told = (listener or Listener()) if rank() == 0 else Listener()
-    with together():
+    with told.stage("checking the recipe, the model and the data"), together():
         ready = prepare(recipe)
     told.planned(ready.lines)
     if dry_run:
         return Result(ready.recipe, ready.budget, ready.lines)
     finished = ready.recipe.output / states.MODEL_FOLDER
     if finished.exists():
-        told.notice(f"the run is finished already: {finished}")
+        told.notice(f"the run is finished already, and nothing is done now: {finished}")
         value = json.loads((ready.recipe.output / "record.json").read_text(encoding="utf-8"))
-        return Result(ready.recipe, ready.budget, ready.lines, finished, value, ready.step)
+        return Result(ready.recipe, ready.budget, ready.lines, finished, value, ready.step, finished_before=True)
     with together():
         if rank() == 0:
             _begin(ready)
-    if ready.local_steps and not ready.local_done:
-        from .local import local_stage
+    try:
+        if ready.local_steps and not ready.local_done:
+            from .local import local_stage
 
-        local_stage(ready, told)
-    trainer = _trained(ready, told)
+            local_stage(ready, told)
+        trainer = _trained(ready, told)
+    except NothingLearntError:
+        if rank() == 0:
+            states.forget(ready.recipe.output)
+        raise
     return _finish(ready, trainer, told)
 
 
@@ -124,6 +132,7 @@ def _trained(ready: Prepared, told: Listener) -> UptrainTrainer:
         trainer.data_ended = state["data_ended"]
         return trainer
     trainer.begin()
+    before = [] if trainer.is_fsdp_enabled else sample(ready.student)
     if ready.job.steps == 0:  # the local stage was all
         if ready.job.held_out:
             trainer.evaluate()
@@ -137,6 +146,17 @@ def _trained(ready: Prepared, told: Listener) -> UptrainTrainer:
             got=str(error).splitlines()[0][:200],
             remedy="choose a smaller --micro-batch, or add --gradient-checkpointing",
         ) from error
+    if trainer.state.global_step == 0:
+        raise NothingLearntError(
+            "the data ended before the first step",
+            file=", ".join(ready.recipe.data),
+            expected=f"{ready.recipe.batch_size} examples beside those of the local stage",
+            remedy="give more data, or more epochs in the recipe",
+        )
+    if first == 0 and not trainer.learnt:
+        raise NothingLearntError("no token carried loss", file=", ".join(ready.recipe.data), got="masked labels alone")
+    if first == 0 and not trainer.is_fsdp_enabled:
+        check_changed(before, ready.student, trainer.state.global_step)
     if trainer.data_ended:
         told.notice(f"the data ended after step {trainer.state.global_step} of {ready.job.steps}: raise epochs")
     return trainer

@@ -85,6 +85,17 @@ def publish(output: Path, step: int, state: Mapping[str, Any]) -> Path:
     return final
 
 
+def forget(output: Path) -> None:
+    """Remove all that a run wrote which learnt nothing: it must not be resumed, let alone be finished."""
+    clean(output)
+    for _, folder in complete(output):
+        remove(folder)
+    shutil.rmtree(output / "logs", ignore_errors=True)
+    (output / RUN_FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else lies there, such as what the local stage learnt
+        output.rmdir()
+
+
 def remove(folder: Path) -> None:
     """Remove a state; its name is gone before its first file is."""
     hidden = folder.with_name(f"{_REMOVED}{folder.name}")

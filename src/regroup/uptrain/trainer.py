@@ -42,6 +42,7 @@ class UptrainTrainer(Trainer):
         self.hidden_weight = (recipe.hidden_weight or 0.0) if job.teacher else 0.0
         self.last_loss, self.last_norm = math.nan, None
         self.data_ended = False
+        self.learnt = 0  # tokens that carried loss, since this process began
         self.seconds_before = 0.0
         adafactor = None
         if recipe.optimizer == "adafactor":
@@ -84,7 +85,9 @@ class UptrainTrainer(Trainer):
             return [], None
         count = torch.tensor(sum(self.job.count_tokens(batch) for batch in batches), device=device)
         self._step_loss.zero_()
-        return batches, torch.as_tensor(self.accelerator.reduce(count, "sum")).clamp(min=1)
+        count = torch.as_tensor(self.accelerator.reduce(count, "sum"))
+        self.learnt += int(count)
+        return batches, count.clamp(min=1)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .. import progress
 from ..files import replacing
 
 if TYPE_CHECKING:
@@ -23,6 +24,12 @@ class Listener:
 
     def notice(self, text: str) -> None:
         """Something that is good to know."""
+
+    def stage(
+        self, title: str, total: int | None = None, unit: str = ""
+    ) -> contextlib.AbstractContextManager[progress.Progress]:
+        """Around work before and after the training: something to call with how much more of it is done."""
+        return contextlib.nullcontext(progress.Progress(title, total))
 
     def training(self, steps: int, first: int) -> contextlib.AbstractContextManager[None]:
         """Around the training, which goes from step ``first`` to ``steps``."""
@@ -45,8 +52,7 @@ class Shown(Listener):
         from ..screen import Screen
 
         self.console = Screen(stderr=True)
-        self._progress: Any = None
-        self._task: Any = None
+        self._progress: progress.Progress | None = None
 
     def planned(self, lines: Sequence[str]) -> None:
         for line in lines:
@@ -55,23 +61,21 @@ class Shown(Listener):
     def notice(self, text: str) -> None:
         self.console.print(f"note: {text}")
 
+    def stage(
+        self, title: str, total: int | None = None, unit: str = ""
+    ) -> contextlib.AbstractContextManager[progress.Progress]:
+        return progress.stage(title, total, unit=unit)
+
     @contextlib.contextmanager
     def training(self, steps: int, first: int) -> Iterator[None]:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("uptraining"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as self._progress:
-            self._task = self._progress.add_task("", total=steps, completed=first)
-            try:
-                yield
-            finally:
-                self._progress.stop()
+        with progress.stage("uptraining", steps, done=first, unit="steps") as self._progress:
+            yield
         self._progress = None
 
     def step(self, number: int, loss: float, tokens_per_second: float) -> None:
         if self._progress is not None:
             said = f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s"
-            self._progress.update(self._task, completed=number, description=said)
+            self._progress(number - self._progress.done, said)
 
     def evaluated(self, step: int, results: Mapping[str, float]) -> None:
         names = {"eval_loss": "held-out", "eval_kl": "KL to the teacher", "eval_teacher_loss": "the teacher's"}
