@@ -31,7 +31,7 @@ RULES: dict[str, tuple[list[str], set[str]]] = {
     "uptrain/budget.py": (["errors"], TORCH | DISK | {"pathlib"}),
     "merge/*": (["errors", "merge*"], {"transformers", "numpy"} | DISK | {"pathlib"}),
     "attention/*": (["errors", "attention*"], DISK | {"pathlib"}),
-    "checkpoint/*": (["errors", "files", "checkpoint*"], {"transformers"}),
+    "checkpoint/*": (["errors", "files", "safe_text", "checkpoint*"], {"transformers"}),
     "data/*": (["errors", "files", "data*"], {"transformers"}),
     "report/*": (["errors", "files", "record", "report", "report*"], TORCH),
     # They run beside a checkpoint, and in a process of their own.

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from .numbers import is_natural, number
+from .numbers import flag, natural, number
 from .types import Packing
 
 ALIBI = "ALiBi gives every query head a slope of its own by its number"
@@ -250,7 +250,7 @@ def family_for(config: Mapping[str, Any]) -> Family | None:
 
 def ties(config: Mapping[str, Any], family: Family) -> bool:
     """Whether the output head is the input embedding, as far as the config says."""
-    return bool(config.get("tie_word_embeddings", family.ties))
+    return flag(config, "tie_word_embeddings", family.ties)
 
 
 def stored_ties(family: Family, names: Collection[str]) -> list[tuple[str, str]]:
@@ -321,10 +321,9 @@ def declared_kv_heads(config: Mapping[str, Any], family: Family, heads: int, lay
 
 def sliding_window(config: Mapping[str, Any], layer: int) -> int | None:
     """Window of a layer in tokens, or None where it attends to everything before it."""
-    window = config.get("sliding_window")
-    model_type = config.get("model_type")
-    if not is_natural(window):
+    if config.get("sliding_window") is None:
         return None
+    window, model_type = natural(config, ("sliding_window",)), config.get("model_type")
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and layer < len(kinds):
         return window if kinds[layer] == "sliding_attention" else None

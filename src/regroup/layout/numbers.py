@@ -40,9 +40,21 @@ def number(config: Mapping[str, Any], key: str, largest: float) -> float:
     return float(value)
 
 
+def flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
+    """The truth value under a key.
+
+    Raises:
+        RegroupError: it is something else, which Python would take for true.
+    """
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise _impossible(key, "true or false", value)
+    return default if value is None else value
+
+
 def _impossible(key: str, wanted: str, value: object) -> RegroupError:
     return RegroupError(
-        "the config holds an impossible number",
+        "the config holds an impossible value",
         file="config.json",
         expected=f"{key}: {wanted}",
         got=repr(value)[:80],

@@ -17,10 +17,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import RegroupError
-from ..layout.types import TensorInfo
+
+if TYPE_CHECKING:
+    from ..layout.types import TensorInfo
 
 logger = logging.getLogger(__name__)
 
