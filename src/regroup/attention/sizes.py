@@ -1,0 +1,61 @@
+"""Sizes that compilers, exporters and tracers keep open: no branch of Python may depend on them.
+
+A size is then a symbol (``torch.compile``, ``torch.export``, ``make_fx``) or, under ``torch.jit.trace``, a number that
+is true of the example alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_traced() -> bool:
+    """Whether ``torch.jit.trace`` records, which takes every size as open."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
+def is_exported() -> bool:
+    """Whether the graph leaves this process, so that PyTorch's own operators alone may be in it."""
+    return torch.compiler.is_exporting() or is_traced()
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Let ``torch.jit.trace`` look away: what is read from shapes is a number, and no operator is recorded."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def constant_size(tensor: Tensor, axis: int) -> int:
+    """A size that is a constant of the model, such as its number of heads."""
+    if is_traced():
+        with untraced():
+            return tensor.shape[axis]
+    return tensor.shape[axis]
+
+
+def is_fixed(*sizes: Any) -> bool:
+    """Whether these sizes are numbers, and will be the same whenever the graph runs."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        return all([has_static_value(size) for size in sizes])
+    return not is_traced() and not any(isinstance(size, (torch.SymInt, torch.SymFloat)) for size in sizes)
+
+
+def is_certain(condition: Any) -> bool:
+    """Whether a comparison of sizes holds whatever the open ones turn out to be; nothing is assumed of them."""
+    if torch.compiler.is_compiling() or isinstance(condition, torch.SymBool):
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(condition)
+    return bool(condition)
