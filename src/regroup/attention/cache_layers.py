@@ -13,12 +13,17 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from ..errors import RegroupError
+from .autocast import autocast_dtype, lowered
+from .call import whole_number
 
 BLOCK = 256
 
 
 class KVLayer(CacheLayerMixin):
     """Keys and values of one attention layer.
+
+    Under ``torch.autocast`` they are kept in its dtype, which is what attention casts them to. Wider states that follow
+    make the cache wider. Narrower ones are taken under autocast alone: elsewhere attention could not read both.
 
     Args:
         max_length: tokens to hold, allocated once, with the first token; None grows by doubling.
@@ -33,7 +38,7 @@ class KVLayer(CacheLayerMixin):
 
     def __init__(self, max_length: int | None = None, spare: int = BLOCK) -> None:
         super().__init__()
-        self.max_length, self.spare = max_length, spare
+        self.max_length, self.spare = checked_length(max_length), spare
         self.length = 0
         self.key_block: Tensor | None = None
         self.value_block: Tensor | None = None
@@ -60,6 +65,7 @@ class KVLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the states (B, G, T, D) of T more tokens; return those of all tokens so far, as views."""
+        key_states, value_states = _taken(key_states, value_states)
         start, stop = self.length, self.length + key_states.shape[2]
         self._make_room(key_states, value_states, stop)
         key_block, value_block = self.blocks
@@ -83,21 +89,26 @@ class KVLayer(CacheLayerMixin):
     def _make_room(self, states: Tensor, value_states: Tensor, stop: int) -> None:
         """See that ``stop`` tokens fit, or refuse."""
         given = states, value_states
-        if self.key_block is None or (self.length == 0 and _kinds(given) != _kinds(self.blocks)):
+        fits = self.key_block is not None and _kinds(given, dtypes=True) == _kinds(self.blocks, dtypes=True)
+        if self.key_block is None or (self.length == 0 and not fits):
             self.lazy_initialization(states, value_states)
         if torch.is_grad_enabled() and (states.requires_grad or value_states.requires_grad):
             raise RegroupError(
                 "a cache that is written in place keeps no gradients",
                 remedy="run under torch.no_grad(), as generate does, or train with use_cache=False",
             )
-        if _kinds(given) != _kinds(self.blocks):
+        narrower = any(_common(*pair) != pair[0].dtype for pair in zip(given, self.blocks, strict=True))
+        if _kinds(given) != _kinds(self.blocks) or (narrower and autocast_dtype(states.device) is None):
             raise RegroupError(
                 "the new keys and values are not of the form that the cache holds",
                 expected=_form(self.blocks),
                 got=_form(given),
                 remedy="use a new cache for each batch, or cache.reset()",
             )
-        capacity = self.blocks[0].shape[2]
+        key_block, value_block = self.blocks
+        self.key_block = _widened(key_block, states, self.length)
+        self.value_block = _widened(value_block, value_states, self.length)
+        capacity = key_block.shape[2]
         if self.max_length is not None and stop > self.max_length:
             raise RegroupError(
                 "the cache is full",
@@ -135,17 +146,26 @@ class KVLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; as in transformers they are given as a negative number."""
-        if tokens_to_remove > 0:
+        self._show(self.length_after(tokens_to_remove))
+
+    def length_after(self, tokens_to_remove: int) -> int:
+        """Tokens that :meth:`crop` leaves; refuses what it cannot do. A layer that was never used has none to lose."""
+        removed = whole_number(tokens_to_remove)
+        if removed is None or removed > 0:
             raise RegroupError(
-                "tokens to remove are given as a negative number", expected="0 or less", got=tokens_to_remove
+                "tokens to remove are given as a negative number",
+                expected="a whole number, 0 or less",
+                got=repr(tokens_to_remove),
             )
-        if -tokens_to_remove > self.length:
+        if self.key_block is None:
+            return 0
+        if -removed > self.length:
             raise RegroupError(
                 "the cache does not hold as many tokens as should be removed",
                 expected=f"at most {self.length}",
-                got=-tokens_to_remove,
+                got=-removed,
             )
-        self._show(self.length + tokens_to_remove)
+        return self.length + removed
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row ``beam_idx[b]`` was (beam search). Rows that stay are not touched."""
@@ -209,13 +229,16 @@ class SlidingKVLayer(KVLayer):
         self, window: int, max_length: int | None = None, spare: int = BLOCK, order: SlotOrder | None = None
     ) -> None:
         super().__init__(max_length, spare)
-        self.window, self.order = window, order or SlotOrder()
+        self.window, self.order = whole_number(window) or 0, order or SlotOrder()
+        if self.window < 1:
+            raise RegroupError("the window is no whole number of tokens", expected="1 or more", got=repr(window))
 
     def _capacity(self, tokens: int) -> int:
         return min(tokens, self.window)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the states of T more tokens; return those that the T may see, the last W − 1 + T at most."""
+        key_states, value_states = _taken(key_states, value_states)
         start, new = self.length, key_states.shape[2]
         stop = start + new
         if stop <= self.window:
@@ -264,15 +287,19 @@ class SlidingKVLayer(KVLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, as long as the window before them is still here."""
-        if self.length > self.window and tokens_to_remove < -1:
+        super().crop(tokens_to_remove)
+        self.order.position = None
+
+    def length_after(self, tokens_to_remove: int) -> int:
+        left = super().length_after(tokens_to_remove)
+        if self.length > self.window and left < self.length - 1:
             raise RegroupError(
                 "the window has moved on, and the tokens before it are gone",
                 expected="-1 or 0 tokens to remove",
                 got=tokens_to_remove,
                 remedy="call cache.activate_past_recording() before the tokens that may be removed",
             )
-        self.order.position = None
-        super().crop(tokens_to_remove)
+        return left
 
     def recording(self) -> CacheLayerMixin:
         """A stock layer with the same tokens, which keeps what has left the window until it is cropped."""
@@ -291,9 +318,53 @@ def _last(block: Tensor, stop: int, count: int) -> Tensor:
     return torch.cat((block[:, :, stop - count :], block[:, :, :stop]), 2)
 
 
-def _kinds(pair: tuple[Tensor, Tensor]) -> list[tuple[Any, ...]]:
-    """What must be the same of new states and of the blocks that they are written to: all but the number of tokens."""
-    return [(*each.shape[:2], each.shape[3], each.dtype, each.device) for each in pair]
+def checked_length(max_length: Any) -> int | None:
+    """``max_length`` as a number of Python's, or None.
+
+    Raises:
+        RegroupError: it is no whole number, or less than 1.
+    """
+    if max_length is None:
+        return None
+    length = whole_number(max_length)
+    if length is None or length < 1:
+        raise RegroupError("the cache holds no token", expected="max_length of 1 or more", got=repr(max_length))
+    return length
+
+
+def _taken(key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+    """New states, checked, in the dtype in which attention will read them."""
+    for name, states in (("key", key_states), ("value", value_states)):
+        if not isinstance(states, Tensor) or states.dim() != 4:
+            raise RegroupError(
+                f"the {name} states have no four dimensions",
+                tensor=name,
+                expected="(batch, KV heads, tokens, width)",
+                got=tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__,
+            )
+    if key_states.shape[:3] != value_states.shape[:3]:
+        raise RegroupError(
+            "the key and value states differ in batch, KV heads or tokens",
+            tensor="value",
+            expected=tuple(key_states.shape[:3]),
+            got=tuple(value_states.shape[:3]),
+        )
+    return lowered(key_states), lowered(value_states)
+
+
+def _kinds(pair: tuple[Tensor, Tensor], *, dtypes: bool = False) -> list[tuple[Any, ...]]:
+    """What must be the same of new states and of the blocks that they are written to: all but tokens and dtype."""
+    return [(*each.shape[:2], each.shape[3], each.device, each.dtype if dtypes else None) for each in pair]
+
+
+def _common(one: Tensor, other: Tensor) -> torch.dtype:
+    return torch.promote_types(one.dtype, other.dtype)
+
+
+def _widened(block: Tensor, states: Tensor, length: int) -> Tensor:
+    """A block in a dtype that holds these states too."""
+    dtype = _common(block, states)
+    return block if dtype == block.dtype else _longer(block, block.shape[2], length, dtype)
 
 
 def _form(pair: tuple[Tensor, Tensor]) -> str:
@@ -305,15 +376,15 @@ def _form(pair: tuple[Tensor, Tensor]) -> str:
     )
 
 
-def _block(like: Tensor, capacity: int) -> Tensor:
+def _block(like: Tensor, capacity: int, dtype: torch.dtype | None = None) -> Tensor:
     shape = (*like.shape[:2], capacity, like.shape[3])
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
+        return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
     with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
+        return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
-def _longer(block: Tensor, capacity: int, length: int) -> Tensor:
-    new = _block(block, capacity)
+def _longer(block: Tensor, capacity: int, length: int, dtype: torch.dtype | None = None) -> Tensor:
+    new = _block(block, capacity, dtype)
     new[:, :, :length] = block[:, :, :length]
     return new
