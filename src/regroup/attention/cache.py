@@ -13,7 +13,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, get_layer_types_and_kwargs
 
 from ..errors import RegroupError
-from .cache_layers import BLOCK, KVLayer, SlidingKVLayer, SlotOrder, checked_length
+from .cache_layers import BLOCK, KVLayer, SlidingKVLayer, SlotOrder
+from .cache_memory import checked_length
 
 __all__ = ["EncoderDecoderKVCache", "KVCache", "KVLayer", "SlidingKVLayer"]
 

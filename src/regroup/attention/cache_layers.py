@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from ..errors import RegroupError
-from .autocast import autocast_dtype, lowered
-from .call import whole_number
+from .autocast import autocast_dtype
+from .cache_memory import checked_length, common_dtype, form_of, kinds_of, longer, new_block, taken, widened
+from .checks import whole_number
 
 BLOCK = 256
 
@@ -48,7 +49,7 @@ class KVLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         capacity = key_states.shape[2] + self.spare if self.max_length is None else self.max_length
         capacity = self._capacity(capacity)
-        self.key_block, self.value_block = _block(key_states, capacity), _block(value_states, capacity)
+        self.key_block, self.value_block = new_block(key_states, capacity), new_block(value_states, capacity)
         self.keys, self.values = self.key_block[:, :, :0], self.value_block[:, :, :0]
         self.is_initialized = True
 
@@ -65,7 +66,7 @@ class KVLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the states (B, G, T, D) of T more tokens; return those of all tokens so far, as views."""
-        key_states, value_states = _taken(key_states, value_states)
+        key_states, value_states = taken(key_states, value_states)
         start, stop = self.length, self.length + key_states.shape[2]
         self._make_room(key_states, value_states, stop)
         key_block, value_block = self.blocks
@@ -89,7 +90,7 @@ class KVLayer(CacheLayerMixin):
     def _make_room(self, states: Tensor, value_states: Tensor, stop: int) -> None:
         """See that ``stop`` tokens fit, or refuse."""
         given = states, value_states
-        fits = self.key_block is not None and _kinds(given, dtypes=True) == _kinds(self.blocks, dtypes=True)
+        fits = self.key_block is not None and kinds_of(given, dtypes=True) == kinds_of(self.blocks, dtypes=True)
         if self.key_block is None or (self.length == 0 and not fits):
             self.lazy_initialization(states, value_states)
         if torch.is_grad_enabled() and (states.requires_grad or value_states.requires_grad):
@@ -97,17 +98,17 @@ class KVLayer(CacheLayerMixin):
                 "a cache that is written in place keeps no gradients",
                 remedy="run under torch.no_grad(), as generate does, or train with use_cache=False",
             )
-        narrower = any(_common(*pair) != pair[0].dtype for pair in zip(given, self.blocks, strict=True))
-        if _kinds(given) != _kinds(self.blocks) or (narrower and autocast_dtype(states.device) is None):
+        narrower = any(common_dtype(*pair) != pair[0].dtype for pair in zip(given, self.blocks, strict=True))
+        if kinds_of(given) != kinds_of(self.blocks) or (narrower and autocast_dtype(states.device) is None):
             raise RegroupError(
                 "the new keys and values are not of the form that the cache holds",
-                expected=_form(self.blocks),
-                got=_form(given),
+                expected=form_of(self.blocks),
+                got=form_of(given),
                 remedy="use a new cache for each batch, or cache.reset()",
             )
         key_block, value_block = self.blocks
-        self.key_block = _widened(key_block, states, self.length)
-        self.value_block = _widened(value_block, value_states, self.length)
+        self.key_block = widened(key_block, states, self.length)
+        self.value_block = widened(value_block, value_states, self.length)
         capacity = key_block.shape[2]
         if self.max_length is not None and stop > self.max_length:
             raise RegroupError(
@@ -119,8 +120,8 @@ class KVLayer(CacheLayerMixin):
         if self._capacity(stop) > capacity:
             larger = self._capacity(max(stop, 2 * capacity))
             key_block, value_block = self.blocks
-            self.key_block = _longer(key_block, larger, self.length)
-            self.value_block = _longer(value_block, larger, self.length)
+            self.key_block = longer(key_block, larger, self.length)
+            self.value_block = longer(value_block, larger, self.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that the next ``query_length`` tokens will see, and the position of the first."""
@@ -190,7 +191,7 @@ class KVLayer(CacheLayerMixin):
                 return
             chosen = indices.to(old.device)
             count = int(chosen.sum()) if chosen.dtype == torch.bool else chosen.numel()
-            new = _block(old[:1].expand(count, -1, -1, -1), old.shape[2])
+            new = new_block(old[:1].expand(count, -1, -1, -1), old.shape[2])
             new[:, :, : self.length] = old[:, :, : self.length][chosen]
             setattr(self, name, new)
         self._show(self.length)
@@ -238,7 +239,7 @@ class SlidingKVLayer(KVLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the states of T more tokens; return those that the T may see, the last W − 1 + T at most."""
-        key_states, value_states = _taken(key_states, value_states)
+        key_states, value_states = taken(key_states, value_states)
         start, new = self.length, key_states.shape[2]
         stop = start + new
         if stop <= self.window:
@@ -316,75 +317,3 @@ def _last(block: Tensor, stop: int, count: int) -> Tensor:
     if stop >= count:
         return block[:, :, stop - count : stop]
     return torch.cat((block[:, :, stop - count :], block[:, :, :stop]), 2)
-
-
-def checked_length(max_length: Any) -> int | None:
-    """``max_length`` as a number of Python's, or None.
-
-    Raises:
-        RegroupError: it is no whole number, or less than 1.
-    """
-    if max_length is None:
-        return None
-    length = whole_number(max_length)
-    if length is None or length < 1:
-        raise RegroupError("the cache holds no token", expected="max_length of 1 or more", got=repr(max_length))
-    return length
-
-
-def _taken(key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-    """New states, checked, in the dtype in which attention will read them."""
-    for name, states in (("key", key_states), ("value", value_states)):
-        if not isinstance(states, Tensor) or states.dim() != 4:
-            raise RegroupError(
-                f"the {name} states have no four dimensions",
-                tensor=name,
-                expected="(batch, KV heads, tokens, width)",
-                got=tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__,
-            )
-    if key_states.shape[:3] != value_states.shape[:3]:
-        raise RegroupError(
-            "the key and value states differ in batch, KV heads or tokens",
-            tensor="value",
-            expected=tuple(key_states.shape[:3]),
-            got=tuple(value_states.shape[:3]),
-        )
-    return lowered(key_states), lowered(value_states)
-
-
-def _kinds(pair: tuple[Tensor, Tensor], *, dtypes: bool = False) -> list[tuple[Any, ...]]:
-    """What must be the same of new states and of the blocks that they are written to: all but tokens and dtype."""
-    return [(*each.shape[:2], each.shape[3], each.device, each.dtype if dtypes else None) for each in pair]
-
-
-def _common(one: Tensor, other: Tensor) -> torch.dtype:
-    return torch.promote_types(one.dtype, other.dtype)
-
-
-def _widened(block: Tensor, states: Tensor, length: int) -> Tensor:
-    """A block in a dtype that holds these states too."""
-    dtype = _common(block, states)
-    return block if dtype == block.dtype else _longer(block, block.shape[2], length, dtype)
-
-
-def _form(pair: tuple[Tensor, Tensor]) -> str:
-    key, _ = pair
-    dtypes = dict.fromkeys(str(each.dtype).removeprefix("torch.") for each in pair)
-    widths = dict.fromkeys(str(each.shape[3]) for each in pair)
-    return (
-        f"batch {key.shape[0]}, {key.shape[1]} KV heads of {' and '.join(widths)}, {' and '.join(dtypes)}, {key.device}"
-    )
-
-
-def _block(like: Tensor, capacity: int, dtype: torch.dtype | None = None) -> Tensor:
-    shape = (*like.shape[:2], capacity, like.shape[3])
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
-        return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
-    with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
-        return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
-
-
-def _longer(block: Tensor, capacity: int, length: int, dtype: torch.dtype | None = None) -> Tensor:
-    new = _block(block, capacity, dtype)
-    new[:, :, :length] = block[:, :, :length]
-    return new

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import RegroupError
-from .autocast import autocast_dtype, lowered
+from .autocast import lowered
+from .checks import check_each, check_together, checked_number, is_finite, whole_number
 from .sizes import constant_size, is_certain, is_fixed, is_traced, untraced
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A window as wide as any context, and as kernels count.
 _WIDEST = 1 << 62
 
@@ -56,7 +52,7 @@ class Call:
     def is_empty(self) -> bool:
         """Whether there are no queries, no keys, or no numbers in them."""
         sizes = (*self.query.shape, *self.key.shape, *self.value.shape)
-        return not is_traced() and any([is_certain(size == 0) for size in sizes])
+        return not is_traced() and any(is_certain(size == 0) for size in sizes)
 
     @property
     def is_open(self) -> bool:
@@ -149,184 +145,6 @@ class Call:
         return seen
 
 
-def _shape(tensor: Tensor) -> str:
-    return "(" + ", ".join(str(size) for size in tensor.shape) + ")"
-
-
-_FORMS = {
-    "query": "(batch, heads, queries, head_dim)",
-    "key": "(batch, KV heads, keys, head_dim)",
-    "value": "(batch, KV heads, keys, width)",
-}
-
-
-def _check_each(tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        form = _FORMS[name]
-        _check_dense(tensor, name, form)
-        if tensor.dim() != 4:
-            raise RegroupError(f"the {name} has no four dimensions", tensor=name, expected=form, got=_shape(tensor))
-        if tensor.dtype not in DTYPES:
-            raise RegroupError(
-                f"attention does not take a {name} of this dtype",
-                tensor=name,
-                expected="float32, bfloat16, float16 or float64",
-                got=tensor.dtype,
-                remedy=f"convert the {name}",
-            )
-
-
-def _check_dense(tensor: Any, name: str, form: str | None = None) -> None:
-    if not isinstance(tensor, Tensor):
-        raise RegroupError(f"the {name} is no tensor", tensor=name, expected=form, got=type(tensor).__name__)
-    if tensor.is_nested or tensor.layout != torch.strided:
-        raise RegroupError(
-            f"the {name} is not a dense tensor",
-            tensor=name,
-            got="a nested tensor" if tensor.is_nested else tensor.layout,
-            remedy="give a padded tensor and a mask" if tensor.is_nested else f"convert the {name}",
-        )
-
-
-def _check_together(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype:
-            raise RegroupError(
-                f"query and {name} differ in dtype",
-                tensor=name,
-                expected=query.dtype,
-                got=tensor.dtype,
-                remedy="convert one of them, or compute under torch.autocast, which does (float64 excepted)",
-            )
-        if tensor.device != query.device:
-            raise RegroupError(
-                f"query and {name} are on different devices",
-                tensor=name,
-                expected=query.device,
-                got=tensor.device,
-                remedy=f"move the {name}",
-            )
-        if is_certain(tensor.shape[0] != query.shape[0]):
-            raise RegroupError(
-                f"query and {name} differ in batch",
-                tensor=name,
-                expected=query.shape[0],
-                got=tensor.shape[0],
-                remedy="expand to one batch before (an expanded tensor takes no memory)",
-            )
-    for name, tensor in (("query", query), ("key", key)):
-        if is_certain(tensor.shape[1] == 0):
-            raise RegroupError(f"the {name} has no heads", tensor=name, expected=_FORMS[name], got=_shape(tensor))
-    if is_certain(key.shape[3] != query.shape[3]):
-        raise RegroupError(
-            "query and key differ in head_dim",
-            tensor="key",
-            expected=f"{query.shape[3]}, as of the query {_shape(query)}",
-            got=f"{key.shape[3]} of {_shape(key)}",
-        )
-    for which, axis in (("KV heads", 1), ("keys", 2)):
-        if is_certain(key.shape[axis] != value.shape[axis]):
-            raise RegroupError(
-                f"key and value differ in the number of {which}",
-                tensor="value",
-                expected=f"{key.shape[axis]}, as of the key {_shape(key)}",
-                got=f"{value.shape[axis]} of {_shape(value)}",
-            )
-    if is_certain(query.shape[1] % key.shape[1] != 0):
-        raise RegroupError(
-            "the query heads do not divide into groups of one size",
-            tensor="key",
-            expected=f"a number of KV heads that divides {query.shape[1]}",
-            got=key.shape[1],
-            remedy="check that heads are the second dimension, (batch, heads, tokens, width)",
-        )
-
-
-def _check_extra(tensor: Tensor | None, name: str, query: Tensor, key: Tensor) -> None:
-    """Check what is added to scores or masks them."""
-    if tensor is None:
-        return
-    _check_dense(tensor, name)
-    may_be_bool = name == "mask"
-    if not (tensor.is_floating_point() or (may_be_bool and tensor.dtype == torch.bool)):
-        raise RegroupError(
-            f"a {name} cannot be of this dtype",
-            tensor=name,
-            expected="bool (True: may attend) or floating (added to scores)" if may_be_bool else "floating",
-            got=tensor.dtype,
-            remedy="convert a mask of ones and zeros with mask.bool()" if may_be_bool else None,
-        )
-    if tensor.device != query.device:
-        raise RegroupError(
-            f"query and {name} are on different devices", tensor=name, expected=query.device, got=tensor.device
-        )
-    full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    sizes = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
-    fits = len(sizes) == 4 and not any(
-        [is_certain(size != 1) and is_certain(size != wanted) for size, wanted in zip(sizes, full, strict=True)]
-    )
-    if not fits:
-        remedy = None
-        if tuple(tensor.shape) == (full[0], full[3]):
-            remedy = f"give padding of (batch, keys) as {name}[:, None, None, :]"
-        elif tensor.dim() == 3 and tensor.shape[0] == full[0]:
-            remedy = f"give what is the same for all heads as {name}[:, None]"
-        raise RegroupError(
-            f"the {name} does not fit the scores",
-            tensor=name,
-            expected=f"what broadcasts to (batch, heads, queries, keys) = {full}",
-            got=_shape(tensor),
-            remedy=remedy,
-        )
-
-
-def _check(
-    tensors: dict[str, Tensor], mask: Tensor | None, bias: Tensor | None, is_causal: Any, *, mixed: bool
-) -> None:
-    """Check tensors against each other. ``mixed``: autocast makes one dtype of them."""
-    _check_each(tensors)
-    query, key, value = tensors.values()
-    if mixed:
-        query, key, value = lowered(query), lowered(key), lowered(value)
-    _check_together(query, key, value)
-    _check_extra(mask, "mask", query, key)
-    _check_extra(bias, "bias", query, key)
-    if not isinstance(is_causal, (bool, torch.SymBool)):
-        raise RegroupError("is_causal is neither True nor False", expected="a bool", got=type(is_causal).__name__)
-    if is_causal and is_certain(query.shape[2] > key.shape[2]) and is_certain(key.shape[2] > 0):
-        raise RegroupError(
-            "causal attention has more queries than keys: the first queries would see nothing",
-            tensor="query",
-            expected=f"at most {key.shape[2]} queries",
-            got=query.shape[2],
-            remedy="give the keys of all tokens, those of the queries among them",
-        )
-
-
-def whole_number(number: Any) -> int | None:
-    """A number that is whole by its type: Python's, NumPy's, a tensor without dimensions; None for all others."""
-    if isinstance(number, (int, torch.SymInt)):
-        return None if isinstance(number, bool) else number
-    if isinstance(number, Tensor) and (number.dim() > 0 or number.dtype == torch.bool or number.is_meta):
-        return None
-    try:
-        return operator.index(number)
-    except (TypeError, RuntimeError):
-        return None
-
-
-def _number(number: Any, name: str, remedy: str | None = None) -> Any:
-    if not isinstance(number, (Real, torch.SymInt, torch.SymFloat)):
-        raise RegroupError(
-            f"the {name} is no number", expected="None or a number", got=type(number).__name__, remedy=remedy
-        )
-    return number
-
-
-def _finite(number: Any) -> bool:
-    return not is_fixed(number) or math.isfinite(number)
-
-
 def make_call(
     query: Tensor,
     key: Tensor,
@@ -352,41 +170,33 @@ def make_call(
     Raises:
         RegroupError: whatever does not fit, named with what was expected. Nothing is computed from it.
     """
-    tensors = {"query": query, "key": key, "value": value}
-    mixed = isinstance(query, Tensor) and autocast_dtype(query.device) is not None
-    if is_traced():
-        with untraced():
-            _check(tensors, mask, bias, is_causal, mixed=mixed)
-    else:
-        _check(tensors, mask, bias, is_causal, mixed=mixed)
-    if mixed:
-        query, key, value = lowered(query), lowered(key), lowered(value)
-        if query.dtype != torch.float64:
-            mask, bias = (None if extra is None else lowered(extra) for extra in (mask, bias))
+    untraced(check_each, query, key, value)
+    query, key, value = lowered(query), lowered(key), lowered(value)
+    untraced(check_together, query, key, value, mask, bias, is_causal)
+    if query.dtype != torch.float64:
+        mask, bias = (None if extra is None else lowered(extra) for extra in (mask, bias))
     if window is not None:
         count = whole_number(window)
         if count is None or count < 1:
             raise RegroupError("the window is no whole number of keys", expected="None, 1 or more", got=repr(window))
         window = min(count, _WIDEST)
     if softcap is not None:
-        _number(softcap, "softcap")
-        if not (softcap > 0 and _finite(softcap)):
+        checked_number(softcap, "softcap")
+        if not (softcap > 0 and is_finite(softcap)):
             raise RegroupError("the soft cap is no positive number", expected="None or more than 0", got=softcap)
     if scale is None:
         width = constant_size(query, 3)
-        scale = 1.0 if is_certain(width == 0) else width**-0.5
+        factor = 1.0 if is_certain(width == 0) else width**-0.5
     else:
-        _number(scale, "scale", "multiply the query by a trained scale, and give scale=1")
-        if not _finite(scale):
+        factor = checked_number(scale, "scale", "multiply the query by a trained scale, and give scale=1")
+        if not is_finite(factor):
             raise RegroupError("the scale is no finite number", got=scale)
-    if not 0 <= _number(dropout_p, "dropout_p") <= 1:
+    if not 0 <= checked_number(dropout_p, "dropout_p") <= 1:
         raise RegroupError("the dropout is no probability", expected="dropout_p from 0 to 1", got=dropout_p)
     one = not is_traced() and is_certain(query.shape[2] == 1)
     # The last query sees all keys, with causality or without.
     is_causal = bool(is_causal) and not one
-    return Call(
-        query, key, value, _in_four(mask), _in_four(bias), is_causal, scale, window, softcap, float(dropout_p)
-    )
+    return Call(query, key, value, _in_four(mask), _in_four(bias), is_causal, factor, window, softcap, float(dropout_p))
 
 
 def _in_four(tensor: Tensor | None) -> Tensor | None:

@@ -6,12 +6,13 @@ is true of the example alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 def is_traced() -> bool:
@@ -24,23 +25,21 @@ def is_exported() -> bool:
     return torch.compiler.is_exporting() or is_traced()
 
 
-@contextmanager
-def untraced() -> Iterator[None]:
-    """Let ``torch.jit.trace`` look away: what is read from shapes is a number, and no operator is recorded."""
+def untraced(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function while ``torch.jit.trace`` looks away: what it reads from shapes is a number, and not recorded."""
+    if not is_traced():
+        return function(*arguments)
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        yield
+        return function(*arguments)
     finally:
         torch._C._set_tracing_state(state)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def constant_size(tensor: Tensor, axis: int) -> int:
     """A size that is a constant of the model, such as its number of heads."""
-    if is_traced():
-        with untraced():
-            return tensor.shape[axis]
-    return tensor.shape[axis]
+    return untraced(lambda: tensor.shape[axis]) if is_traced() else tensor.shape[axis]
 
 
 def is_fixed(*sizes: Any) -> bool:
@@ -48,7 +47,7 @@ def is_fixed(*sizes: Any) -> bool:
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
-        return all([has_static_value(size) for size in sizes])
+        return all(has_static_value(size) for size in sizes)
     return not is_traced() and not any(isinstance(size, (torch.SymInt, torch.SymFloat)) for size in sizes)
 
 
