@@ -15,7 +15,7 @@ from .autocast import autocast_dtype
 from .call import Call, make_call
 from .cpu_decode import has_short_vectors
 from .packed import is_fused
-from .sizes import is_exported, is_fixed, is_traced
+from .sizes import is_exported, is_fixed
 
 _FILES = {
     "reference": "reference",
@@ -84,7 +84,7 @@ def _preferred_for_any_size(call: Call) -> list[tuple[str, str]]:
     found = []
     if not is_exported() and is_fixed(call.query_length) and not call.needs_grad:
         found = [(name, "decoding a context of any length by a kernel") for name in ("cpu", "triton")]
-    if not torch.onnx.is_in_onnx_export() or not is_traced():
+    if not torch.onnx.is_in_onnx_export():  # ONNX's form of SDPA has no grouped heads, or no zeros for hidden rows
         found.append(("dense", "it takes any length, and dropout"))
     return [*found, ("reference", "it serves every call, of any length")]
 
