@@ -8,7 +8,7 @@ import pytest
 import torch
 from plain_attention import plain
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 from transformers import DynamicCache
 
 import regroup
@@ -16,6 +16,7 @@ import tiny
 from regroup.attention import BACKENDS, explain, grouped_query_attention
 from regroup.errors import RegroupError
 
+scaled_dot_product_attention: Any = functional.scaled_dot_product_attention
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OUTSIDE = {"bloom", "falcon", "falcon_sequential", "falcon_alibi"}
 INSIDE = sorted(set(tiny.FAMILIES) - OUTSIDE)
@@ -115,7 +116,7 @@ def other(name: str) -> str:
     return "eager" if name.startswith("gemma2") else "sdpa"
 
 
-@pytest.mark.filterwarnings("ignore:.*use_cache.*")
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", INSIDE)
 def test_every_family_trains(name: str) -> None:
     """Loss and gradients with checkpointing, which computes each layer twice, as transformers' implementation."""
