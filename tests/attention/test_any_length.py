@@ -278,6 +278,24 @@ def test_onnx_computes(case: str, mask: str, dynamo: bool, tmp_path: Path) -> No
     check(graph, LENGTHS[case], mask)
 
 
+@torch.no_grad()
+def test_a_model_that_is_traced_without_padding_minds_it() -> None:
+    """The example has a mask of ones: that nothing is hidden must not become a part of the graph."""
+    regroup.register()
+    module: Any = Model(tiny.build("mistral", attn_implementation="regroup"))
+    ids = tiny.inputs("mistral", 2, 9)["input_ids"]
+    ones = torch.ones_like(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' own branches
+        traced: Any = torch.jit.trace(module, (ids[:, :4], ones[:, :4]), check_trace=False)  # within the window
+    padded = ones.clone()
+    padded[0, :3] = 0
+    for mask in (ones, padded):
+        got, wanted = traced(ids, mask), module(ids, mask)
+        torch.testing.assert_close(got[mask.bool()], wanted[mask.bool()], rtol=1e-4, atol=1e-4)
+    assert (traced(ids, ones) - traced(ids, padded))[padded.bool()].abs().max() > 0.01
+
+
 class Model(nn.Module):
     """Logits of a model, or of an encoder-decoder, by ids and padding alone."""
 

@@ -211,6 +211,29 @@ def test_gradients_are_those_of_eager(name: str) -> None:
         torch.testing.assert_close(found[1][path], gradient, atol=1e-4, rtol=1e-3, msg=path)
 
 
+def test_gradients_with_left_padding_are_those_of_sdpa() -> None:
+    """A query that is padding sees nothing: zeros here and in SDPA; eager spreads it over all keys, and differs."""
+    given = tiny.inputs("llama_grouped", 2, 9)
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    given["attention_mask"][0, :4] = 0
+    labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    found = {}
+    for implementation in ("eager", "sdpa", "regroup"):
+        model = tiny.build("llama_grouped", attn_implementation=implementation)
+        for forgiven in (False, True):  # the first label after the padding is predicted from padding
+            kept = labels.clone()
+            kept[0, 4] = -100 if forgiven else kept[0, 4]
+            model.zero_grad()
+            loss: Any = model(**given, labels=kept).loss
+            loss.backward()
+            total = sum(p.grad.abs().sum().item() for p in model.parameters() if p.grad is not None)
+            found[implementation, forgiven] = loss.item(), total
+    for forgiven in (False, True):
+        assert found["regroup", forgiven] == pytest.approx(found["sdpa", forgiven], rel=1e-4)
+    assert found["eager", True] == pytest.approx(found["regroup", True], rel=1e-4)
+    assert found["eager", False] != pytest.approx(found["regroup", False], rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "t5", "llama_grouped", "mistral"])
 def test_dropout_in_training_is_that_of_sdpa(name: str) -> None:
     inputs = tiny.inputs(name, 2, 9)

@@ -19,10 +19,12 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.models.mt5.modeling_mt5 import MT5Attention
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.utils import logging, output_capturing
+from transformers.utils.import_utils import is_tracing
 
 from ..errors import RegroupError
 from .cache_layers import SlotOffset
 from .grouped import grouped_query_attention
+from .sizes import is_certain, is_exported, is_traced
 
 NAME = "regroup"
 
@@ -145,7 +147,7 @@ def attention_mask(
         check_family(type(config))
     slots = kv_offset if isinstance(kv_offset, SlotOffset) else None
     if allow_is_causal_skip and _is_plain(q_length, kv_length, q_offset, kv_offset, attention_mask):
-        if local_size is None or kv_length < local_size:
+        if local_size is None or (not is_exported() and kv_length < local_size):
             return None
         if q_length == 1 and not torch.compiler.is_compiling():
             # A window or chunk hides keys from the first on: one query sees all of them if it sees the first.
@@ -173,12 +175,12 @@ def attention_mask(
 
 
 def _is_plain(q_length: int, kv_length: int, q_offset: Any, kv_offset: int, padding: Tensor | None) -> bool:
-    """Whether the last query is at the last key, and no key is padding."""
-    if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
+    """Whether the last query is at the last key, and no key is padding; of a graph, whenever it runs."""
+    if isinstance(q_offset, Tensor) or is_traced() or not is_certain(q_offset + q_length == kv_offset + kv_length):
         return False
     if padding is None:
         return True
-    if torch.compiler.is_compiling() or padding.shape[-1] < kv_offset + kv_length:
+    if is_tracing(padding) or padding.shape[-1] < kv_offset + kv_length:
         return False
     return bool(padding[:, kv_offset : kv_offset + kv_length].all())
 
