@@ -276,7 +276,7 @@ def test_dropout_beside_a_soft_cap() -> None:
         given = tiny.inputs("gemma2", 2, 9)
         losses.append(model(**given, labels=given["input_ids"]).loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert losses[2] != pytest.approx(losses[0], rel=1e-3)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-4)
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..errors import RegroupError
-from .autocast import lowered
+from .autocast import autocast_dtype, lowered
 from .checks import check_each, check_together, checked_number, is_finite, whole_number
-from .sizes import constant_size, is_certain, is_fixed, is_traced, untraced
+from .sizes import is_certain, is_fixed, is_traced, untraced
 
 # A window as wide as any context, and as kernels count.
 _WIDEST = 1 << 62
@@ -35,6 +35,9 @@ class Call:
             among them (Mistral, Beltagy et al. 2020).
         softcap: None, or c: scores become c · tanh(score / c) before bias and mask (Gemma 2).
         dropout: probability that a weight becomes 0; those that stay are divided by 1 − dropout.
+        num_heads, num_key_value_heads, head_dim, value_dim: H, G, D and Dv, which are constants of a model, to
+            ``torch.jit.trace`` too.
+        is_open: whether a compiler or a tracer keeps some size open, so that no branch may depend on it.
     """
 
     query: Tensor
@@ -47,29 +50,21 @@ class Call:
     window: int | None
     softcap: float | None
     dropout: float
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    value_dim: int
+    is_open: bool
 
     @property
     def is_empty(self) -> bool:
         """Whether there are no queries, no keys, or no numbers in them."""
-        sizes = (*self.query.shape, *self.key.shape, *self.value.shape)
-        return not is_traced() and any(is_certain(size == 0) for size in sizes)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether a compiler or a tracer keeps some size open, so that no branch may depend on it."""
-        return not is_fixed(*self.query.shape, *self.key.shape, *self.value.shape)
+        # An open size is not taken for 0.
+        return not self.is_open and (0 in self.query.shape or 0 in self.key.shape or 0 in self.value.shape)
 
     @property
     def batch(self) -> int:
         return self.query.shape[0]
-
-    @property
-    def num_heads(self) -> int:
-        return constant_size(self.query, 1)
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return constant_size(self.key, 1)
 
     @property
     def group(self) -> int:
@@ -83,14 +78,6 @@ class Call:
     @property
     def context(self) -> int:
         return self.key.shape[2]
-
-    @property
-    def head_dim(self) -> int:
-        return constant_size(self.query, 3)
-
-    @property
-    def value_dim(self) -> int:
-        return constant_size(self.value, 3)
 
     @property
     def needs_grad(self) -> bool:
@@ -171,9 +158,13 @@ def make_call(
         RegroupError: whatever does not fit, named with what was expected. Nothing is computed from it.
     """
     untraced(check_each, query, key, value)
-    query, key, value = lowered(query), lowered(key), lowered(value)
-    untraced(check_together, query, key, value, mask, bias, is_causal)
-    if query.dtype != torch.float64:
+    mixed = autocast_dtype(query.device) is not None
+    if mixed:
+        query, key, value = lowered(query), lowered(key), lowered(value)
+    num_heads, num_key_value_heads, head_dim, value_dim = untraced(
+        check_together, query, key, value, mask, bias, is_causal
+    )
+    if mixed and query.dtype != torch.float64:
         mask, bias = (None if extra is None else lowered(extra) for extra in (mask, bias))
     if window is not None:
         count = whole_number(window)
@@ -185,18 +176,22 @@ def make_call(
         if not (softcap > 0 and is_finite(softcap)):
             raise RegroupError("the soft cap is no positive number", expected="None or more than 0", got=softcap)
     if scale is None:
-        width = constant_size(query, 3)
-        factor = 1.0 if is_certain(width == 0) else width**-0.5
+        factor = 1.0 if is_certain(head_dim == 0) else head_dim**-0.5
     else:
         factor = checked_number(scale, "scale", "multiply the query by a trained scale, and give scale=1")
         if not is_finite(factor):
             raise RegroupError("the scale is no finite number", got=scale)
-    if not 0 <= checked_number(dropout_p, "dropout_p") <= 1:
+    if type(dropout_p) is not float:
+        dropout_p = float(checked_number(dropout_p, "dropout_p"))
+    if not 0 <= dropout_p <= 1:
         raise RegroupError("the dropout is no probability", expected="dropout_p from 0 to 1", got=dropout_p)
     one = not is_traced() and is_certain(query.shape[2] == 1)
     # The last query sees all keys, with causality or without.
     is_causal = bool(is_causal) and not one
-    return Call(query, key, value, _in_four(mask), _in_four(bias), is_causal, factor, window, softcap, float(dropout_p))
+    arrays = (query, key, value, _in_four(mask), _in_four(bias))
+    sizes = (num_heads, num_key_value_heads, head_dim, value_dim)
+    is_open = not is_fixed(*query.shape, *key.shape, *value.shape)
+    return Call(*arrays, is_causal, factor, window, softcap, dropout_p, *sizes, is_open)
 
 
 def _in_four(tensor: Tensor | None) -> Tensor | None:

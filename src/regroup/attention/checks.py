@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -56,7 +57,7 @@ def _check_dense(tensor: Any, name: str, form: str | None = None) -> None:
         )
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, is_certain: Callable[[Any], bool]) -> None:
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype:
             raise RegroupError(
@@ -150,14 +151,20 @@ def _check_extra(tensor: Tensor | None, name: str, query: Tensor, key: Tensor) -
 
 def check_together(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, is_causal: Any
-) -> None:
-    """Check tensors against each other. Of sizes that are open, what is certain is refused."""
-    _check_shapes(query, key, value)
+) -> tuple[int, int, int, int]:
+    """Check tensors against each other. Of sizes that are open, what is certain is refused.
+
+    Returns:
+        H, G, D and Dv.
+    """
+    # What is fixed is compared as it is, which takes half the time.
+    certain = bool if is_fixed(*query.shape, *key.shape, *value.shape) else is_certain
+    _check_shapes(query, key, value, certain)
     _check_extra(mask, "mask", query, key)
     _check_extra(bias, "bias", query, key)
     if not isinstance(is_causal, (bool, torch.SymBool)):
         raise RegroupError("is_causal is neither True nor False", expected="a bool", got=type(is_causal).__name__)
-    if is_causal and is_certain(query.shape[2] > key.shape[2]) and is_certain(key.shape[2] > 0):
+    if is_causal and certain(query.shape[2] > key.shape[2]) and certain(key.shape[2] > 0):
         raise RegroupError(
             "causal attention has more queries than keys: the first queries would see nothing",
             tensor="query",
@@ -165,6 +172,7 @@ def check_together(
             got=query.shape[2],
             remedy="give the keys of all tokens, those of the queries among them",
         )
+    return query.shape[1], key.shape[1], query.shape[3], value.shape[3]
 
 
 def whole_number(number: Any) -> int | None:

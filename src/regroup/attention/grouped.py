@@ -60,7 +60,7 @@ def _preferred(call: Call) -> list[tuple[str, str]]:
     """Backends for a call, the best first, and why each would be taken; the last serves every call."""
     if call.is_empty:
         return [("reference", "there is nothing to compute")]
-    if is_exported() or call.is_open or call.dropout:
+    if call.is_open or call.dropout or is_exported():
         return _preferred_for_any_size(call)
     device, length = call.query.device.type, call.query_length
     decodes = length <= _PREFILL

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 Result = TypeVar("Result")
+_SYMBOLS = frozenset({torch.SymInt, torch.SymFloat})
 
 
 def is_traced() -> bool:
@@ -37,18 +37,13 @@ def untraced(function: Callable[..., Result], *arguments: Any) -> Result:
         torch._C._set_tracing_state(state)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def constant_size(tensor: Tensor, axis: int) -> int:
-    """A size that is a constant of the model, such as its number of heads."""
-    return untraced(lambda: tensor.shape[axis]) if is_traced() else tensor.shape[axis]
-
-
 def is_fixed(*sizes: Any) -> bool:
     """Whether these sizes are numbers, and will be the same whenever the graph runs."""
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
         return all(has_static_value(size) for size in sizes)
-    return not is_traced() and not any(isinstance(size, (torch.SymInt, torch.SymFloat)) for size in sizes)
+    return not is_traced() and _SYMBOLS.isdisjoint(map(type, sizes))
 
 
 def is_certain(condition: Any) -> bool:
