@@ -336,7 +336,7 @@ def test_models(name: str, padded: bool, how: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers' own branches
         if how == "export":
-            length: Any = Dim("length", min=2, max=16)
+            length: Any = Dim("length", min=2, max=24)
             shapes = {"ids": {1: length}, "mask": {1: length}} if padded else {"ids": {1: length}}
             graph = torch.export.export(module, make_ids(8), dynamic_shapes=shapes).module()
         elif how == "jit":
