@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -199,6 +200,15 @@ def test_a_recording_cache_can_be_cropped_anywhere() -> None:
         (lambda layer: layer.update(states(2, 1)[0], states(2, 1)[1].requires_grad_()), "no gradients"),
         (lambda layer: layer.update(*(each.bfloat16() for each in states(2, 1))), "bfloat16"),
         (lambda layer: layer.update(*(each[..., :4] for each in states(2, 1))), "KV heads of 4"),
+        (lambda layer: layer.update(states(2, 1)[0][0], states(2, 1)[1][0]), "four dimensions"),
+        (lambda layer: layer.update(None, None), "four dimensions"),
+        (lambda layer: layer.update(states(2, 1)[0], states(2, 2)[1]), "differ in batch, KV heads or tokens"),
+        (lambda layer: layer.crop(-5), "at most 4"),
+        (lambda layer: layer.crop(1), "negative number"),
+        (lambda layer: layer.crop("1"), "negative number"),
+        (lambda layer: layer.crop(-1.0), "negative number"),
+        (lambda layer: layer.crop(True), "negative number"),
+        (lambda layer: layer.crop(None), "negative number"),
         (lambda layer: layer.offload(), "stays"),
     ],
 )
@@ -209,6 +219,32 @@ def test_what_does_not_fit_is_refused(update: Callable[[KVLayer], Any], message:
         update(layer)
     assert layer.get_seq_length() == 4
     assert torch.equal(before, states(2, 4)[0])
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, "8", True])
+def test_a_length_that_is_none_is_refused(wrong: Any) -> None:
+    for make in (KVLayer, lambda length: KVCache(max_length=length), lambda length: SlidingKVLayer(4, length)):
+        with pytest.raises(RegroupError, match="max_length of 1 or more"):
+            make(wrong)
+    with pytest.raises(RegroupError, match="window"):
+        SlidingKVLayer(wrong)
+    assert KVLayer(np.int64(8)).max_length == 8  # pyright: ignore[reportArgumentType]
+
+
+def test_all_layers_are_cropped_or_none() -> None:
+    cache = KVCache([KVLayer(12), SlidingKVLayer(4)])
+    for layer in range(2):
+        cache.update(*states(1, 9), layer)
+    with pytest.raises(RegroupError, match="moved on"):
+        cache.crop(-2)
+    assert [cache.get_seq_length(layer) for layer in range(2)] == [9, 9]
+    cache.crop(np.int64(-1))  # pyright: ignore[reportArgumentType]
+    assert [cache.get_seq_length(layer) for layer in range(2)] == [8, 8]
+    # As in transformers, what was never used has nothing to lose.
+    unused, stock = KVCache([KVLayer(12)]), DynamicCache()
+    unused.crop(-3)
+    stock.crop(-3)
+    assert unused.get_seq_length() == stock.get_seq_length() == 0
 
 
 def test_it_can_be_written_in_and_out_of_inference_mode() -> None:

@@ -211,6 +211,29 @@ def test_gradients_are_those_of_eager(name: str) -> None:
         torch.testing.assert_close(found[1][path], gradient, atol=1e-4, rtol=1e-3, msg=path)
 
 
+def test_gradients_with_left_padding_are_those_of_sdpa() -> None:
+    """A query that is padding sees nothing: zeros here and in SDPA; eager spreads it over all keys, and differs."""
+    given = tiny.inputs("llama_grouped", 2, 9)
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    given["attention_mask"][0, :4] = 0
+    labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    found = {}
+    for implementation in ("eager", "sdpa", "regroup"):
+        model = tiny.build("llama_grouped", attn_implementation=implementation)
+        for forgiven in (False, True):  # the first label after the padding is predicted from padding
+            kept = labels.clone()
+            kept[0, 4] = -100 if forgiven else kept[0, 4]
+            model.zero_grad()
+            loss: Any = model(**given, labels=kept).loss
+            loss.backward()
+            total = sum(p.grad.abs().sum().item() for p in model.parameters() if p.grad is not None)
+            found[implementation, forgiven] = loss.item(), total
+    for forgiven in (False, True):
+        assert found["regroup", forgiven] == pytest.approx(found["sdpa", forgiven], rel=1e-4)
+    assert found["eager", True] == pytest.approx(found["regroup", True], rel=1e-4)
+    assert found["eager", False] != pytest.approx(found["regroup", False], rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "t5", "llama_grouped", "mistral"])
 def test_dropout_in_training_is_that_of_sdpa(name: str) -> None:
     inputs = tiny.inputs(name, 2, 9)
@@ -240,14 +263,49 @@ def test_what_is_not_computed_is_refused() -> None:
     sinks: Any = transformers.GptOssForCausalLM(config).eval()
     with pytest.raises(RegroupError, match="attention sinks"):
         sinks(torch.tensor([[3, 4, 5]]))
-    whisper: Any = tiny.build("whisper", attn_implementation="regroup")
-    with pytest.raises((RegroupError, ValueError), match=r"attention weights|output_attentions"):
-        whisper(**tiny.inputs("whisper", 1, 3), output_attentions=True)
-    gemma: Any = tiny.build("gemma2", attn_implementation="regroup").train()
-    for layer in gemma.model.layers:
-        layer.self_attn.attention_dropout = 0.1
-    with pytest.raises(RegroupError, match="soft cap"):
-        gemma(**tiny.inputs("gemma2", 1, 3))
+
+
+def test_dropout_beside_a_soft_cap() -> None:
+    """transformers' SDPA has no soft cap; eager has, and drops the same weights for the same seed."""
+    losses = []
+    for implementation, rate in (("eager", 0.3), ("regroup", 0.3), ("regroup", 0.0)):
+        model: Any = tiny.build("gemma2", attn_implementation=implementation).train()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = rate
+        torch.manual_seed(0)
+        given = tiny.inputs("gemma2", 2, 9)
+        losses.append(model(**given, labels=given["input_ids"]).loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", INSIDE)
+def test_asked_for_weights_it_does_as_sdpa_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs of the same form, without weights, and a warning in every family, also where SDPA has none."""
+    said: list[str] = []
+    monkeypatch.setattr(interface.logger, "warning_once", said.append, raising=False)
+    given, forms = tiny.inputs(name, 1, 4), []
+    for implementation in ("sdpa", "regroup"):
+        try:
+            model: Any = tiny.build(name, attn_implementation=implementation)
+        except ValueError:  # transformers has no SDPA for a family with a soft cap
+            assert name.startswith("gemma2")
+            forms.append({"attentions": ()})
+            continue
+        assert not said
+        output = model(**given, output_attentions=True)
+        forms.append({key: value for key, value in output.items() if "attentions" in key})
+        with pytest.raises(ValueError, match="output_attentions"):
+            model.config.output_attentions = True
+    assert forms[1] == forms[0]
+    assert forms[0]
+    assert any('attn_implementation="eager"' in text for text in said)
+    said.clear()
+    tiny.build(name, attn_implementation="regroup")(**given)
+    assert not said
+    weights = tiny.build(name, attn_implementation="eager")(**given, output_attentions=True)
+    assert any(weights[key] for key in forms[0])
 
 
 @pytest.mark.parametrize("name", sorted(OUTSIDE))

@@ -150,6 +150,15 @@ def test_angles_stay_exact_in_bfloat16() -> None:
     [
         ((24, 6, 4), {}, "divides 6"),
         ((24, 6, 0), {}, "divides 6"),
+        ((24, 6, 2.0), {}, "divides 6"),
+        ((24, 6, "2"), {}, "divides 6"),
+        ((24, 6, True), {}, "divides 6"),
+        ((24, 6.0), {}, "num_heads"),
+        ((24, -6, 2), {}, "num_heads"),
+        (("24", 6), {}, "hidden_size"),
+        ((24, 4, 2), {"head_dim": 0}, "head_dim"),
+        ((24, 4, 2), {"rotary": "10"}, "rotary base"),
+        ((24, 4, 2), {"rotary": 10.0, "rotary_dim": 4.0}, "rotary_dim"),
         ((25, 6, 3), {}, "head_dim"),
         ((24, 4, 2), {"rotary": 10.0, "rotary_dim": 3}, "even rotary_dim"),
         ((24, 4, 2), {"rotary": 10.0, "rotary_dim": 8}, "of 6 at most"),
@@ -164,5 +173,8 @@ def test_states_that_do_not_fit_are_refused() -> None:
     layer = regroup.GroupedQueryAttention(24, 4, 2)
     with pytest.raises(RegroupError, match="batch, length, 24"):
         layer(numbers(2, 3, 25))
+    nothing: Any = None
+    with pytest.raises(RegroupError, match="batch, length, 24"):
+        layer(nothing)
     with pytest.raises(RegroupError, match="mask"):
         layer(numbers(2, 3, 24), mask=torch.ones(2, 3, dtype=torch.bool))

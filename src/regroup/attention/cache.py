@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, get_lay
 
 from ..errors import RegroupError
 from .cache_layers import BLOCK, KVLayer, SlidingKVLayer, SlotOrder
+from .cache_memory import checked_length
 
 __all__ = ["EncoderDecoderKVCache", "KVCache", "KVLayer", "SlidingKVLayer"]
 
@@ -32,7 +33,7 @@ class KVCache(DynamicCache):
     ) -> None:
         kept: list[Any] = [] if layers is None else list(layers)
         Cache.__init__(self, layers=kept)
-        self.max_length, self.spare = max_length, spare
+        self.max_length, self.spare = checked_length(max_length), spare
 
     @staticmethod
     def for_model(model: Any, max_length: int | None = None) -> KVCache | EncoderDecoderKVCache:
@@ -55,8 +56,7 @@ class KVCache(DynamicCache):
         """
         config = getattr(model, "config", model)
         decoder = config.get_text_config(decoder=True)
-        if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
-            raise RegroupError("the cache holds no token", expected="max_length of 1 or more", got=repr(max_length))
+        max_length = checked_length(max_length)
         if getattr(config, "is_encoder_decoder", False):
             types, options = _layer_types(decoder)
             windowed = any(kind != "full_attention" for kind in types)
@@ -73,6 +73,13 @@ class KVCache(DynamicCache):
             self.layers.append(KVLayer(self.max_length, self.spare))
         layer: Any = self.layers[layer_idx]
         return layer.update(key_states, value_states)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens of every layer, given as a negative number; of none, if a layer cannot."""
+        for layer in self.layers:
+            if isinstance(layer, KVLayer):
+                layer.length_after(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def activate_past_recording(self) -> None:
         """Keep what leaves a window until :meth:`crop` (assisted generation): such layers copy at every token."""

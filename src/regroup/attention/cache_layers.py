@@ -13,12 +13,18 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from ..errors import RegroupError
+from .autocast import autocast_dtype
+from .cache_memory import checked_length, common_dtype, form_of, kinds_of, longer, new_block, taken, widened
+from .checks import whole_number
 
 BLOCK = 256
 
 
 class KVLayer(CacheLayerMixin):
     """Keys and values of one attention layer.
+
+    Under ``torch.autocast`` they are kept in its dtype, which is what attention casts them to. Wider states that follow
+    make the cache wider. Narrower ones are taken under autocast alone: elsewhere attention could not read both.
 
     Args:
         max_length: tokens to hold, allocated once, with the first token; None grows by doubling.
@@ -33,7 +39,7 @@ class KVLayer(CacheLayerMixin):
 
     def __init__(self, max_length: int | None = None, spare: int = BLOCK) -> None:
         super().__init__()
-        self.max_length, self.spare = max_length, spare
+        self.max_length, self.spare = checked_length(max_length), spare
         self.length = 0
         self.key_block: Tensor | None = None
         self.value_block: Tensor | None = None
@@ -43,7 +49,7 @@ class KVLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         capacity = key_states.shape[2] + self.spare if self.max_length is None else self.max_length
         capacity = self._capacity(capacity)
-        self.key_block, self.value_block = _block(key_states, capacity), _block(value_states, capacity)
+        self.key_block, self.value_block = new_block(key_states, capacity), new_block(value_states, capacity)
         self.keys, self.values = self.key_block[:, :, :0], self.value_block[:, :, :0]
         self.is_initialized = True
 
@@ -60,6 +66,7 @@ class KVLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the states (B, G, T, D) of T more tokens; return those of all tokens so far, as views."""
+        key_states, value_states = taken(key_states, value_states)
         start, stop = self.length, self.length + key_states.shape[2]
         self._make_room(key_states, value_states, stop)
         key_block, value_block = self.blocks
@@ -83,21 +90,26 @@ class KVLayer(CacheLayerMixin):
     def _make_room(self, states: Tensor, value_states: Tensor, stop: int) -> None:
         """See that ``stop`` tokens fit, or refuse."""
         given = states, value_states
-        if self.key_block is None or (self.length == 0 and _kinds(given) != _kinds(self.blocks)):
+        fits = self.key_block is not None and kinds_of(given, dtypes=True) == kinds_of(self.blocks, dtypes=True)
+        if self.key_block is None or (self.length == 0 and not fits):
             self.lazy_initialization(states, value_states)
         if torch.is_grad_enabled() and (states.requires_grad or value_states.requires_grad):
             raise RegroupError(
                 "a cache that is written in place keeps no gradients",
                 remedy="run under torch.no_grad(), as generate does, or train with use_cache=False",
             )
-        if _kinds(given) != _kinds(self.blocks):
+        narrower = any(common_dtype(*pair) != pair[0].dtype for pair in zip(given, self.blocks, strict=True))
+        if kinds_of(given) != kinds_of(self.blocks) or (narrower and autocast_dtype(states.device) is None):
             raise RegroupError(
                 "the new keys and values are not of the form that the cache holds",
-                expected=_form(self.blocks),
-                got=_form(given),
+                expected=form_of(self.blocks),
+                got=form_of(given),
                 remedy="use a new cache for each batch, or cache.reset()",
             )
-        capacity = self.blocks[0].shape[2]
+        key_block, value_block = self.blocks
+        self.key_block = widened(key_block, states, self.length)
+        self.value_block = widened(value_block, value_states, self.length)
+        capacity = key_block.shape[2]
         if self.max_length is not None and stop > self.max_length:
             raise RegroupError(
                 "the cache is full",
@@ -108,8 +120,8 @@ class KVLayer(CacheLayerMixin):
         if self._capacity(stop) > capacity:
             larger = self._capacity(max(stop, 2 * capacity))
             key_block, value_block = self.blocks
-            self.key_block = _longer(key_block, larger, self.length)
-            self.value_block = _longer(value_block, larger, self.length)
+            self.key_block = longer(key_block, larger, self.length)
+            self.value_block = longer(value_block, larger, self.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that the next ``query_length`` tokens will see, and the position of the first."""
@@ -135,17 +147,26 @@ class KVLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; as in transformers they are given as a negative number."""
-        if tokens_to_remove > 0:
+        self._show(self.length_after(tokens_to_remove))
+
+    def length_after(self, tokens_to_remove: int) -> int:
+        """Tokens that :meth:`crop` leaves; refuses what it cannot do. A layer that was never used has none to lose."""
+        removed = whole_number(tokens_to_remove)
+        if removed is None or removed > 0:
             raise RegroupError(
-                "tokens to remove are given as a negative number", expected="0 or less", got=tokens_to_remove
+                "tokens to remove are given as a negative number",
+                expected="a whole number, 0 or less",
+                got=repr(tokens_to_remove),
             )
-        if -tokens_to_remove > self.length:
+        if self.key_block is None:
+            return 0
+        if -removed > self.length:
             raise RegroupError(
                 "the cache does not hold as many tokens as should be removed",
                 expected=f"at most {self.length}",
-                got=-tokens_to_remove,
+                got=-removed,
             )
-        self._show(self.length + tokens_to_remove)
+        return self.length + removed
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row ``beam_idx[b]`` was (beam search). Rows that stay are not touched."""
@@ -170,7 +191,7 @@ class KVLayer(CacheLayerMixin):
                 return
             chosen = indices.to(old.device)
             count = int(chosen.sum()) if chosen.dtype == torch.bool else chosen.numel()
-            new = _block(old[:1].expand(count, -1, -1, -1), old.shape[2])
+            new = new_block(old[:1].expand(count, -1, -1, -1), old.shape[2])
             new[:, :, : self.length] = old[:, :, : self.length][chosen]
             setattr(self, name, new)
         self._show(self.length)
@@ -209,13 +230,16 @@ class SlidingKVLayer(KVLayer):
         self, window: int, max_length: int | None = None, spare: int = BLOCK, order: SlotOrder | None = None
     ) -> None:
         super().__init__(max_length, spare)
-        self.window, self.order = window, order or SlotOrder()
+        self.window, self.order = whole_number(window) or 0, order or SlotOrder()
+        if self.window < 1:
+            raise RegroupError("the window is no whole number of tokens", expected="1 or more", got=repr(window))
 
     def _capacity(self, tokens: int) -> int:
         return min(tokens, self.window)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the states of T more tokens; return those that the T may see, the last W − 1 + T at most."""
+        key_states, value_states = taken(key_states, value_states)
         start, new = self.length, key_states.shape[2]
         stop = start + new
         if stop <= self.window:
@@ -264,15 +288,19 @@ class SlidingKVLayer(KVLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, as long as the window before them is still here."""
-        if self.length > self.window and tokens_to_remove < -1:
+        super().crop(tokens_to_remove)
+        self.order.position = None
+
+    def length_after(self, tokens_to_remove: int) -> int:
+        left = super().length_after(tokens_to_remove)
+        if self.length > self.window and left < self.length - 1:
             raise RegroupError(
                 "the window has moved on, and the tokens before it are gone",
                 expected="-1 or 0 tokens to remove",
                 got=tokens_to_remove,
                 remedy="call cache.activate_past_recording() before the tokens that may be removed",
             )
-        self.order.position = None
-        super().crop(tokens_to_remove)
+        return left
 
     def recording(self) -> CacheLayerMixin:
         """A stock layer with the same tokens, which keeps what has left the window until it is cropped."""
@@ -289,31 +317,3 @@ def _last(block: Tensor, stop: int, count: int) -> Tensor:
     if stop >= count:
         return block[:, :, stop - count : stop]
     return torch.cat((block[:, :, stop - count :], block[:, :, :stop]), 2)
-
-
-def _kinds(pair: tuple[Tensor, Tensor]) -> list[tuple[Any, ...]]:
-    """What must be the same of new states and of the blocks that they are written to: all but the number of tokens."""
-    return [(*each.shape[:2], each.shape[3], each.dtype, each.device) for each in pair]
-
-
-def _form(pair: tuple[Tensor, Tensor]) -> str:
-    key, _ = pair
-    dtypes = dict.fromkeys(str(each.dtype).removeprefix("torch.") for each in pair)
-    widths = dict.fromkeys(str(each.shape[3]) for each in pair)
-    return (
-        f"batch {key.shape[0]}, {key.shape[1]} KV heads of {' and '.join(widths)}, {' and '.join(dtypes)}, {key.device}"
-    )
-
-
-def _block(like: Tensor, capacity: int) -> Tensor:
-    shape = (*like.shape[:2], capacity, like.shape[3])
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-    with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-
-
-def _longer(block: Tensor, capacity: int, length: int) -> Tensor:
-    new = _block(block, capacity)
-    new[:, :, :length] = block[:, :, :length]
-    return new

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
 
 from ..errors import RegroupError
+from .autocast import autocast_dtype, lowered
+from .checks import check_each, check_together, checked_number, is_finite, whole_number
+from .sizes import is_certain, is_fixed, is_traced, untraced
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A window as wide as any context, and as kernels count.
 _WIDEST = 1 << 62
 
@@ -34,6 +34,10 @@ class Call:
         window: None, or W >= 1: query i sees key j if j > i + S − T − W; with ``is_causal`` that is W keys, its own
             among them (Mistral, Beltagy et al. 2020).
         softcap: None, or c: scores become c · tanh(score / c) before bias and mask (Gemma 2).
+        dropout: probability that a weight becomes 0; those that stay are divided by 1 − dropout.
+        num_heads, num_key_value_heads, head_dim, value_dim: H, G, D and Dv, which are constants of a model, to
+            ``torch.jit.trace`` too.
+        is_open: whether a compiler or a tracer keeps some size open, so that no branch may depend on it.
     """
 
     query: Tensor
@@ -45,23 +49,27 @@ class Call:
     scale: float
     window: int | None
     softcap: float | None
+    dropout: float
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    value_dim: int
+    is_open: bool
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no queries, no keys, or no numbers in them."""
+        # An open size is not taken for 0.
+        return not self.is_open and (0 in self.query.shape or 0 in self.key.shape or 0 in self.value.shape)
 
     @property
     def batch(self) -> int:
         return self.query.shape[0]
 
     @property
-    def num_heads(self) -> int:
-        return self.query.shape[1]
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return self.key.shape[1]
-
-    @property
     def group(self) -> int:
         """Query heads that share a KV head."""
-        return self.query.shape[1] // self.key.shape[1]
+        return self.num_heads // self.num_key_value_heads
 
     @property
     def query_length(self) -> int:
@@ -70,14 +78,6 @@ class Call:
     @property
     def context(self) -> int:
         return self.key.shape[2]
-
-    @property
-    def head_dim(self) -> int:
-        return self.query.shape[3]
-
-    @property
-    def value_dim(self) -> int:
-        return self.value.shape[3]
 
     @property
     def needs_grad(self) -> bool:
@@ -132,127 +132,6 @@ class Call:
         return seen
 
 
-def _shape(tensor: Tensor) -> str:
-    return "(" + ", ".join(str(size) for size in tensor.shape) + ")"
-
-
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
-    named = {"query": (query, "(batch, heads, queries, head_dim)")}
-    named |= {name: (tensor, "(batch, KV heads, keys, width)") for name, tensor in (("key", key), ("value", value))}
-    for name, (tensor, form) in named.items():
-        if not isinstance(tensor, Tensor):
-            raise RegroupError(f"the {name} is no tensor", tensor=name, expected=form, got=type(tensor).__name__)
-        if tensor.is_nested or tensor.layout != torch.strided:
-            raise RegroupError(
-                f"the {name} is not a dense tensor",
-                tensor=name,
-                got="a nested tensor" if tensor.is_nested else tensor.layout,
-                remedy="give a padded tensor and a mask" if tensor.is_nested else f"convert the {name}",
-            )
-        if tensor.dim() != 4:
-            raise RegroupError(f"the {name} has no four dimensions", tensor=name, expected=form, got=_shape(tensor))
-        if tensor.dtype not in DTYPES:
-            raise RegroupError(
-                f"attention does not take a {name} of this dtype",
-                tensor=name,
-                expected="float32, bfloat16, float16 or float64",
-                got=tensor.dtype,
-                remedy=f"convert the {name}",
-            )
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype:
-            raise RegroupError(
-                f"query and {name} differ in dtype",
-                tensor=name,
-                expected=query.dtype,
-                got=tensor.dtype,
-                remedy="convert one of them",
-            )
-        if tensor.device != query.device:
-            raise RegroupError(
-                f"query and {name} are on different devices",
-                tensor=name,
-                expected=query.device,
-                got=tensor.device,
-                remedy=f"move the {name}",
-            )
-        if tensor.shape[0] != query.shape[0]:
-            raise RegroupError(
-                f"query and {name} differ in batch",
-                tensor=name,
-                expected=query.shape[0],
-                got=tensor.shape[0],
-                remedy="expand to one batch before (an expanded tensor takes no memory)",
-            )
-    if key.shape[2] == 0:
-        raise RegroupError(
-            "there are no keys to attend to", tensor="key", got=_shape(key), remedy="give one key or more"
-        )
-    for name, (tensor, form) in named.items():
-        if 0 in tensor.shape:
-            raise RegroupError(f"the {name} is empty", tensor=name, expected=form, got=_shape(tensor))
-    if key.shape[3] != query.shape[3]:
-        raise RegroupError(
-            "query and key differ in head_dim",
-            tensor="key",
-            expected=f"{query.shape[3]}, as of the query {_shape(query)}",
-            got=f"{key.shape[3]} of {_shape(key)}",
-        )
-    for which, axis in (("KV heads", 1), ("keys", 2)):
-        if key.shape[axis] != value.shape[axis]:
-            raise RegroupError(
-                f"key and value differ in the number of {which}",
-                tensor="value",
-                expected=f"{key.shape[axis]}, as of the key {_shape(key)}",
-                got=f"{value.shape[axis]} of {_shape(value)}",
-            )
-    if query.shape[1] % key.shape[1]:
-        raise RegroupError(
-            "the query heads do not divide into groups of one size",
-            tensor="key",
-            expected=f"a number of KV heads that divides {query.shape[1]}",
-            got=key.shape[1],
-            remedy="check that heads are the second dimension, (batch, heads, tokens, width)",
-        )
-
-
-def _broadcast(tensor: Tensor | None, name: str, query: Tensor, key: Tensor) -> Tensor | None:
-    """What is added to scores or masks them, as a view of four dimensions."""
-    if tensor is None:
-        return None
-    if not isinstance(tensor, Tensor):
-        raise RegroupError(f"the {name} is no tensor", tensor=name, got=type(tensor).__name__)
-    may_be_bool = name == "mask"
-    if not (tensor.is_floating_point() or (may_be_bool and tensor.dtype == torch.bool)):
-        raise RegroupError(
-            f"a {name} cannot be of this dtype",
-            tensor=name,
-            expected="bool (True: may attend) or floating (added to scores)" if may_be_bool else "floating",
-            got=tensor.dtype,
-            remedy="convert a mask of ones and zeros with mask.bool()" if may_be_bool else None,
-        )
-    if tensor.device != query.device:
-        raise RegroupError(
-            f"query and {name} are on different devices", tensor=name, expected=query.device, got=tensor.device
-        )
-    full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    sizes = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
-    if len(sizes) != 4 or any(size not in (1, wanted) for size, wanted in zip(sizes, full, strict=True)):
-        remedy = None
-        if tuple(tensor.shape) == (full[0], full[3]):
-            remedy = f"give padding of (batch, keys) as {name}[:, None, None, :]"
-        elif tensor.dim() == 3 and tensor.shape[0] == full[0]:
-            remedy = f"give what is the same for all heads as {name}[:, None]"
-        raise RegroupError(
-            f"the {name} does not fit the scores",
-            tensor=name,
-            expected=f"what broadcasts to (batch, heads, queries, keys) = {full}",
-            got=_shape(tensor),
-            remedy=remedy,
-        )
-    return tensor.view(sizes) if tensor.dim() != 4 else tensor
-
-
 def make_call(
     query: Tensor,
     key: Tensor,
@@ -264,43 +143,57 @@ def make_call(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    dropout_p: float = 0.0,
 ) -> Call:
     """Check the arguments of a call against each other.
 
     Args:
         query, key, value, mask, bias, is_causal, window, softcap: see :class:`Call`; mask and bias may have fewer
-            than four dimensions, which broadcast as in NumPy.
+            than four dimensions, which broadcast as in NumPy. Under ``torch.autocast`` all of them are cast, as it
+            casts the arguments of PyTorch's ``scaled_dot_product_attention``.
         scale: 1 / sqrt(D) by default.
+        dropout_p: see :attr:`Call.dropout`.
 
     Raises:
         RegroupError: whatever does not fit, named with what was expected. Nothing is computed from it.
     """
-    _check_tensors(query, key, value)
-    mask = _broadcast(mask, "mask", query, key)
-    bias = _broadcast(bias, "bias", query, key)
-    if is_causal and query.shape[2] > key.shape[2]:
-        raise RegroupError(
-            "causal attention has more queries than keys: the first queries would see nothing",
-            tensor="query",
-            expected=f"at most {key.shape[2]} queries",
-            got=query.shape[2],
-            remedy="give the keys of all tokens, those of the queries among them",
-        )
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise RegroupError("the window is no whole number of keys", expected="None, 1 or more", got=repr(window))
-    for name, number in (("scale", scale), ("softcap", softcap)):
-        if number is not None and not isinstance(number, Real):
-            raise RegroupError(
-                f"the {name} is no number",
-                expected="None or a number",
-                got=type(number).__name__,
-                remedy="multiply the query by a trained scale, and give scale=1" if name == "scale" else None,
-            )
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise RegroupError("the soft cap is no positive number", expected="None or more than 0", got=softcap)
-    factor = query.shape[3] ** -0.5 if scale is None else scale
-    if not math.isfinite(factor):
-        raise RegroupError("the scale is no finite number", got=scale)
+    untraced(check_each, query, key, value)
+    mixed = autocast_dtype(query.device) is not None
+    if mixed:
+        query, key, value = lowered(query), lowered(key), lowered(value)
+    num_heads, num_key_value_heads, head_dim, value_dim = untraced(
+        check_together, query, key, value, mask, bias, is_causal
+    )
+    if mixed and query.dtype != torch.float64:
+        mask, bias = (None if extra is None else lowered(extra) for extra in (mask, bias))
     if window is not None:
-        window = min(window, _WIDEST)
-    return Call(query, key, value, mask, bias, bool(is_causal), factor, window, softcap)
+        count = whole_number(window)
+        if count is None or count < 1:
+            raise RegroupError("the window is no whole number of keys", expected="None, 1 or more", got=repr(window))
+        window = min(count, _WIDEST)
+    if softcap is not None:
+        checked_number(softcap, "softcap")
+        if not (softcap > 0 and is_finite(softcap)):
+            raise RegroupError("the soft cap is no positive number", expected="None or more than 0", got=softcap)
+    if scale is None:
+        factor = 1.0 if is_certain(head_dim == 0) else head_dim**-0.5
+    else:
+        factor = checked_number(scale, "scale", "multiply the query by a trained scale, and give scale=1")
+        if not is_finite(factor):
+            raise RegroupError("the scale is no finite number", got=scale)
+    if type(dropout_p) is not float:
+        dropout_p = float(checked_number(dropout_p, "dropout_p"))
+    if not 0 <= dropout_p <= 1:
+        raise RegroupError("the dropout is no probability", expected="dropout_p from 0 to 1", got=dropout_p)
+    one = not is_traced() and is_certain(query.shape[2] == 1)
+    # The last query sees all keys, with causality or without.
+    is_causal = bool(is_causal) and not one
+    arrays = (query, key, value, _in_four(mask), _in_four(bias))
+    sizes = (num_heads, num_key_value_heads, head_dim, value_dim)
+    is_open = not is_fixed(*query.shape, *key.shape, *value.shape)
+    return Call(*arrays, is_causal, factor, window, softcap, dropout_p, *sizes, is_open)
+
+
+def _in_four(tensor: Tensor | None) -> Tensor | None:
+    """A mask or bias as a view of four dimensions."""
+    return tensor if tensor is None or tensor.dim() == 4 else tensor[(None,) * (4 - tensor.dim())]

@@ -18,6 +18,8 @@ def unserved(call: Call) -> str | None:
     """Why no kernel for decoding can serve a call, or None."""
     if call.query.dtype not in _DTYPES:
         return f"{call.query.dtype} is not served"
+    if call.dropout:
+        return "the kernel has no dropout"
     if call.needs_grad:
         return "gradients are needed, and the kernel has none"
     if call.query_length > MAX_QUERIES:

@@ -28,6 +28,8 @@ def reason(call: Call) -> str | None:
         return f"FlexAttention is for CUDA and CPU; the tensors are on {device}"
     if device == "cpu" and call.needs_grad:
         return "FlexAttention has no gradients on a CPU"
+    if call.dropout:
+        return "FlexAttention has no dropout"
     if call.query.dtype == torch.float64:
         return "FlexAttention is compiled for 16 and 32 bits"
     if call.learns_scores:

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from ..errors import RegroupError
+from .autocast import autocast_dtype
 from .call import Call, make_call
 from .cpu_decode import has_short_vectors
 from .packed import is_fused
+from .sizes import is_exported, is_fixed
 
 _FILES = {
     "reference": "reference",
     "sdpa": "sdpa",
     "packed": "packed",
+    "dense": "dense",
     "flex": "flex",
     "triton": "triton_decode",
     "cpu": "cpu_decode",
@@ -55,6 +58,10 @@ class Choice:
 
 def _preferred(call: Call) -> list[tuple[str, str]]:
     """Backends for a call, the best first, and why each would be taken; the last serves every call."""
+    if call.is_empty:
+        return [("reference", "there is nothing to compute")]
+    if call.is_open or call.dropout or is_exported():
+        return _preferred_for_any_size(call)
     device, length = call.query.device.type, call.query_length
     decodes = length <= _PREFILL
     found = []
@@ -70,6 +77,16 @@ def _preferred(call: Call) -> list[tuple[str, str]]:
         found.append(("flex", "prefill on a GPU with what PyTorch's SDPA does not take"))
     found.append(("packed", "it serves every call, and repeats nothing"))
     return found
+
+
+def _preferred_for_any_size(call: Call) -> list[tuple[str, str]]:
+    """The same for graphs that leave this process or serve any size: nothing is asked of the sizes."""
+    found = []
+    if not is_exported() and is_fixed(call.query_length) and not call.needs_grad:
+        found = [(name, "decoding a context of any length by a kernel") for name in ("cpu", "triton")]
+    if not torch.onnx.is_in_onnx_export():  # ONNX's form of SDPA has no grouped heads, or no zeros for hidden rows
+        found.append(("dense", "it takes any length, and dropout"))
+    return [*found, ("reference", "it serves every call, of any length")]
 
 
 def _held(call: Call) -> int:
@@ -91,7 +108,7 @@ def _choose(call: Call) -> str:
     for name, _ in _preferred(call):
         if _MODULES[name].reason(call) is None:
             return name
-    raise AssertionError("the packed backend serves every call")
+    raise AssertionError("the last backend serves every call")
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Choice:
@@ -118,6 +135,7 @@ _UNWANTED = {
     "reference": "it could, in float32 with all scores in memory: it is what the others are tested against",
     "sdpa": "it could; it reads a KV head once for each query head, which costs where queries are few",
     "packed": "it could, but is not the fastest here",
+    "dense": "it could, with a mask as large as a head's scores: it is for graphs of any length, and dropout",
     "flex": "it could, but is for long queries on GPUs: it compiles for each form of call, and on CPUs is slower",
     "triton": "it could, but is for decoding: few queries",
     "cpu": "it could, but is not faster here",
@@ -135,6 +153,7 @@ def grouped_query_attention(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
     """Attention of H query heads to G shared KV heads: multi-head (G = H), grouped, multi-query (G = 1).
@@ -142,7 +161,8 @@ def grouped_query_attention(
     Query head h reads KV head h // (H / G); scores are ``softcap(scale · q·k) + bias + mask``.
 
     Args:
-        query: (B, H, T, D), float32, bfloat16, float16 or float64.
+        query: (B, H, T, D), float32, bfloat16, float16 or float64. Under ``torch.autocast`` all but float64 is cast to
+            its dtype, as it is for ``scaled_dot_product_attention``; elsewhere dtypes that differ are refused.
         key: (B, G, S, D), same dtype and device; may be any view, such as the filled part of a cache.
         value: (B, G, S, Dv).
         mask: broadcasts to (B, H, T, S); bool (True: may attend) or floating (added). A query that may attend to
@@ -152,20 +172,38 @@ def grouped_query_attention(
         scale: 1 / sqrt(D) by default.
         window: W; query i sees key j if j > i + S − T − W.
         softcap: c; scores become c · tanh(score / c) before bias and mask.
+        dropout_p: probability that a weight becomes 0, in evaluation too; those that stay are divided by 1 − dropout_p.
         backend: one of :data:`BACKENDS`; see :func:`explain`.
 
     Returns:
-        (B, H, T, Dv) in the query's dtype.
+        (B, H, T, Dv) in the query's dtype, as autocast leaves it.
 
     Raises:
         RegroupError: arguments that do not fit each other, or a named backend that cannot serve the call.
     """
     call = make_call(
-        query, key, value, mask=mask, bias=bias, is_causal=is_causal, scale=scale, window=window, softcap=softcap
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        is_causal=is_causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        dropout_p=dropout_p,
     )
     if backend not in BACKENDS:
         raise RegroupError("there is no such backend", expected=", ".join(BACKENDS), got=backend)
-    if backend == "auto":
+    if autocast_dtype(call.query.device) is None:
+        return _attend(call, backend)
+    # What is cast is cast: inside, a backend sums in the dtypes that it means.
+    with torch.autocast(call.query.device.type, enabled=False):
+        return _attend(call, backend)
+
+
+def _attend(call: Call, backend: str) -> Tensor:
+    if backend == "auto" or call.is_empty:
         return _MODULES[_choose(call)].run(call)
     module = _MODULES[backend]
     why_not = module.reason(call)

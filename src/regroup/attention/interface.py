@@ -15,16 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.models.mt5.modeling_mt5 import MT5Attention
 from transformers.models.t5.modeling_t5 import T5Attention
+from transformers.utils import logging, output_capturing
+from transformers.utils.import_utils import is_tracing
 
 from ..errors import RegroupError
 from .cache_layers import SlotOffset
 from .grouped import grouped_query_attention
+from .sizes import is_certain, is_exported, is_traced
 
 NAME = "regroup"
+
+logger: Any = logging.get_logger(__name__)
 
 # What some families pass to their attention function and this one does not compute.
 _REFUSED = {
@@ -58,39 +62,49 @@ def attention_forward(
             A mask says everything about positions; ``is_causal`` and ``sliding_window`` count without one.
         position_bias: added to the scores, broadcasts to (B, H, T, S). One that is the same for all keys by its
             strides is left out: softmax does not see it.
-        dropout: in training, of attention weights: such a call goes to transformers' ``sdpa``.
+        dropout: in training, of attention weights.
 
     Returns:
         (B, T, H, Dv), contiguous, and None instead of weights.
 
     Raises:
-        RegroupError: the family passes something that is not computed here (sinks, weights asked for).
+        RegroupError: the family passes something that is not computed here (sinks).
     """
     for name, what in _REFUSED.items():
         if kwargs.get(name) is not None:
             raise _refusal(module, what, f"{name}=…")
-    if kwargs.get("output_attentions"):
-        raise _refusal(module, "attention weights as an output", "output_attentions=True")
+    if not torch.compiler.is_compiling():
+        _warn_of_weights(kwargs)
     if position_bias is not None and (position_bias.stride(-1) == 0 or _is_zero(module)):
         position_bias = None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = attention_mask is None and causal and query.shape[2] > 1
-    if dropout:
-        return _with_dropout(
-            module, query, key, value, attention_mask, dropout, scaling, causal, sliding_window, softcap, position_bias
-        )
     output = grouped_query_attention(
         query,
         key,
         value,
         mask=attention_mask,
         bias=position_bias,
-        is_causal=causal,
+        is_causal=attention_mask is None and bool(causal),
         scale=scaling,
         window=sliding_window if attention_mask is None else None,
         softcap=softcap,
+        dropout_p=dropout,
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _warn_of_weights(kwargs: dict[str, Any]) -> None:
+    """Say once, as transformers' ``sdpa`` does, that weights were asked for and there are none.
+
+    Some families (GPT-2, OPT) keep the argument to themselves; what transformers collects tells of it in all.
+    """
+    collector = getattr(output_capturing, "_active_collector", None)
+    collected = (None if collector is None else collector.get()) or ()
+    if kwargs.get("output_attentions") or any("attentions" in name for name in collected):
+        logger.warning_once(
+            f'attn_implementation="{NAME}" has no attention weights, and `output_attentions=True` gives none. '
+            'Use attn_implementation="eager" for them.'
+        )
 
 
 def _refusal(module: nn.Module, what: str, got: str) -> RegroupError:
@@ -105,40 +119,6 @@ def _refusal(module: nn.Module, what: str, got: str) -> RegroupError:
 def _is_zero(module: nn.Module) -> bool:
     """Whether a module's bias is all zeros: UMT5 makes one for each cross-attention."""
     return type(module).__name__ == "UMT5Attention" and not module.has_relative_attention_bias
-
-
-def _with_dropout(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    bias: Tensor | None,
-) -> tuple[Tensor, None]:
-    """Training with dropout: transformers' SDPA, which repeats KV heads, with our alignment of positions."""
-    if softcap is not None:
-        raise _refusal(module, "dropout of attention weights together with a soft cap", f"dropout={dropout}")
-    length, context = query.shape[2], key.shape[2]
-    hidden = window is not None and context > window
-    if mask is None and (hidden or (causal and length != context)):
-        rows = torch.arange(length, device=query.device)[:, None] + context - length
-        columns = torch.arange(context, device=query.device)[None, :]
-        seen = columns <= rows if causal else torch.ones_like(columns <= rows)
-        mask = seen & (columns > rows - window) if window is not None else seen
-        mask, causal = mask[None, None], False
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    plain: Any = nn.Identity()  # a module without num_key_value_groups: the heads are repeated here
-    output, _ = sdpa_attention_forward(
-        plain, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, position_bias=bias
-    )
-    return output, None
 
 
 def attention_mask(
@@ -167,7 +147,7 @@ def attention_mask(
         check_family(type(config))
     slots = kv_offset if isinstance(kv_offset, SlotOffset) else None
     if allow_is_causal_skip and _is_plain(q_length, kv_length, q_offset, kv_offset, attention_mask):
-        if local_size is None or kv_length < local_size:
+        if local_size is None or (not is_exported() and kv_length < local_size):
             return None
         if q_length == 1 and not torch.compiler.is_compiling():
             # A window or chunk hides keys from the first on: one query sees all of them if it sees the first.
@@ -195,12 +175,12 @@ def attention_mask(
 
 
 def _is_plain(q_length: int, kv_length: int, q_offset: Any, kv_offset: int, padding: Tensor | None) -> bool:
-    """Whether the last query is at the last key, and no key is padding."""
-    if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
+    """Whether the last query is at the last key, and no key is padding; of a graph, whenever it runs."""
+    if isinstance(q_offset, Tensor) or is_traced() or not is_certain(q_offset + q_length == kv_offset + kv_length):
         return False
     if padding is None:
         return True
-    if torch.compiler.is_compiling() or padding.shape[-1] < kv_offset + kv_length:
+    if is_tracing(padding) or padding.shape[-1] < kv_offset + kv_length:
         return False
     return bool(padding[:, kv_offset : kv_offset + kv_length].all())
 

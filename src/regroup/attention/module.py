@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RegroupError
+from .checks import checked_number, whole_number
 from .grouped import grouped_query_attention
 
 
@@ -45,7 +46,7 @@ class GroupedQueryAttention(nn.Module):
         memory_size: width of the memory, for cross-attention; hidden_size by default.
 
     Raises:
-        RegroupError: heads that do not divide, or an odd rotary dimension.
+        RegroupError: sizes that are no whole numbers, heads that do not divide, or an odd rotary dimension.
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class GroupedQueryAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        groups = num_heads if num_kv_heads is None else num_kv_heads
-        if groups < 1 or num_heads % groups:
+        hidden_size, num_heads = _count(hidden_size, "hidden_size"), _count(num_heads, "num_heads")
+        groups = num_heads if num_kv_heads is None else whole_number(num_kv_heads)
+        head_dim = None if head_dim is None else _count(head_dim, "head_dim")
+        if groups is None or groups < 1 or num_heads % groups:
             raise RegroupError(
                 "the query heads do not divide into groups of one size",
                 expected=f"num_kv_heads that divides {num_heads}",
-                got=groups,
+                got=repr(num_kv_heads),
             )
         if head_dim is None and hidden_size % num_heads:
             raise RegroupError(
@@ -86,13 +89,14 @@ class GroupedQueryAttention(nn.Module):
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.is_causal, self.window, self.softcap, self.scale = is_causal, window, softcap, scale
         made = {"device": device, "dtype": dtype}
-        memory = hidden_size if memory_size is None else memory_size
+        memory = hidden_size if memory_size is None else _count(memory_size, "memory_size")
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias, **made)
         self.k_proj = nn.Linear(memory, groups * self.head_dim, bias, **made)
         self.v_proj = nn.Linear(memory, groups * self.head_dim, bias, **made)
         last = bias if output_bias is None else output_bias
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, last, **made)
-        self.rotary, self.rotary_dim = rotary, self.head_dim if rotary_dim is None else rotary_dim
+        self.rotary = None if rotary is None else checked_number(rotary, "rotary base")
+        self.rotary_dim = self.head_dim if rotary_dim is None else _count(rotary_dim, "rotary_dim")
         if rotary is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
             raise RegroupError(
                 "rotary embeddings turn pairs of numbers",
@@ -128,11 +132,11 @@ class GroupedQueryAttention(nn.Module):
         Raises:
             RegroupError: shapes that do not fit each other.
         """
-        if states.dim() != 3 or states.shape[2] != self.hidden_size:
+        if not isinstance(states, Tensor) or states.dim() != 3 or states.shape[2] != self.hidden_size:
             raise RegroupError(
                 "the states do not fit the layer",
                 expected=f"(batch, length, {self.hidden_size})",
-                got=tuple(states.shape),
+                got=tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__,
             )
         query = self._split(self.q_proj(states))
         crossed = memory is not None
@@ -177,6 +181,14 @@ class GroupedQueryAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+
+
+def _count(number: object, name: str) -> int:
+    """A size as a number of Python's, 1 or more."""
+    count = whole_number(number)
+    if count is None or count < 1:
+        raise RegroupError(f"{name} is no size", expected="a whole number, 1 or more", got=repr(number))
+    return count
 
 
 def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .call import Call
-from .sdpa import addable
+from .sdpa import addable, sum_of_extras
 
 # Elements in memory at once, of scores or of what is added to them: longer queries go in pieces.
 _PIECE = 1 << 24
@@ -30,8 +30,8 @@ _KEYS_LEFT = 32
 
 
 def reason(call: Call) -> str | None:
-    """Why this backend cannot serve a call: it serves every one."""
-    return None
+    """Why this backend cannot serve a call, or None if it can."""
+    return "dropout is for the dense backend" if call.dropout else None
 
 
 def run(call: Call) -> Tensor:
@@ -155,27 +155,12 @@ def _sum_of_extras(call: Call, start: int, stop: int) -> Tensor | None:
     """All that is added to the scores of these queries, in four dimensions; bool if there are no numbers."""
     first, last = call.span(start, stop)
     seen = call.positions(start, stop)
-    total = None
-    for extra in (call.bias, call.mask):
-        if extra is None:
-            continue
-        part = _part(extra, start, stop, first, last)
-        if part.dtype == torch.bool:
-            seen = part if seen is None else seen & part
-        else:
-            total = part if total is None else total.to(torch.promote_types(total.dtype, torch.float32)) + part
-    if total is None:
-        return seen if seen is None or seen.dim() == 4 else seen[None, None]
-    return total if seen is None else torch.where(seen, total, float("-inf"))
+    parts = [_part(extra, start, stop, first, last) for extra in (call.bias, call.mask) if extra is not None]
+    return sum_of_extras(None if seen is None else seen[None, None], parts)
 
 
 def _products(call: Call, start: int, stop: int) -> Tensor:
-    """Queries ``start`` to ``stop`` by matrix products, scores in float32, under autocast too."""
-    with torch.autocast(call.query.device.type, enabled=False):
-        return _in_float32(call, start, stop)
-
-
-def _in_float32(call: Call, start: int, stop: int) -> Tensor:
+    """Queries ``start`` to ``stop`` by matrix products, scores in float32."""
     B, G, R, T = call.batch, call.num_key_value_heads, call.group, stop - start
     first, last = call.span(start, stop)
     key, value = call.key[:, :, first:last], call.value[:, :, first:last]

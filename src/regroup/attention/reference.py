@@ -21,11 +21,6 @@ def run(call: Call) -> Tensor:
     Returns:
         (B, H, T, Dv) in the query's dtype.
     """
-    with torch.autocast(call.query.device.type, enabled=False):
-        return _einsum(call)
-
-
-def _einsum(call: Call) -> Tensor:
     wide = torch.float64 if call.query.dtype == torch.float64 else torch.float32
     query = call.query.to(wide).unflatten(1, (call.num_key_value_heads, call.group))
     scores = torch.einsum("bgrtd,bgsd->bgrts", query, call.key.to(wide)).flatten(1, 2) * call.scale
@@ -50,5 +45,7 @@ def _einsum(call: Call) -> Tensor:
     dead = (scores == float("-inf")).all(-1, keepdim=True)
     # Softmax of a row of -inf is NaN, and so would its gradient be: such rows are set apart before.
     weights = torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
+    if call.dropout:
+        weights = torch.nn.functional.dropout(weights, call.dropout)
     weights = weights.unflatten(1, (call.num_key_value_heads, call.group))
     return torch.einsum("bgrts,bgsv->bgrtv", weights, call.value.to(wide)).flatten(1, 2).to(call.query.dtype)

@@ -7,6 +7,8 @@ it falls without a word to a path that repeats the KV heads in memory. Such call
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -22,6 +24,26 @@ def addable(extra: Tensor, dtype: torch.dtype) -> Tensor:
     if extra.dtype in (torch.bool, dtype):
         return extra
     return extra.to(torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def sum_of_extras(seen: Tensor | None, extras: Iterable[Tensor | None]) -> Tensor | None:
+    """All that is added to scores, in four dimensions; bool if there are no numbers.
+
+    Args:
+        seen: None, or bool, four dimensions: what positions leave to be seen.
+        extras: masks and biases of four dimensions, None among them.
+    """
+    total = None
+    for extra in extras:
+        if extra is None:
+            continue
+        if extra.dtype == torch.bool:
+            seen = extra if seen is None else seen & extra
+        else:
+            total = extra if total is None else total.to(torch.promote_types(total.dtype, torch.float32)) + extra
+    if total is None or seen is None:
+        return seen if total is None else total
+    return torch.where(seen, total, float("-inf"))
 
 
 def repeats(call: Call, masked: bool) -> str | None:
@@ -43,6 +65,8 @@ def repeats(call: Call, masked: bool) -> str | None:
 
 def reason(call: Call) -> str | None:
     """Why one call of SDPA cannot serve a call, or None if it can."""
+    if call.dropout:
+        return "dropout is for the dense backend: SDPA falls to unfused code"
     if call.softcap is not None:
         return "SDPA has no soft cap"
     if call.mask is not None and call.bias is not None:
@@ -53,7 +77,7 @@ def reason(call: Call) -> str | None:
     if call.hides_by_window(0, length):
         return "SDPA has no window"
     masked = call.mask is not None or call.bias is not None
-    if call.is_causal and length > 1:
+    if call.is_causal:
         if length != call.context:
             return f"SDPA aligns the first query with the first key; here are {length} queries and {call.context} keys"
         if masked:
@@ -78,7 +102,7 @@ def run(call: Call) -> Tensor:
         call.key[:, :, first:last],
         call.value[:, :, first:last],
         attn_mask=extra,
-        is_causal=call.is_causal and call.query_length > 1,
+        is_causal=call.is_causal,
         scale=call.scale,
         enable_gqa=call.group > 1,
     )

@@ -1,0 +1,76 @@
+"""One call of PyTorch's ``scaled_dot_product_attention`` with all that is hidden in one mask, and no branch on sizes.
+
+For graphs that serve any length (``torch.compile`` with dynamic shapes, ``torch.export``, ``torch.jit.trace``), and for
+dropout. The mask is as large as the scores of one head; where nothing is hidden, or causality is all, there is none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .call import Call
+from .sdpa import addable, sum_of_extras
+from .sizes import is_certain, is_traced
+
+
+def reason(call: Call) -> str | None:
+    """Why this backend cannot serve a call, or None if it can."""
+    return None if call.softcap is None else "SDPA has no soft cap"
+
+
+def run(call: Call) -> Tensor:
+    """Attention by one call of SDPA.
+
+    Returns:
+        (B, H, T, Dv) in the query's dtype.
+    """
+    extra, is_causal = _added(call)
+    query, R = call.query, call.group
+    key, value = call.key, call.value
+    # Elsewhere SDPA would repeat the KV heads in memory: there a group's query heads are folded into the queries.
+    folds = R > 1 and not is_causal and (extra is None or not _takes_groups(call))
+    if folds:
+        G, T = call.num_key_value_heads, call.query_length
+        query = query.unflatten(1, (G, R)).flatten(2, 3)
+        if extra is not None:
+            extra = extra.unflatten(1, (G, R)) if extra.shape[1] > 1 else extra.unsqueeze(1)
+            extra = extra.expand(-1, -1, R, T, call.context).flatten(2, 3)
+    elif extra is not None:
+        extra = extra.expand(-1, -1, call.query_length, call.context)
+    out = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if extra is None else addable(extra, query.dtype),
+        dropout_p=call.dropout,
+        is_causal=is_causal,
+        scale=call.scale,
+        enable_gqa=R > 1 and not folds,
+    )
+    return out.unflatten(2, (R, call.query_length)).flatten(1, 2) if folds else out
+
+
+def _takes_groups(call: Call) -> bool:
+    """Whether SDPA takes grouped heads with a mask as they are."""
+    return call.query.device.type == "cpu" and is_certain(call.head_dim == call.value_dim)
+
+
+def _added(call: Call) -> tuple[Tensor | None, bool]:
+    """What is added to the scores, or masks them, and whether SDPA's own causality says it instead."""
+    if call.window is None:
+        if not call.is_causal:
+            return sum_of_extras(None, (call.bias, call.mask)), False
+        # SDPA aligns the first query with the first key, which is the same with as many queries as keys.
+        square = not is_traced() and is_certain(call.query_length == call.context)
+        if square and call.bias is None and call.mask is None:
+            return None, True
+    rows = torch.arange(call.query_length, device=call.query.device)[:, None] + (call.context - call.query_length)
+    columns = torch.arange(call.context, device=call.query.device)[None, :]
+    seen = torch.ones_like(columns <= rows)
+    if call.is_causal:
+        seen = columns <= rows
+    if call.window is not None:
+        seen = seen & (columns > rows - call.window)
+    return sum_of_extras(seen[None, None], (call.bias, call.mask)), False
