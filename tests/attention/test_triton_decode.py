@@ -156,7 +156,7 @@ TINY = make_call(torch.ones(1, 2, 1, 8), torch.ones(1, 1, 3, 8), torch.ones(1, 1
         ({"query": torch.ones(1, 2, 1, 8, dtype=torch.float64)}, "float64"),
         ({"query": torch.ones(1, 2, 1, 8, requires_grad=True)}, "gradients"),
         ({"query": torch.ones(1, 2, 65, 8)}, "65 queries"),
-        ({"value": torch.ones(1, 1, 3, 264)}, "264"),
+        ({"value": torch.ones(1, 1, 3, 264), "value_dim": 264}, "264"),
         ({"query": torch.ones(1, 2, 1, 8, device="meta")}, "meta"),
     ],
 )

@@ -235,8 +235,8 @@ def test_hostile_headers_are_refused_everywhere(name: str, made: Callable[[bytes
 
 def test_a_pipe_is_no_gguf_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.gguf")
-    assert "regular file" in refused("inspect", tmp_path / "x.gguf")
-    assert "regular file" in refused("export", tmp_path / "x.gguf", tmp_path / "out", "--to", "hf")
+    assert "a pipe and not a file" in refused("inspect", tmp_path / "x.gguf")
+    assert "a pipe and not a file" in refused("export", tmp_path / "x.gguf", tmp_path / "out", "--to", "hf")
 
 
 def test_every_cut_is_refused(made: Callable[[bytes], Path]) -> None:

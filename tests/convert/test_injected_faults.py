@@ -86,10 +86,16 @@ import json, sys
 from pathlib import Path
 import torch
 import faults, regroup, regroup.pipeline
+from regroup.convert import prepare
+from regroup.opening import open_source
+from regroup.plan import make_plan
 
 torch.set_num_threads(1)
 for line in sys.stdin:
     source, root, options, numbers = json.loads(line)
+    # What the model's class needs is found out once, and known to the children.
+    with open_source(source, allow_pickle=options.get("allow_pickle", False), scratch=Path(root)) as opened:
+        prepare(opened.checkpoint, opened.layout, make_plan(opened.layout, kv_heads=options.get("kv_heads", 2)))
 
     def run(number):
         regroup.convert_checkpoint(source, Path(root, str(number), "new", "child"), **{"kv_heads": 2, **options})

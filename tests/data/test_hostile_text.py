@@ -41,7 +41,7 @@ def judged(shop: Path, data: Path) -> None:
         assert 0 < found["bits_per_byte"] < math.inf
     else:
         assert status == 2
-        assert message.lstrip("\n").startswith("error: "), message
+        assert "\nerror: " in f"\n{message}", message
         assert not record.exists()
     assert "Traceback" not in out + message
 

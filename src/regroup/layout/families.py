@@ -321,7 +321,7 @@ def declared_kv_heads(config: Mapping[str, Any], family: Family, heads: int, lay
 
 def sliding_window(config: Mapping[str, Any], layer: int) -> int | None:
     """Window of a layer in tokens, or None where it attends to everything before it."""
-    if config.get("sliding_window") is None:
+    if config.get("sliding_window") in (None, 0):  # Qwen 2 MoE writes 0 where it has none
         return None
     window, model_type = natural(config, ("sliding_window",)), config.get("model_type")
     kinds = config.get("layer_types")
