@@ -101,13 +101,22 @@ def test_a_process_of_its_own(saved: Saved, tmp_path: Path) -> None:
     assert "Traceback" not in again.stderr
 
 
-def test_help_imports_neither_torch_nor_transformers() -> None:
+def slow_imports(*arguments: object) -> set[str]:
+    """What a command imports of the libraries that take long to import."""
     code = (
         "import sys\nfrom regroup.cli import app\nfrom typer.testing import CliRunner\n"
-        "assert CliRunner().invoke(app, ['convert', '--help']).exit_code == 0\n"
-        "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
+        f"result = CliRunner().invoke(app, {[str(argument) for argument in arguments]!r})\n"
+        "assert result.exit_code == 0, result.output\n"
+        "print(*{'torch', 'transformers', 'safetensors', 'huggingface_hub', 'matplotlib'} & set(sys.modules))"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
+    return set(done.stdout.split())
+
+
+def test_help_and_headers_import_nothing_that_takes_long(saved: Saved) -> None:
+    assert not slow_imports("convert", "--help")
+    assert not slow_imports("inspect", saved("t5"))
+    assert slow_imports("inspect", saved("t5"), "--similarity") >= {"torch"}  # which reads weights
 
 
 def test_the_public_names() -> None:

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from .bench.roofline import DTYPE_BYTES, cache_dtype
-from .convert import Forecast, Preview
 from .errors import human_bytes
 from .inspection import LayerSummary, Summary
 from .layout import Layout
+from .listener import Listener
 from .opening import Source
 from .plan import Plan
-from .planning import Listener
 from .progress import Progress, stage
 from .screen import Screen
 
 if TYPE_CHECKING:
+    from .convert import Forecast, Preview
     from .convert.calibrate import Calibrated
     from .convert.similarity import LayerSimilarity
 

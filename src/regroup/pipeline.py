@@ -13,9 +13,10 @@ from .convert import Conversion, foretell, prepare, write
 from .convert.resume import earlier_plan
 from .convert.text import CalibrationText, calibration_batches
 from .files import as_named
+from .listener import Listener
 from .opening import Source, open_source
 from .plan import Plan
-from .planning import Listener, along, check_for_text, check_text_options, choose_plan, grouped, searches, settings_for
+from .planning import along, check_for_text, check_text_options, choose_plan, grouped, searches, settings_for
 from .processes import ALONE, Team
 
 if TYPE_CHECKING:

@@ -1,67 +1,26 @@
-"""From what a user asks for to a plan: G for every layer, which heads stand together, and who is told meanwhile."""
+"""From what a user asks for to a plan: G for every layer, which heads stand together, and on what text."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .convert import Preview
 from .convert.text import CalibrationText, calibration_batches
 from .errors import RegroupError
 from .layout import Layout
+from .listener import Listener
 from .opening import Source, open_layout, open_source
 from .plan import ASKED_METHODS, BLIND_METHODS, Plan, allocate, layer_units, make_plan, parse_budget, token_bytes
 from .processes import ALONE, Team
-from .progress import Progress
 
 if TYPE_CHECKING:
     from .convert.attention import Settings
-    from .convert.calibrate import Calibrated
     from .convert.sensitivity import Measured
 
 GROUPINGS = ("contiguous", "search")
 REPAIRS = ("none", "output", "distill")
-
-
-class Listener:
-    """Told how a conversion or an export goes on; this one does not listen. The command line shows tables and bars."""
-
-    def planned(self, source: Source, plan: Plan, ahead: Preview) -> None:
-        """Everything is checked and nothing is written yet."""
-
-    def notice(self, text: str) -> None:
-        """Something that is worth a line."""
-
-    def searching(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """Something to call with 1 after each attention layer whose heads were grouped, or guessed about."""
-        return contextlib.nullcontext(lambda count: None)
-
-    def calibrating(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """Something to call with 1 after each decoder layer."""
-        return contextlib.nullcontext(lambda count: None)
-
-    def calibrated(self, solved: Calibrated) -> None:
-        """What calibration chose."""
-
-    def writing(self, nbytes: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """Something to call, from any thread, with the number of bytes just written."""
-        return contextlib.nullcontext(lambda count: None)
-
-    def comparison_ahead(self, nbytes: int) -> None:
-        """Nothing is written yet; what is will be compared with its source, in so many bytes of memory."""
-
-    def stage(
-        self, title: str, total: int | None = None, unit: str = ""
-    ) -> contextlib.AbstractContextManager[Progress]:
-        """Something to call with how much more of some other work is done."""
-        return contextlib.nullcontext(Progress(title, total))
-
-    def comparing(self) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """Something to call with 1 after each of the two models that has answered."""
-        return contextlib.nullcontext(lambda count: None)
 
 
 def plan_checkpoint(

@@ -18,10 +18,10 @@ from .convert.stream import CALIBRATION_FILE
 from .errors import RegroupError
 from .files import as_named
 from .layout import Layout
+from .listener import Listener
 from .models.expected import check_loadable
 from .opening import open_source, readable
 from .plan import Plan
-from .planning import Listener
 from .progress import Progress
 from .record import record
 

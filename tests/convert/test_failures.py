@@ -23,7 +23,7 @@ from helpers import assert_same_tensors, convert_heads, digests, everything, hea
 from regroup import RegroupError
 from regroup.checkpoint import stage, staged_folder
 from regroup.checkpoint.writer import ShardFile
-from regroup.planning import Listener
+from regroup.listener import Listener
 
 Saved = Callable[[str], Path]
 Usage = namedtuple("Usage", "total used free")

@@ -21,7 +21,7 @@ import regroup
 from helpers import config_of, copy, digests, everything, refused, run, scattered, tensors, write
 from regroup import RegroupError
 from regroup.convert import resume
-from regroup.planning import Listener
+from regroup.listener import Listener
 
 Saved = Callable[[str], Path]
 METHODS = ("mean", "lowrank")

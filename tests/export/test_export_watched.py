@@ -18,7 +18,7 @@ import tiny
 from helpers import everything, refused, run, tensors
 from regroup import devices
 from regroup.export import check, llama_cpp
-from regroup.planning import Listener
+from regroup.listener import Listener
 
 Converted = Callable[[str, str], Path]
 

@@ -10,9 +10,10 @@ from ..bench.build import read_config
 from ..convert.config import child_config
 from ..convert.text import CalibrationText
 from ..layout import Layout, detect
+from ..listener import Listener
 from ..opening import Source, open_source
 from ..plan import Plan, allocate, allowed_kv_heads, layer_units, token_bytes
-from ..planning import Listener, choose_plan, measured
+from ..planning import choose_plan, measured
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..bench.machine import product_rate, read_bandwidth
 from ..bench.work import Work, step_costs
 from ..checkpoint.reader import read_json
 from ..errors import RegroupError
-from ..planning import Listener
+from ..listener import Listener
 from .hardware import Hardware
 from .predict import Efficiency, Rates, between, fit, step_floors, step_seconds
 

@@ -16,9 +16,10 @@ from ..convert.text import CalibrationText
 from ..devices import USABLE, device_named, free_memory
 from ..errors import RegroupError
 from ..layout import detect
+from ..listener import Listener
 from ..opening import open_source
 from ..plan import Plan
-from ..planning import Listener, check_text_options, grouped
+from ..planning import check_text_options, grouped
 from ..record import record
 from . import hardware
 from .candidates import Candidate, candidates, from_config

@@ -12,14 +12,16 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from ..errors import RegroupError
 from ..files import regular
 from ..safe_text import command
+
+if TYPE_CHECKING:
+    import torch
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -28,7 +30,7 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _MAX_STRINGS = 2**24  # in one list; Python takes several times the bytes that they take in the file
 _MAX_KEYS, _MAX_TENSORS = 2**16, 2**20
 _MAX_ALIGNMENT = 2**20
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PLAIN = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,10 @@ class GGUFFile:
 
     def dtype_of(self, name: str) -> torch.dtype | None:
         """The dtype of a tensor; None where it is quantised."""
-        return _PLAIN.get(self.tensors[name].kind)
+        from .dtypes import TORCH_DTYPES
+
+        kind = self.tensors[name].kind
+        return TORCH_DTYPES[kind] if kind in _PLAIN else None
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor in the dtype that it is stored in; what is quantised is unpacked to float32.
@@ -85,6 +90,7 @@ class GGUFFile:
         Raises:
             RegroupError: the library does not unpack tensors of this kind.
         """
+        import torch
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -94,7 +100,7 @@ class GGUFFile:
             raw = bytearray(file.read(tensor.nbytes))
         if len(raw) != tensor.nbytes:
             raise RegroupError("the GGUF file is shorter than its header says", file=self.path, tensor=name)
-        if (dtype := _PLAIN.get(tensor.kind)) is not None:
+        if (dtype := self.dtype_of(name)) is not None:
             return torch.frombuffer(raw, dtype=dtype).view(tensor.shape)
         try:
             rows = np.frombuffer(raw, dtype=np.uint8).reshape(*tensor.shape[:-1], -1)

@@ -9,14 +9,16 @@ import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..errors import RegroupError
 from .companions import companion_files
 from .header import missing_shard, refuse_pointer
 from .reader import INDEX_FILE, SINGLE_FILE, read_json
 from .writer import save_tensors
+
+if TYPE_CHECKING:
+    import torch
 
 _SINGLE = "pytorch_model.bin"
 _INDEX = "pytorch_model.bin.index.json"
@@ -62,6 +64,8 @@ def unpickle(folder: Path, copy: Path, tied: Sequence[tuple[str, str]] = ()) -> 
     Raises:
         RegroupError: a shard is missing, damaged, or holds more than a table of tensors.
     """
+    import torch
+
     files = pickled_files(folder)
     weight_map: dict[str, str] = {}
     total = 0

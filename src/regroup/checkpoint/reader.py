@@ -7,15 +7,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RegroupError, human_bytes
 from ..files import parse_json, regular
 from .companions import companion_files, refuse_special
 from .forms import foreign_weights, refuse_adapter, refuse_other_forms
 from .header import MAX_HEADER_BYTES, TensorEntry, missing_shard, read_header, refuse_pointer, unreadable
+
+if TYPE_CHECKING:
+    import torch
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -26,8 +27,6 @@ _another_version = partial(
 
 # Bytes that are compared at a time.
 _BLOCK = 8 << 20
-
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,8 @@ class Checkpoint:
         Raises:
             RegroupError: the dtype is not a floating-point type that can be merged, or the file has shrunk.
         """
+        from .dtypes import TORCH_DTYPES
+
         file = self._file_of[tensor]
         entry = self.shards[file][tensor]
         if entry.dtype not in TORCH_DTYPES:
@@ -107,7 +108,7 @@ class Checkpoint:
         if one.shape != two.shape:
             return False
         if one.dtype != two.dtype:
-            return torch.equal(self.read(tensor).double(), self.read(other).double())
+            return bool((self.read(tensor).double() == self.read(other).double()).all())
         paths = [self.folder / self.file_of(name) for name in (tensor, other)]
         with unreadable(paths[0], f"{tensor}, {other}"), paths[0].open("rb") as mine, paths[1].open("rb") as theirs:
             for done in range(0, one.nbytes, _BLOCK):
@@ -241,6 +242,8 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _room(nbytes: int, file: Path, tensor: str) -> torch.Tensor:
     """Memory for a tensor. A header can announce more than a machine has, in a file that is mostly a hole."""
+    import torch
+
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         if nbytes > memory:

@@ -7,14 +7,14 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING
 
 from ..errors import RegroupError, two_sizes
 from .header import encode_header, nbytes_of, unreadable
 from .stage import allocated, left_behind
+
+if TYPE_CHECKING:
+    import torch
 
 # Large enough to run at disk speed, small enough that two workers stay far below the memory goal.
 COPY_BYTES = 8 << 20
@@ -60,6 +60,8 @@ class ShardFile:
 
     def write(self, name: str, value: torch.Tensor) -> None:
         """Write one tensor; its bytes must be exactly those that the header announces."""
+        import torch
+
         start, end = self.ranges[name]
         data = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
         assert data.nbytes == end - start, f"{name}: {data.nbytes} bytes for a place of {end - start}"
@@ -151,6 +153,9 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
     Raises:
         RegroupError: the system refuses to write it.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:  # in which the library wraps what the system said

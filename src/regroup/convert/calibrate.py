@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..checkpoint import Checkpoint
-from ..checkpoint.reader import TORCH_DTYPES
+from ..checkpoint.dtypes import TORCH_DTYPES
 from ..checkpoint.writer import save_tensors
 from ..errors import RegroupError
 from ..layout.types import AttentionLayer, Layout

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ..checkpoint import Checkpoint
-from ..checkpoint.reader import TORCH_DTYPES
+from ..checkpoint.dtypes import TORCH_DTYPES
 from ..merge import Sharing
 from ..models.modeling_regroup import regroup_attention
 from ..plan import LayerPlan

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 
-from ..checkpoint.reader import TORCH_DTYPES
+from ..checkpoint.dtypes import TORCH_DTYPES
 from ..layout.types import AttentionLayer, HeadSlot, TensorInfo
 from ..merge import first, mean, random
 from ..plan import LINEAR_METHODS, LayerPlan, key_value_sources

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..devices import check_fits
 from ..errors import RegroupError
+from ..listener import Listener
 from ..models import load
-from ..planning import Listener
 
 ROWS, LENGTH = 2, 16
 # Of the largest logit. Float32 sums in another order differ by about 1e-6 of it; one head in a wrong place by 1e-1.

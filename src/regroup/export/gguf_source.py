@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import GGUFFile, ShardFile, read_gguf, staged_folder
-from ..checkpoint.reader import TORCH_DTYPES
+from ..checkpoint.dtypes import TORCH_DTYPES
 from ..checkpoint.writer import check_destination
 from ..devices import check_fits
 from ..errors import RegroupError

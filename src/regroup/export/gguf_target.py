@@ -12,13 +12,13 @@ import gguf
 import torch
 
 from ..checkpoint import staged_file
-from ..checkpoint.reader import TORCH_DTYPES
+from ..checkpoint.dtypes import TORCH_DTYPES
 from ..checkpoint.writer import check_destination
 from ..convert.rewrite import Change
 from ..errors import RegroupError
+from ..listener import Listener
 from ..models import load_tokenizer
 from ..opening import Source
-from ..planning import Listener
 from .gguf_check import check_gguf
 from .gguf_models import rounded
 from .gguf_tokenizer import Vocabulary, vocabulary

@@ -14,9 +14,9 @@ from ..checkpoint.writer import check_destination, existing_parent
 from ..convert.rewrite import Change
 from ..errors import RegroupError
 from ..files import as_named
+from ..listener import Listener
 from ..models.expected import check_loadable
 from ..opening import Source, open_source
-from ..planning import Listener
 from .folder import CONFIGURATION_FILE, write_folder
 from .heads import (
     FOREIGN,

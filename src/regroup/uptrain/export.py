@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, ShardFile, staged_folder
-from ..checkpoint.reader import INDEX_FILE, TORCH_DTYPES
+from ..checkpoint.dtypes import TORCH_DTYPES
+from ..checkpoint.reader import INDEX_FILE
 from ..checkpoint.writer import copy_file, write_text
 from ..errors import RegroupError
 from ..models import MODELING_FILE
