@@ -194,13 +194,20 @@ def divergences(
     for place, batch in enumerate(worker.held_out):
         # With attention masks, only positions that hold text count.
         rows, _ = stream.masks(batch, stream.layout.layers[0])
-        expected = stream.logits(batch, parent[batch]).log_softmax(-1)
+        expected = stream.logits(batch, parent[batch])
         keep = torch.ones(expected.shape[:2], dtype=torch.bool) if rows is None else rows.bool()
         keep = keep.to(expected.device)
         tokens += int(keep.sum())
         for key, states in alive.items():
-            got = stream.logits(batch, states[place]).log_softmax(-1)
-            apart = (expected.exp() * (expected - got)).sum(-1)
+            got = stream.logits(batch, states[place])
+            # A row at a time: copies of all logits would take several times the layer.
+            apart = torch.stack([_divergence(*pair) for pair in zip(expected, got, strict=True)])
             totals[key] += float(apart[keep].double().sum())
     tokens = worker.team.total(tokens)
     return {key: max(worker.team.total(total) / tokens, 0.0) for key, total in totals.items()}
+
+
+def _divergence(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
+    """KL divergence (T,) in nats of logits (T, V) from those that are expected."""
+    log_p, log_q = expected.log_softmax(-1), got.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -78,19 +78,18 @@ def score(
         _check_vocabulary(batch, logits.shape[-1])
         asked = targets != IGNORED
         wanted = targets.clamp(min=0).unsqueeze(-1)
-        log_p = logits.float().log_softmax(-1)
-        loss = -log_p.gather(-1, wanted).squeeze(-1) * asked
+        other = None if teacher is None else _logits(teacher, batch, device)
+        if other is not None and other.shape != logits.shape:
+            raise RegroupError("the parent has another vocabulary", expected=logits.shape[-1], got=other.shape[-1])
+        loss, theirs, apart, same = _by_token(logits, other, wanted)
+        loss = loss * asked
         sums += zip(loss.double().sum(1).tolist(), asked.sum(1).tolist(), strict=True)
         if teacher is not None:
-            other = _logits(teacher, batch, device)
-            if other.shape != logits.shape:
-                raise RegroupError("the parent has another vocabulary", expected=logits.shape[-1], got=other.shape[-1])
-            log_q = other.float().log_softmax(-1)
-            theirs = (-log_q.gather(-1, wanted).squeeze(-1) * asked).double()
+            theirs = (theirs * asked).double()
             teacher_loss += float(theirs.sum())
             teacher_sums += zip(theirs.sum(1).tolist(), asked.sum(1).tolist(), strict=True)
-            kl += float(((log_q.exp() * (log_q - log_p)).sum(-1) * asked).double().sum())
-            agreed += float(((log_q.argmax(-1) == log_p.argmax(-1)) & asked).sum())
+            kl += float((apart * asked).double().sum())
+            agreed += float((same & asked).sum())
         if progress is not None:
             progress(len(targets))
     if not sums:
@@ -112,6 +111,28 @@ def score(
         _standard_error(teacher_sums, theirs, tokens),
         _standard_error(excess, mean - theirs, tokens),
     )
+
+
+def _by_token(logits: torch.Tensor, other: torch.Tensor | None, wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What is known of each token, from logits (B, T, V) of the model and of its teacher.
+
+    A row at a time: in float32, copies of all logits would take several times the model.
+
+    Returns:
+        Cross-entropy of the model and of the teacher, KL from teacher to model, and whether both put the same token
+        first, each (B, T); the last three are zero without a teacher.
+    """
+    rows = []
+    for number, (row, goal) in enumerate(zip(logits, wanted, strict=True)):
+        log_p = row.float().log_softmax(-1)
+        loss = -log_p.gather(-1, goal).squeeze(-1)
+        if other is None:
+            rows.append((loss, *[torch.zeros_like(loss)] * 2, torch.zeros_like(loss, dtype=torch.bool)))
+            continue
+        log_q = other[number].float().log_softmax(-1)
+        theirs = -log_q.gather(-1, goal).squeeze(-1)
+        rows.append((loss, theirs, (log_q.exp() * (log_q - log_p)).sum(-1), log_q.argmax(-1) == log_p.argmax(-1)))
+    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
 def _standard_error(sums: list[tuple[float, int]], mean: float, tokens: int) -> float:
