@@ -159,7 +159,8 @@ def _companions(parent: Checkpoint, child: Checkpoint, stock: bool, uptrained: b
     name = "files beside the weights are the original model's"
     own = (PLAN_FILE, CALIBRATION_FILE, "README.md")
     code = () if stock else (MODELING_FILE.name,)
-    odd = []
+    odd: list[str] = []
+    wanted: list[Path] = []
     try:
         wanted = [path for path in parent.companions() if path.as_posix() not in own]
         for path in wanted:
