@@ -186,3 +186,45 @@ def test_an_uptrained_child_is_checked_for_structure(pair: tuple[Path, Path], tm
     assert found == "broken"
     shutil.rmtree(child)
     assert EMBED in said
+
+
+def _swap(file: Path) -> None:
+    """Two token ids of a tokenizer change places."""
+    tokenizer = json.loads(file.read_text())
+    one, other, *_ = vocabulary = tokenizer["model"]["vocab"]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    file.write_text(json.dumps(tokenizer))
+
+
+BESIDE: dict[str, Callable[[Path], object]] = {
+    "tokenizer.json differs": lambda child: _swap(child / "tokenizer.json"),
+    "tokenizer.json is missing": lambda child: (child / "tokenizer.json").unlink(),
+    "generation_config.json differs": lambda child: (child / "generation_config.json").write_text('{"top_k": 1}'),
+    "special_tokens_map.json is not expected": lambda child: (child / "special_tokens_map.json").write_text("{}"),
+    "chat_template.jinja is not expected": lambda child: (child / "chat_template.jinja").write_text("x"),
+    "tool.py is not expected": lambda child: (child / "tool.py").write_text("x = 1"),
+    "modeling_regroup.py is not that of": lambda child: (child / "modeling_regroup.py").write_text("x = 1"),
+    "modeling_regroup.py is missing": lambda child: (child / "modeling_regroup.py").unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An original with a tokenizer, and a converted model with another number of KV heads in each layer."""
+    folder = tmp_path_factory.mktemp("beside")
+    parent, _ = runs.pair(folder)
+    status, _, message = run("convert", parent, folder / "mixed", "--layers", "0:2,1:3,2:1", "--method", "mean")
+    assert status == 0, message
+    return parent, folder / "mixed"
+
+
+@pytest.mark.parametrize("words", BESIDE)
+def test_files_beside_the_weights_are_compared(words: str, spoken: tuple[Path, Path], tmp_path: Path) -> None:
+    parent, child = spoken[0], copy(spoken[1], tmp_path / "child")
+    (child / "notes.txt").write_text("files that no loader reads may be added")
+    assert verdict(parent, child) == ("kept", "")
+    BESIDE[words](child)
+    found, said = verdict(parent, child)
+    assert found == "broken"
+    assert words in said
+    assert verdict(parent, child, uptrained=True)[0] == "kept"

@@ -19,6 +19,7 @@ from .errors import RegroupError
 from .files import as_named
 from .layout import Layout
 from .listener import Listener
+from .models import MODELING_FILE
 from .models.expected import check_loadable
 from .opening import open_source, readable
 from .plan import Plan
@@ -27,7 +28,21 @@ from .record import record
 
 # Layers' losses do not add up: whole models came to 0.9 to 2.0 times the sum (benchmarks/records/advise-loss.json).
 TOLERANCE = 2.5
-_NAMED = 5  # tensors that a broken promise names
+_NAMED = 5  # tensors or files that a broken promise names
+# Files that transformers and engines read where they find them: one that was added makes another model of a folder.
+_READ_BY_LOADERS = (
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "spiece",
+    "sentencepiece",
+    "generation_config",
+    "chat_template",
+    "preprocessor_config",
+    "processor_config",
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,7 @@ def verify(
         if made is not None:
             promises.append(_config(opened.checkpoint.config, made.config, opened.layout, chosen))
             promises.append(_loadable(made))
+            promises.append(_companions(opened.checkpoint, made, planned.stock, uptrained))
             structure = list(_structure(made, planned))
             promises += structure
             if not uptrained and all(promise.held for promise in structure):
@@ -136,6 +152,40 @@ def _loadable(child: Checkpoint) -> Promise:
     except RegroupError as error:
         return Promise(name, False, str(error).replace("\n", "; "))
     return Promise(name, True, f"{len(child.tensors)} tensors")
+
+
+def _companions(parent: Checkpoint, child: Checkpoint, stock: bool, uptrained: bool) -> Promise:
+    """The tokenizer, the settings for generation and all else beside the weights are copies, and no code was added."""
+    name = "files beside the weights are the original model's"
+    own = (PLAN_FILE, CALIBRATION_FILE, "README.md")
+    code = () if stock else (MODELING_FILE.name,)
+    odd: list[str] = []
+    wanted: list[Path] = []
+    try:
+        wanted = [path for path in parent.companions() if path.as_posix() not in own]
+        for path in wanted:
+            file = child.folder / path
+            if not file.is_file():
+                odd.append(f"{path} is missing")
+            elif file.read_bytes() != (parent.folder / path).read_bytes():
+                odd.append(f"{path} differs")
+        odd += [
+            f"{path} is not expected"
+            for path in child.companions()
+            if path not in wanted and path.name.startswith(_READ_BY_LOADERS)
+        ]
+        found = sorted(path.relative_to(child.folder).as_posix() for path in child.folder.rglob("*.py"))
+        odd += [f"{path} is not expected" for path in found if path not in code]
+        for path in code:
+            if path not in found:
+                odd.append(f"{path} is missing")
+            elif (child.folder / path).read_bytes() != MODELING_FILE.read_bytes():
+                odd.append(f"{path} is not that of the installed regroup")
+    except (OSError, RegroupError) as error:
+        odd.append(str(error).replace("\n", "; "))
+    if odd and uptrained:
+        return Promise(name, None, f"not all: {_promise(name, odd, '').detail}")
+    return _promise(name, odd, f"{len(wanted) + len(code)} files" if not odd else "")
 
 
 def _structure(child: Checkpoint, ahead: Preview) -> Iterator[Promise]:

@@ -16,6 +16,7 @@ from ..checkpoint.reader import read_json
 from ..errors import RegroupError
 from ..files import as_named
 from ..models.expected import check_loadable, refuse_kernels
+from ..models.spelled import runnable
 from .roofline import DecodingLayer, Experts, Weights
 from .variants import decoder_layers, variant
 
@@ -157,8 +158,9 @@ def _class_and_config(config: Mapping[str, Any]) -> tuple[Any, Any]:
     name = (config.get("architectures") or ["none"])[0]
     try:
         cls = getattr(modeling_regroup if name.startswith(modeling_regroup.PREFIX) else transformers, name)
-        return cls, CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    except (AttributeError, KeyError, ValueError, TypeError) as error:
+        return cls, CONFIG_MAPPING[config["model_type"]].from_dict(dict(runnable(config)))
+    # Configs are data of strangers: what is built from one may fail in any way.
+    except Exception as error:
         raise _unbuildable(name, error) from error
 
 
@@ -169,7 +171,7 @@ def _on_meta(config: Mapping[str, Any], *, encoder: bool = False) -> Any:
         with torch.device("meta"), quiet():
             model = cls._from_config(made, dtype=torch.float32, attn_implementation="eager")
             model.tie_weights()
-    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:
         raise _unbuildable(cls.__name__, error) from error
     if not hasattr(model, "generate") or not model.can_generate():
         raise RegroupError(

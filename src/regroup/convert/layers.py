@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..layout.types import AttentionLayer, Layout
 from ..models import load
+from ..models.lm_head import require_head
 from .decoder import DecoderLayer, StopError
 
 Inputs = dict[str, torch.Tensor]
@@ -32,11 +33,12 @@ class LayerStream:
         device: where layers run; hidden states stay on the CPU.
 
     Raises:
-        RegroupError: transformers cannot load the parent.
+        RegroupError: transformers cannot load the parent, or it has no output head.
     """
 
     def __init__(self, folder: Path, layout: Layout, batches: Sequence[Inputs], *, device: str = "cpu") -> None:
         self.layout, self.batches, self.device = layout, batches, torch.device(device)
+        require_head(folder, words=False)
         self.model: Any = load(folder, dtype="auto", attn_implementation="eager", progress=False)
         self.model.eval().requires_grad_(False)
         path, _, _ = layout.layers[0].module.partition(".0.")

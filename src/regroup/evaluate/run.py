@@ -17,6 +17,7 @@ from ..devices import device_named
 from ..errors import RegroupError
 from ..files import as_named, kind_of
 from ..models import load, load_tokenizer
+from ..models.lm_head import require_head
 from ..opening import readable
 from ..record import record
 from .score import score
@@ -147,6 +148,11 @@ def check_dtype(dtype: str) -> None:
 
 
 def load_for_scoring(folder: Path, dtype: str, device: str) -> Any:
-    """A checkpoint in evaluation mode on a device."""
+    """A checkpoint in evaluation mode on a device.
+
+    Raises:
+        RegroupError: it has no language-modelling head, or see ``models.load``.
+    """
+    require_head(folder)
     model: Any = load(folder, dtype=_DTYPES[dtype], progress=False)
     return model.to(device).eval()

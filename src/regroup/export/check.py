@@ -90,8 +90,9 @@ def model_inputs(config: Any, *, length: int = LENGTH) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits (rows, positions, vocabulary) in float32."""
-    return model.eval()(**inputs).logits.float()
+    """Logits (rows, positions, vocabulary) in float32; of a model without a head its last hidden states."""
+    outputs = model.eval()(**inputs)
+    return getattr(outputs, "logits", outputs[0]).float()
 
 
 def folder_logits(folder: Path, config: dict[str, Any] | None, *, length: int = LENGTH) -> Tensor:

@@ -18,6 +18,7 @@ from ..convert.rewrite import Change
 from ..errors import RegroupError
 from ..listener import Listener
 from ..models import load_tokenizer
+from ..models.lm_head import require_head
 from ..opening import Source
 from .gguf_check import check_gguf
 from .gguf_models import rounded
@@ -58,6 +59,7 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
             got=layout.family,
             remedy="where the child is stock, llama.cpp's own converter may know it: export it with --to hf first",
         )
+    require_head(opened.checkpoint.folder)  # llama.cpp would take the embedding for one that is not there
     uniform = len(set(heads)) == 1
     arch = ("qwen2" if layout.family == "qwen2" else "llama") if uniform else "deci"
     config = _config(opened)

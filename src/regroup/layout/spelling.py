@@ -29,6 +29,12 @@ _SAME = {
     **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
     **dict.fromkeys(("bart", "mbart", "pegasus", "marian", "m2m_100", "whisper"), (("d_model", "hidden_size"),)),
 }
+# What classes were called when checkpoints of them were published.
+_CLASSES = {
+    "T5WithLMHeadModel": "T5ForConditionalGeneration",
+    "LLaMAForCausalLM": "LlamaForCausalLM",
+    "GPTBigCodeLMHeadModel": "GPTBigCodeForCausalLM",
+}
 # Keys of a family's older code that transformers' class does not read: what it is called now.
 _UNREAD = {
     "stablelm": {"rope_pct": "partial_rotary_factor", "norm_eps": "layer_norm_eps"},
@@ -48,6 +54,10 @@ def as_known(config: Mapping[str, Any]) -> Mapping[str, Any]:
         config.get("model_type") == "falcon" and any(key in config for key in _FALCON)
     ):
         config = _as_falcon(config)
+    names = config.get("architectures")
+    if isinstance(names, list) and any(isinstance(name, str) and name in _CLASSES for name in names):
+        now = [_CLASSES.get(name, name) if isinstance(name, str) else name for name in names]
+        config = {**config, "architectures": now}
     model_type = config.get("model_type")
     if isinstance(model_type, str):
         for one, other in _SAME.get(model_type, ()):

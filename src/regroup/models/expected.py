@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import RegroupError
+from .spelled import runnable
 
 if TYPE_CHECKING:
     from ..layout.types import TensorInfo
@@ -28,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 # Buffers that older releases saved and newer ones make by themselves.
-_OLD_BUFFERS = re.compile(r"(^|\.)(masked_bias|rotary_emb\.inv_freq|position_ids|version)$")
+_OLD_BUFFERS = re.compile(
+    r"(^|\.)(masked_bias|attn\.bias|rotary_emb\.inv_freq|position_ids|version|embed_positions\.(weights|_float_tensor))$"
+)
 _NAMED = 5  # tensors that a message names
 _REMEDY = "correct architectures and sizes in config.json, which may be those of another model; or "
 
@@ -121,6 +124,7 @@ def check_loadable(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
             two names, of another shape than the model's, or quantised.
     """
     file = f"{where}/config.json"
+    config = runnable(config)
     cls = model_class(config, file)
     try:
         comparison = _Comparison(_expected(cls, json.dumps(config)), tensors, str(where))
@@ -177,7 +181,8 @@ class _Expected:
         merged: forms of names (see ``_form``) of tensors of which transformers makes one, such as a layer's experts.
         tied: name of a parameter to that of the one it shares.
         never_saved: names that the class makes by itself.
-        defaults: buffers that transformers fills with a constant where a file has none.
+        defaults: buffers that transformers fills with zeros where a file has none.
+        computed: tables of sines and cosines, which it computes where a file has none.
         prefix: of the base model.
     """
 
@@ -188,6 +193,7 @@ class _Expected:
     tied: dict[str, str]
     never_saved: frozenset[str]
     defaults: frozenset[str]
+    computed: frozenset[str]
     prefix: str
 
     def saved_as(self, name: str) -> str:
@@ -221,6 +227,11 @@ def _expected(cls: Any, config: str) -> _Expected:
         tied=dict(getattr(model, "all_tied_weights_keys", None) or {}),
         never_saved=frozenset(model._keys_to_ignore_on_save or ()),
         defaults=frozenset(name for name, _ in model.named_buffers() if any(rule.search(name) for rule in rules)),
+        computed=frozenset(
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if type(module).__name__.endswith("SinusoidalPositionalEmbedding")
+        ),
         prefix=f"{model.base_model_prefix}.",
     )
 
@@ -310,16 +321,18 @@ class _Comparison:
             RegroupError: see ``check_loadable``.
         """
         missing: set[str] = report["missing_keys"]
-        self._refuse_missing(self.expected.renamed.get(name, name) for name in missing)
+        self._refuse_missing(self.expected.renamed.get(name, name) for name in missing - self.expected.computed)
         self._refuse_unexpected(name for name in report["unexpected_keys"] if not _OLD_BUFFERS.search(name))
         for name, found, wanted in sorted(report["mismatched_keys"]):
             self._misshapen(name, wanted, found)
         if report["error_msgs"]:
             got = "; ".join(report["error_msgs"])[:400]
             raise RegroupError("transformers cannot load the checkpoint", file=self.where, got=got)
+        # Older files of some families have none, and are right.
         if filled := sorted(self.absent & self.expected.defaults):
-            # Older files of some families have none, and are right.
             logger.warning("%s holds no %s: transformers fills in zeros", self.where, ", ".join(filled))
+        if computed := sorted(self.absent & self.expected.computed):
+            logger.warning("%s holds no %s: transformers computes them", self.where, ", ".join(computed))
 
     def _refuse_missing(self, names: Iterable[str]) -> None:
         if missing := sorted(names):

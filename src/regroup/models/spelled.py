@@ -1,17 +1,45 @@
-"""A checkpoint's config in the words that transformers reads."""
+"""A checkpoint's config in the words that transformers reads, and without what this machine cannot run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..layout.spelling import as_known
 
+_KERNELS = ("attn_implementation", "_attn_implementation")
+# transformers' own classes fail on tuples, and its trainer on settings that the default attention cannot serve.
+_OUTPUTS = ("return_dict", "output_attentions", "output_hidden_states")
+
 
 def spelled(config: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The config in transformers' words, and whether it had others: transformers would build another model from them.
+    """The config as transformers can read it here, and whether it said something else.
 
     Raises:
         RegroupError: it contradicts itself (see ``layout.spelling``).
     """
-    found = as_known(config)
+    found = runnable(as_known(config))
     return dict(found), found is not config
+
+
+def runnable(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config without what keeps its model from running here and is no matter of its weights.
+
+    That is a choice of FlashAttention that is not installed, for which transformers would refuse the model or download
+    a kernel and run it, and what a call returns by default. A config that needs no change comes back as the same
+    object; none is changed in place.
+    """
+    left_out = {key for key in _OUTPUTS if config.get(key) is not None}
+    left_out |= {key for key in _KERNELS if isinstance(config.get(key), str) and not _installed(config[key])}
+    return {key: value for key, value in config.items() if key not in left_out} if left_out else config
+
+
+def _installed(implementation: str) -> bool:
+    from transformers.utils import import_utils
+
+    available = {
+        "flash_attention_2": import_utils.is_flash_attn_2_available,
+        "flash_attention_3": import_utils.is_flash_attn_3_available,
+        "flash_attention_4": import_utils.is_flash_attn_4_available,
+    }
+    return implementation not in available or available[implementation]()

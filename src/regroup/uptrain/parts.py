@@ -14,6 +14,7 @@ from ..checkpoint.reader import read_json
 from ..data import Batch
 from ..errors import RegroupError
 from ..models import load
+from ..models.lm_head import require_head
 from ..opening import Source, open_source
 from ..processes import world
 from .budget import Budget, known_pretraining_tokens, plan_budget
@@ -175,6 +176,7 @@ def teacher_of(recipe: Recipe, parent: Path, cache: TeacherCache | None, encoder
 
     def loaded() -> Any:
         device = _device(recipe)
+        require_head(parent)
         model: Any = load(parent, dtype="auto", progress=False)
         if device.type == "cpu" and model.dtype == torch.float16:
             model = model.float()  # CPUs compute float16 several times slower, and no better

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from ..checkpoint import Checkpoint, fetch
 from ..errors import RegroupError
 from ..models import load, load_tokenizer
+from ..models.lm_head import require_head
 from ..opening import Source, open_source
 from ..processes import world
 from . import states
@@ -104,6 +105,7 @@ def prepare(recipe: Recipe) -> Prepared:
         # The Trainer reads a sharded state itself, once the model is sharded.
         begun = folder if state["sharded"] else state_folder
     options: dict[str, Any] = {**dropouts(recipe, config)}
+    require_head(folder)
     student: Any = load(begun, dtype=torch.float32, progress=False, **options)
     freeze_tables(student)
     check_names(source.checkpoint, student, values=begun == folder)

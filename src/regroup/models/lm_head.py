@@ -1,0 +1,40 @@
+"""Whether a model has an output head at all: known from its class, before weights are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint.reader import read_json
+from ..errors import RegroupError
+from .expected import default_class, model_class
+from .spelled import spelled
+
+
+def require_head(folder: str | Path, *, words: bool = True) -> None:
+    """Refuse a checkpoint whose class gives hidden states alone, such as ``LlamaModel``.
+
+    Args:
+        folder: the checkpoint.
+        words: the head has to be one over the vocabulary, and not that of a classifier.
+
+    Raises:
+        RegroupError: there is no such head; or see ``expected.model_class``.
+    """
+    import transformers
+
+    file = Path(folder) / "config.json"
+    config, _ = spelled(read_json(file))
+    cls = model_class(config, str(file))
+    bases: tuple[type, ...] = (transformers.MODEL_MAPPING[cls.config_class],)
+    if cls.can_generate() if words else not issubclass(cls, bases):
+        return
+    known = default_class(config.get("model_type"))
+    raise RegroupError(
+        f"the model has no {'language-modelling' if words else 'output'} head, without which it predicts nothing",
+        file=file,
+        expected=f'architectures such as ["{known.__name__}"]' if known else "a class with a language-modelling head",
+        got=cls.__name__,
+        remedy="name that class there, if the checkpoint holds its head or the head is the embedding"
+        if issubclass(cls, bases)
+        else "start from a language model; this one was trained for another task",
+    )
