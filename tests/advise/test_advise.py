@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,10 @@ import torch
 import runs
 import tiny
 from helpers import load_recipe, refused, run
+from regroup.advise.hardware import KNOWN
 from regroup.advise.run import advise
 from regroup.convert.text import CalibrationText
+from regroup.errors import RegroupError
 from regroup.planning import plan_checkpoint
 
 GIVEN: dict[str, Any] = {"hardware_name": "l4", "context": 32, "batch": 4, "dtype": "float32"}
@@ -127,15 +130,76 @@ def test_a_bench_record_makes_floors_predictions(tmp_path: Path) -> None:
         assert 1e3 * mine.token_seconds == pytest.approx(one["regroup"]["token_ms"]["p50"])
 
 
+@pytest.mark.usefixtures("quick")
+def test_measured_and_predicted_times_do_not_contradict_each_other(tmp_path: Path) -> None:
+    parent, _ = runs.pair(tmp_path)
+    bench = tmp_path / "bench.json"
+    run("bench", "decode", parent, "--kv-heads", "6,2", "--batch", 2, "--prompt", 30, "--new", 4, "-o", bench)
+    whole = json.loads(bench.read_text())
+    for model, took in zip(whole["results"]["models"], (3.0, 5.0), strict=True):  # noise: less cache, and slower
+        model["regroup"]["token_ms"]["p50"] = took
+    bench.write_text(json.dumps(whole | {"machine": {"processor": "Abacus 9000"}}))
+    given = {**GIVEN, "hardware_name": "this", "batch": 2}
+    found = advise(str(parent), bench=[bench], **given)
+    times = {one.name: 1e3 * one.token_seconds for one in found.predictions}
+    assert times["the parent"] == pytest.approx(3.0)
+    assert times["G = 2"] == pytest.approx(5.0)
+    assert 3.0 < times["G = 3"] < 5.0
+    assert 0.5 < times["G = 1"] / times["G = 2"] < 1.0
+    for name in times:  # equal caches
+        if name.startswith("by layer"):
+            same = {p.name: p.cache_bytes for p in found.predictions}
+            other = name.removeprefix("by layer, as ")
+            assert same[name] < same[other] or times[name] == pytest.approx(times[other])
+    assert any("Abacus 9000" in line for line in found.assumptions)
+    # Negative control: of other settings nothing is taken, and the parts of a step are fitted.
+    for other in ({"context": 20}, {"batch": 3}, {"dtype": "bfloat16"}, {"tensor_parallel": 2}):
+        apart = advise(str(parent), bench=[bench], **{**given, **other})
+        assert 1e3 * apart.predictions[0].token_seconds != pytest.approx(3.0)
+    status, out, message = run(
+        "advise", parent, "--hardware", "this", "--context", 32, "--batch", 2, "--dtype", "float32", "--bench", bench
+    )
+    assert status == 0, message
+    if found.choice.prediction.token_seconds > 3e-3:
+        assert re.search(r"3\.00 → .* ms per token, 1\.\d\d times slower", out)
+
+
+def test_a_step_reads_the_context_that_is_asked_about(tmp_path: Path) -> None:
+    """Time and memory are of one moment, the last token's; what an encoder-decoder makes is nothing to others."""
+    parent, _ = runs.pair(tmp_path)
+    config = json.loads((parent / "config.json").read_text())
+    # A batch so large that the cache is all that a step reads, and a processor so fast that reading is all it does.
+    given = {**GIVEN, "batch": 10**9, "memory_bytes": 10**30}
+    one = advise(str(parent), **given).predictions[0]
+    layers, width = config["num_hidden_layers"], config["num_key_value_heads"] * config["head_dim"]
+    assert one.cache_bytes == 2 * layers * width * 32 * 4 * 10**9
+    rates = KNOWN["l4"]
+    flops = 4 * layers * config["num_attention_heads"] * config["head_dim"] * 32 * 10**9
+    attention = max(one.cache_bytes / rates.bandwidth, flops / rates.rate("float32"))
+    weights = advise(str(parent), **{**given, "context": 2}).predictions[0].token_seconds
+    assert one.token_seconds - weights == pytest.approx(attention * 30 / 32, rel=1e-6)
+    assert advise(str(parent), **given, new=3).predictions[0].token_seconds == one.token_seconds
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_batch_that_no_memory_holds_is_asked_about(tmp_path: Path) -> None:
+    """Rates of products with a billion rows are those of many rows, and not allocated."""
+    parent, _ = runs.pair(tmp_path)
+    given = {**GIVEN, "hardware_name": "this", "batch": 10**9}
+    assert advise(str(parent), **given, memory_bytes=10**30).predictions[0].largest_batch > 10**9
+    with pytest.raises(RegroupError, match="keeps to the limits"):
+        advise(str(parent), **given)
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         (("--hardware", "h1000"), ("not in the table", "h100")),
         (("--max-loss", 0.1), ("needs text", "--calibration")),
         (("--uptrain-tokens", "1M"), ("needs text", "--calibration")),
-        (("--context", tiny.MAX_POSITIONS + 1), ("more positions",)),
+        (("--context", tiny.MAX_POSITIONS + 1), ("more positions", "lower --context")),
         (("--memory", 1e-9), ("keeps to the limits", "at best")),
-        (("--max-time", 1e-9), ("keeps to the limits", "s a token, with G = 1")),
+        (("--max-time", 1e-9), ("keeps to the limits", " ms a token, with G = 1")),
         (("--dtype", "int3"), ("dtype",)),
         (("--memory", 0), ("keeps to the limits", "at best a batch of 0")),
         (("--memory", "inf"), ("not a number of GB",)),

@@ -154,7 +154,7 @@ def choose(
         (lambda p: p.largest_batch >= batch, lambda p: -p.largest_batch, "a batch of {:.0f}"),
     ]
     if max_seconds is not None:
-        limits.append((lambda p: p.token_seconds <= max_seconds, lambda p: p.token_seconds, "{:.4g} s a token"))
+        limits.append((lambda p: p.token_seconds <= max_seconds, lambda p: 1e3 * p.token_seconds, "{:.4g} ms a token"))
     if max_loss is not None:
 
         def loss(one: Prediction) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..bench.build import Model
 from ..convert.text import CalibrationText
-from .measured import Machine
+from .measured import Bench, Machine
 from .predict import Efficiency
 from .recovery import Recovery
 
@@ -33,18 +35,29 @@ def sure_of(rests_on: str, calibration: CalibrationText | None, recovery: Recove
 def assumptions(
     machine: Machine,
     efficiency: Efficiency,
+    records: Sequence[Bench],
+    timed: int,
     calibration: CalibrationText | None,
     recovery: Recovery,
     uptrain_tokens: int | None,
     parent: Model,
     tensor_parallel: int,
 ) -> list[str]:
-    """What memory and times, and the loss as far as there is text, rest on: a line each."""
+    """What memory and times, and the loss as far as there is text, rest on: a line each.
+
+    ``timed`` is how many steps the records have of the very setting that is asked about.
+    """
     lines = [machine.source()]
-    if efficiency.measured:
+    places = ", ".join(dict.fromkeys(record.place for record in records))
+    if timed:
+        lines.append(
+            f"times are those that the bench records measured in this setting with {timed} numbers of KV heads (on: "
+            f"{places}), and in proportion where they measured none"
+        )
+    elif efficiency.measured:
         lines.append(
             f"a step takes {efficiency.weights:.2f} times its floor in linear layers and {efficiency.attention:.2f} "
-            "times in attention, by the bench records and their batches"
+            f"times in attention, by the bench records and their batches (measured on: {places})"
         )
     else:
         lines.append("times are floors: no engine is faster, most are slower; --bench RECORD makes them predictions")

@@ -14,7 +14,7 @@ import torch
 
 from ..bench.build import Model, describe
 from ..bench.machine import product_rate, read_bandwidth
-from ..bench.work import Work, step_costs
+from ..bench.work import Work, middle_context, step_costs
 from ..checkpoint.reader import read_json
 from ..errors import RegroupError
 from ..listener import Listener
@@ -195,11 +195,13 @@ class Bench:
         path: of the file.
         work: what was decoded.
         models: each with its measured seconds a token.
+        place: the accelerator or processor that it was measured on, as the record names it.
     """
 
     path: Path
     work: Work
     models: tuple[tuple[Model, float], ...]
+    place: str
 
     @classmethod
     def load(cls, path: Path, *, processor: bool | None = None) -> Bench:
@@ -244,23 +246,53 @@ class Bench:
                 models.append((model, took))
             if not models:
                 raise ValueError("no model")
+            machine = value.get("machine", {})
+            place = str(machine.get("processor" if done["device"] == "cpu" else "accelerator", "not named"))
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise RegroupError(
                 "the record of decoding lacks something", file=path, got=f"{type(error).__name__}: {error}"
             ) from error
-        return cls(path, work, tuple(models))
+        return cls(path, work, tuple(models), place)
 
-    def seconds_of(self, model: Model, work: Work) -> float | None:
-        """What was measured of just this, if it was."""
-        if (work.batch, work.prompt, work.dtype) != (self.work.batch, self.work.prompt, self.work.dtype):
-            return None
-        for other, seconds in self.models:
-            same = other.parameters == model.parameters and other.layers == model.layers
-            if same and [x.num_key_value_heads for x in other.attention] == [
-                x.num_key_value_heads for x in model.attention
-            ]:
-                return seconds
-        return None
+    def of_just(self, model: Model, work: Work) -> list[tuple[Model, float]]:
+        """What was measured of a model, with any KV heads, in just this setting: the context is within an eighth."""
+        if (work.batch, work.dtype) != (self.work.batch, self.work.dtype):
+            return []
+        if model.is_encoder_decoder and work.prompt != self.work.prompt:
+            return []
+        asked = middle_context(model, work)
+        if abs(middle_context(model, self.work) - asked) > asked / 8:
+            return []
+        return [(other, seconds) for other, seconds in self.models if _frame(other) == _frame(model)]
+
+
+def _frame(model: Model) -> tuple[Any, ...]:
+    """What two models have in common that differ in their KV heads alone."""
+    heads = [(layer.kind, layer.num_attention_heads, layer.head_dim, layer.window) for layer in model.attention]
+    return model.layers, model.hidden, model.intermediate, model.vocabulary, model.is_encoder_decoder, heads
+
+
+def beside(estimate: float, known: Sequence[tuple[float, float]]) -> float:
+    """Seconds of a step from those that were measured of other KV heads in the same setting.
+
+    Steps with equal estimates take equal times, so that a measured candidate and one that was not do not contradict
+    each other.
+
+    Args:
+        estimate: seconds, by arithmetic.
+        known: the same of what was measured, and how long that took; one at least.
+
+    Returns:
+        Between two of them by linear interpolation, beyond them in proportion to the nearest.
+    """
+    ordered = sorted(dict(reversed(known)).items())  # of several with one estimate, the first
+    below = [pair for pair in ordered if pair[0] <= estimate]
+    above = [pair for pair in ordered if pair[0] >= estimate]
+    if not below or not above:
+        nearest, took = (below[-1:] or above[:1])[0]
+        return took * estimate / nearest
+    (low, first), (high, second) = below[-1], above[0]
+    return first if high == low else first + (second - first) * (estimate - low) / (high - low)
 
 
 def efficiency_of(records: Sequence[Bench], machine: Machine, batch: int) -> Efficiency:

@@ -25,8 +25,8 @@ from . import hardware
 from .candidates import Candidate, candidates, from_config
 from .choose import Choice, Prediction, choose, pareto
 from .grounds import assumptions, sure_of
-from .measured import Bench, Machine, efficiency_of, fastest_dtype, measure
-from .predict import Efficiency, Heads, Setting, Shape, first_token_seconds, largest_batch, memory, step_seconds
+from .measured import Bench, Machine, beside, efficiency_of, fastest_dtype, measure
+from .predict import Heads, Setting, Shape, first_token_seconds, largest_batch, memory, step_seconds
 from .recovery import Recovery
 
 THIS = "this"
@@ -120,11 +120,16 @@ def advise(
         )
     own = str(device_named(device)) if hardware_name == THIS else "cpu"
     dtypes = (dtype,) if dtype is not None else _dtypes(own) if hardware_name == THIS else ("bfloat16",)
+    # Dtypes and numbers are refused before anything is downloaded.
     works = [Work(batch, context, max(2, new), name, own) for name in dtypes]
     known = None if hardware_name == THIS else hardware.named(hardware_name)
     config, folder = read_config(source, revision=revision)
     parent = describe(config, kv_heads=None, layers=None)
-    check_positions(parent, Work(batch, max(1, context - (0 if parent.is_encoder_decoder else 2)), 2, "float32", "cpu"))
+    room = max(1, context - (0 if parent.is_encoder_decoder else 2))
+    check_positions(parent, Work(batch, room, 2, "float32", "cpu"), asked="the context", options="--context")
+    if not parent.is_encoder_decoder:
+        # The step that makes the last token, for which all the context is in the cache.
+        works = [replace(work, prompt=max(1, context - 1), new=2) for work in works]
     records = [Bench.load(path, processor=known is None and own == "cpu") for path in bench]
     available = memory_bytes
     if available is None:
@@ -154,10 +159,19 @@ def advise(
     setting = Setting(batch, context, new, work.dtype, tensor_parallel)
     efficiency = efficiency_of(records, machine, batch)
     recovery = Recovery.load()
-    predictions = [
-        _predict(candidate, model, setting, work, machine, efficiency, records, available, recovery, uptrain_tokens)
-        for candidate, model in zip(found, models, strict=True)
-    ]
+
+    def estimate(model: Model) -> float:
+        return step_seconds(*divided(model, work, setting.devices), machine.rates(model, work), efficiency)
+
+    # Records are of one device.
+    just = [pair for bench in records for pair in bench.of_just(parent, work)] if tensor_parallel == 1 else []
+    timed = [(estimate(model), took) for model, took in just]
+    predictions = []
+    for candidate, model in zip(found, models, strict=True):
+        seconds = beside(estimate(model), timed) if timed else estimate(model)
+        predictions.append(
+            _predict(candidate, model, setting, work, machine, seconds, available, recovery, uptrain_tokens)
+        )
     choice = choose(predictions, batch=batch, max_loss=max_loss, max_seconds=max_seconds)
     plan = found[predictions.index(choice.prediction)].plan
     if plan is not None and folder is not None:
@@ -166,7 +180,9 @@ def advise(
                 plan = grouped(opened, plan, told)
         plan.check(detect(config))
     front = pareto(predictions)
-    lines = assumptions(machine, efficiency, calibration, recovery, uptrain_tokens, parent, tensor_parallel)
+    lines = assumptions(
+        machine, efficiency, records, len(timed), calibration, recovery, uptrain_tokens, parent, tensor_parallel
+    )
     if why is not None:
         lines.insert(1, why)
     rests_on = "config" if folder is None else "weights" if calibration is None else "text"
@@ -210,8 +226,7 @@ def _predict(
     setting: Setting,
     work: Work,
     machine: Machine,
-    efficiency: Efficiency,
-    records: Sequence[Bench],
+    seconds: float,
     available: int,
     recovery: Recovery,
     uptrain_tokens: int | None,
@@ -219,10 +234,7 @@ def _predict(
     held = parameters_of(candidate.config)
     shape = Shape(held, model.attention, model.hidden, model.intermediate, model.vocabulary, model.is_encoder_decoder)
     taken = memory(shape, setting)
-    weights, attention = divided(model, work, setting.devices)
-    seconds = next((t for bench in records if (t := bench.seconds_of(model, work)) is not None), None)
-    if seconds is None:
-        seconds = step_seconds(weights, attention, machine.rates(model, work), efficiency)
+    weights, _ = divided(model, work, setting.devices)
     prompt = Cost(weights.nbytes, prompt_flops(model, held, setting) // setting.devices)
     first = first_token_seconds(prompt, machine.prompt_rate(model, setting.dtype), machine.bandwidth())
     loss: dict[str, float] = {}

@@ -20,6 +20,8 @@ _READ_BYTES = 512 << 20
 # reading does not bind, and a large matrix shows what starting the threads hides in a small one.
 _CACHED_BYTES = (128 << 10, 512 << 10, 4 << 20)
 _PRODUCTS = 8
+# A product of more rows is no faster: arithmetic binds long before. As many as somebody asks about fit in no memory.
+_MOST_ROWS = 1024
 _SECONDS = 0.1
 # A product's rate is known after so many seconds even where a dtype is emulated, which can be a thousand times slower.
 _MOST_SECONDS = 3.0
@@ -117,10 +119,11 @@ def product_rate(
     layers. On a GPU operands are large, for it has no such caches.
 
     Returns:
-        The best of several forms of the product, our fast linear layers among them. It is known after some seconds
+        The best of several forms of the product, our fast linear layers among them; of more than 1,024 rows it is that
+        of 1,024. It is known after some seconds
         however slow the machine is in this dtype: larger products are left out there, and the smallest made smaller.
     """
-    device = torch.device(device)
+    device, rows = torch.device(device), min(rows, _MOST_ROWS)
     size = torch.empty((), dtype=dtype).element_size()
     ways: dict[str, tuple[Callable[[], object], int]] = {}
     most = _affordable(rows, inner, dtype, device)

@@ -125,10 +125,14 @@ def cache_bytes(model: Model, work: Work) -> int:
     return kv_cache_bytes(model.attention, context=own, encoder_context=work.prompt, batch=work.batch, dtype=work.dtype)
 
 
+def middle_context(model: Model, work: Work) -> int:
+    """Tokens in the decoder's cache in the middle of the new ones."""
+    return max(1, work.new // 2 if model.is_encoder_decoder else work.prompt + work.new // 2)
+
+
 def step_costs(model: Model, work: Work) -> tuple[Cost, Cost]:
     """What a step in the middle of the new tokens reads and computes: the weights' part, and attention's."""
-    own = work.new // 2 if model.is_encoder_decoder else work.prompt + work.new // 2
-    sizes = {"context": max(1, own), "batch": work.batch, "encoder_context": work.prompt}
+    sizes = {"context": middle_context(model, work), "batch": work.batch, "encoder_context": work.prompt}
     attention = Cost(
         kv_cache_bytes(model.attention, dtype=work.dtype, **sizes), attention_flops(model.attention, **sizes)
     )
@@ -177,8 +181,20 @@ class Roofs:
         }
 
 
-def check_positions(model: Model, work: Work) -> None:
-    """Refuse more tokens than the model has positions for."""
+def check_positions(
+    model: Model,
+    work: Work,
+    *,
+    asked: str = "the prompt with the new tokens",
+    options: str = "--prompt or --new",
+) -> None:
+    """Refuse more tokens than the model has positions for.
+
+    Args:
+        model, work: what is decoded.
+        asked: what the tokens of a decoder-only model are called, and
+        options: what the command line calls them, both for the message.
+    """
     config = model.config
     if config.get("model_type") in ("t5", "mt5", "umt5", "bloom") or config.get("alibi"):
         return
@@ -190,11 +206,11 @@ def check_positions(model: Model, work: Work) -> None:
                 f"{what} needs more positions than the model has",
                 expected=f"at most {config[key]} ({key})",
                 got=tokens,
-                remedy="lower --prompt or --new",
+                remedy=f"lower {options}",
             )
 
     if model.is_encoder_decoder:
         check("the prompt", work.prompt, ("max_source_positions", "max_position_embeddings"))
         check("what is decoded", work.new, ("max_target_positions", "max_position_embeddings"))
     else:
-        check("the prompt with the new tokens", work.prompt + work.new, ("max_position_embeddings", "n_positions"))
+        check(asked, work.prompt + work.new, ("max_position_embeddings", "n_positions"))

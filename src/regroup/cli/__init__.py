@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from ..errors import AgreedError, RegroupError
 from ..progress import on_terminal, quiet_libraries
 from . import advise, bench, convert, demo, evaluate, export, inspect, plan, report, streams, uptrain, verify
-from .options import summary
+from .options import Verb, summary
 
 
 class _Verbs(TyperGroup):
@@ -58,7 +58,7 @@ for _verb in (
     report.report,
     demo.demo,
 ):
-    app.command(short_help=summary(_verb))(_verb)
+    app.command(cls=Verb, short_help=summary(_verb))(_verb)
 app.add_typer(bench.app, name="bench", short_help=bench.app.info.help)
 
 

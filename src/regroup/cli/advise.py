@@ -168,11 +168,12 @@ def _recommend(out: Any, advice: Any, source: str, output: Path | None, text: di
     saved = original.cache_bytes / chosen.cache_bytes
     speed = original.token_seconds / chosen.token_seconds
     before, after = (_milliseconds(one.token_seconds) for one in (original, chosen))
+    compared = f"{speed:.2f} times faster" if speed >= 1 else f"{1 / speed:.2f} times slower"
     facts = {
         "cache": f"{human_bytes(original.cache_bytes)} → {human_bytes(chosen.cache_bytes)} in {setting.dtype}, "
         f"{saved:.1f} times smaller (batch {setting.batch:,}, context {setting.context:,})",
         "sequences": f"{original.largest_batch:,} → {chosen.largest_batch:,} fit",
-        "time": f"{before} → {after} ms per token, {speed:.2f} times faster",
+        "time": f"{before} → {after} ms per token, {compared}",
         "loss": _loss(chosen),
         "how sure": advice.sure,
     }

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RegroupError
-from .options import AllowPickle, Json, Record, check_file, numbers, summary
+from .options import AllowPickle, Json, Record, Verb, check_file, numbers, summary
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -173,7 +173,7 @@ def attention(
 
 
 for _verb in (decode, attention):
-    app.command(short_help=summary(_verb))(_verb)
+    app.command(cls=Verb, short_help=summary(_verb))(_verb)
 
 
 def _finish(record: dict[str, Any], output: Path | None, json: bool, write: Any, err: Any) -> None:

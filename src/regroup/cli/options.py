@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ..errors import RegroupError
 
@@ -112,6 +113,25 @@ class Calibration:
             **{name: size for name, size in sizes.items() if size is not None},
             document_starts=self.document_starts,
         )
+
+
+# What PyTorch and Python's own iterators count with.
+_LARGEST = 2**63 - 1
+
+
+class Verb(TyperCommand):
+    """A command that refuses numbers which nothing counts with, before they end in some library's error."""
+
+    def invoke(self, ctx: Any) -> Any:
+        for parameter in self.params:
+            value = ctx.params.get(parameter.name)
+            if type(value) is int and abs(value) > _LARGEST:
+                raise RegroupError(
+                    "a number is too large",
+                    expected=f"{parameter.opts[0]} of at most {_LARGEST:,}",
+                    got=value,
+                )
+        return super().invoke(ctx)
 
 
 def spread(verb: Callable[..., None]) -> Callable[..., None]:

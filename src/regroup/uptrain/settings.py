@@ -26,6 +26,8 @@ _CHOICES = {
     "schedule": ("auto", *SCHEDULES),
     "dtype": DTYPES,
 }
+# Whole numbers are counted with in 64 bits.
+_LARGEST = 2**63 - 1
 # Least and greatest value. A bound in _OPEN is not reached itself.
 _RANGES: dict[str, tuple[float, float | None]] = {
     "alpha": (0, 1),
@@ -50,7 +52,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "betas": (0, 1),
     "dropout": (0, 1),
     "clip_norm": (0, None),
-    "seed": (0, None),
+    "seed": (0, 2**32 - 1),  # as NumPy takes them
     "shuffle_buffer": (1, None),
     "workers": (0, None),
     "held_out_windows": (1, None),
@@ -111,6 +113,8 @@ def checked(key: str, value: Any, hint: Any, path: Path | None) -> Any:
     except (TypeError, ValueError, RegroupError):
         raise refuse(_word(kind)) from None
     parts = result if isinstance(result, tuple) else (result,)
+    if any(type(part) is int and part > _LARGEST for part in parts):
+        raise refuse(f"at most {_LARGEST}")
     if key in _CHOICES and not set(parts) <= set(_CHOICES[key]):
         raise refuse("one of " + ", ".join(_CHOICES[key]))
     if key in _RANGES:
