@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.reader import read_json
 from ..errors import RegroupError
@@ -25,7 +26,8 @@ def require_head(folder: str | Path, *, words: bool = True) -> None:
     file = Path(folder) / "config.json"
     config, _ = spelled(read_json(file))
     cls = model_class(config, str(file))
-    bases: tuple[type, ...] = (transformers.MODEL_MAPPING[cls.config_class],)
+    mapping: Any = transformers.MODEL_MAPPING
+    bases: tuple[type, ...] = (mapping[cls.config_class],)
     if cls.can_generate() if words else not issubclass(cls, bases):
         return
     known = default_class(config.get("model_type"))
