@@ -188,6 +188,21 @@ def test_an_uptrained_child_is_checked_for_structure(pair: tuple[Path, Path], tm
     assert EMBED in said
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
+def test_masks_beside_the_weights_are_compared_too(dtype: torch.dtype, saved: Saved, tmp_path: Path) -> None:
+    """Pythia's and GPT-2's files hold them."""
+    mask = "gpt_neox.layers.0.attention.bias"
+    parent, child = copy(saved("gpt_neox"), tmp_path / "parent"), tmp_path / "child"
+    state = load_file(parent / "model.safetensors")
+    save_file({**state, mask: torch.ones(1, 1, 64, 64, dtype=dtype)}, parent / "model.safetensors", {"format": "pt"})
+    assert run("convert", parent, child, "--kv-heads", 3, "--method", "mean")[0] == 0
+    assert verdict(parent, child) == ("kept", "")
+    changed(child, mask, lambda tensor: tensor.logical_not().to(dtype))
+    found, said = verdict(parent, child)
+    assert found == "broken"
+    assert mask in said
+
+
 def _swap(file: Path) -> None:
     """Two token ids of a tokenizer change places."""
     tokenizer = json.loads(file.read_text())

@@ -317,6 +317,16 @@ class TestThroughTransformers:
         ids = torch.arange(12)[None]
         assert torch.equal(cast(Any, load(tmp_path / "back"))(ids).logits, model(ids).logits)
 
+    def test_without_a_number_of_kv_heads_there_are_as_many_as_queries(self, saved: Saved, tmp_path: Path) -> None:
+        """The key is optional; transformers' loader, which stands in for llama.cpp, reads such a file wrongly."""
+        said(saved("llama"), tmp_path / "m.gguf", "--to", "gguf", "--no-check")
+        rewritten(tmp_path / "m.gguf", head_count_kv=None)
+        assert "llama.attention.head_count_kv" not in fields(tmp_path / "m.gguf")
+        said(tmp_path / "m.gguf", tmp_path / "back", "--to", "hf")
+        assert_same_tensors(tensors(tmp_path / "back"), tensors(saved("llama")))
+        rewritten(tmp_path / "m.gguf", head_count=3)
+        assert "attn" in refused("export", tmp_path / "m.gguf", tmp_path / "no", "--to", "hf")
+
     def test_factors_of_another_origin(self, saved: Saved, tmp_path: Path) -> None:
         """A list of factors that are no Llama 3's: what rotates is what the file says."""
         said(saved("llama"), tmp_path / "m.gguf", "--to", "gguf", "--no-check")

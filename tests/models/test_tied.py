@@ -13,7 +13,7 @@ import transformers
 
 import regroup
 import tiny
-from helpers import config_of, copy, edit_json, logits, run, tensors, write
+from helpers import config_of, copy, edit_json, logits, refused, run, tensors, write
 from regroup.layout import detect
 from regroup.layout.families import FAMILIES, family_for, stored_ties, ties
 from regroup.opening import open_source
@@ -175,3 +175,12 @@ def test_a_stored_head_of_its_own_survives_training(name: str, saved: Saved, tmp
     torch.testing.assert_close(after[head], before[head] + 0.25)
     embedding = dict(FAMILIES[tiny.FAMILIES[name].model_type].tied)[head]
     assert torch.equal(after[embedding], before[embedding])
+
+
+@pytest.mark.parametrize("name", ["bloom", "cohere", "gemma", "gemma2", "whisper"])
+def test_a_head_of_its_own_that_vllm_would_leave_out_is_refused(name: str, saved: Saved, tmp_path: Path) -> None:
+    folder, _ = with_own_head(saved(name), tmp_path / "in")
+    assert "head" in refused("export", folder, tmp_path / "own", "--to", "vllm", "--no-check")
+    assert not (tmp_path / "own").exists()
+    assert run("export", saved(name), tmp_path / "tied", "--to", "vllm", "--no-check")[0] == 0
+    assert run("export", folder, tmp_path / "hf", "--to", "hf", "--no-check")[0] == 0

@@ -85,6 +85,16 @@ class Checkpoint:
                 got=entry.dtype,
                 remedy="start from the unquantised checkpoint",
             )
+        return self.read_bytes(tensor).view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+
+    def read_bytes(self, tensor: str) -> torch.Tensor:
+        """Read one tensor of any dtype as what is stored: its bytes, uint8 of shape (nbytes,).
+
+        Raises:
+            RegroupError: the file has shrunk, or memory does not hold the tensor.
+        """
+        file = self._file_of[tensor]
+        entry = self.shards[file][tensor]
         buffer = _room(entry.nbytes, self.folder / file, tensor)
         view = buffer.numpy().data
         with unreadable(self.folder / file, tensor), (self.folder / file).open("rb", buffering=0) as stream:
@@ -100,7 +110,7 @@ class Checkpoint:
                         got=f"{entry.start + done} bytes",
                     )
                 done += count
-        return buffer.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+        return buffer
 
     def same(self, tensor: str, other: str) -> bool:
         """Whether two tensors hold the same numbers; those of another dtype are compared in float64."""

@@ -92,7 +92,7 @@ def model_inputs(config: Any, *, length: int = LENGTH) -> dict[str, Tensor]:
 def logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """Logits (rows, positions, vocabulary) in float32; of a model without a head its last hidden states."""
     outputs = model.eval()(**inputs)
-    return getattr(outputs, "logits", outputs[0]).float()
+    return (outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state).float()
 
 
 def folder_logits(folder: Path, config: dict[str, Any] | None, *, length: int = LENGTH) -> Tensor:

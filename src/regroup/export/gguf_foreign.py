@@ -139,8 +139,12 @@ def stand_in(file: GGUFFile, rope: str, dtype: torch.dtype) -> Any:
         dtype: of the model.
     """
     arch = file.values["general.architecture"]
+    # Without this key there are as many KV heads as query heads, and the loader leaves the file's order of rows.
+    ordered = f"{arch}.attention.head_count_kv" in file.values
     biases = {name.split(".")[-2] for name in file.tensors if name.endswith(".bias")}
     if rope != "default" or FREQUENCIES in file.tensors or arch not in _STAND_IN or not biases <= _STAND_IN[arch]:
+        return None
+    if not ordered:
         return None
     try:
         model, missed = load_gguf(file.path, dtype)

@@ -21,6 +21,9 @@ from ..plan import LayerPlan, Plan
 LLAMA_LAYERS = ("llama", "mistral")
 # Model types whose layout other programs brought up, and which transformers reads in regroup's form alone.
 FOREIGN = ("deci", "nemotron-nas")
+# Families whose classes in vLLM skip a stored output head, whatever the config says of tying (its models/bloom.py,
+# commandr.py, gemma.py, gemma2.py and whisper.py).
+_HEAD_IGNORED = ("bloom", "cohere", "gemma", "gemma2", "whisper")
 
 
 def heads_of(layout: Layout) -> tuple[int, ...]:
@@ -46,12 +49,20 @@ def check_devices(layout: Layout, devices: int) -> None:
     plan_of(layout, heads_of(layout), tensor_parallel=devices).check(layout)
 
 
-def check_served(config: Mapping[str, Any]) -> None:
-    """Refuse a config that vLLM would run as another model than transformers does.
+def check_served(config: Mapping[str, Any], layout: Layout) -> None:
+    """Refuse what vLLM would run as another model than transformers does.
 
     Raises:
-        RegroupError: with the switch.
+        RegroupError: with the switch; or the model's head is not its embedding, which vLLM takes for it in this family.
     """
+    if layout.family in _HEAD_IGNORED and not layout.tied_embeddings:
+        raise RegroupError(
+            "vLLM would answer otherwise than transformers: it leaves out this family's stored head",
+            file="config.json",
+            expected="the embedding as output head",
+            got=f"a {layout.family} with a head of its own",
+            remedy="export it with --to hf",
+        )
     if slow_output(config):
         raise RegroupError(
             "vLLM would answer otherwise than transformers: it adds the output biases, which this switch leaves out",

@@ -20,6 +20,7 @@ from ..opening import Source, open_source
 from .folder import CONFIGURATION_FILE, write_folder
 from .heads import (
     FOREIGN,
+    LLAMA_LAYERS,
     block_config,
     check_devices,
     check_served,
@@ -145,7 +146,7 @@ def _export_folder(opened: Source, destination: Path, request: Request) -> Expor
             remedy="export it with --to hf, for transformers or for CTranslate2's converter",
         )
     if request.to == "vllm":
-        check_served(checkpoint.config)
+        check_served(checkpoint.config, layout)
     if opened.ignores_code:
         request.notes.append("the code that the checkpoint brings along was neither run nor copied")
     heads = wanted_heads(opened, request)
@@ -200,13 +201,14 @@ def wanted_heads(opened: Source, request: Request) -> tuple[int, ...]:
             f"KV heads were repeated ({spell(layout)}, now {heads[0]} in every layer): the cache grows with them"
         )
     elif request.to == "hf" and not stock and opened.checkpoint.config.get("model_type") not in FOREIGN:
+        engines = "export it with --to vllm or --to gguf, " if layout.family in LLAMA_LAYERS else ""
         raise RegroupError(
             "no stock class of transformers holds these KV heads",
             file=opened.folder,
             expected=_HELD[layout.native_kv_heads],
             got=spell(layout),
-            remedy="load it as it is with trust_remote_code=True, export it with --to vllm or --to gguf, or repeat KV "
-            "heads until a stock class holds them: --expand",
+            remedy=f"load it as it is with trust_remote_code=True, {engines}or repeat KV heads until a stock class "
+            "holds them: --expand",
         )
     if devices is not None and min(heads) < devices:
         few = f"{min(heads)} KV heads for {devices} devices"

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..layout.spelling import as_known
 
-_KERNELS = ("attn_implementation", "_attn_implementation")
+_KERNELS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 # transformers' own classes fail on tuples, and its trainer on settings that the default attention cannot serve.
 _OUTPUTS = ("return_dict", "output_attentions", "output_hidden_states")
 
