@@ -20,6 +20,7 @@ from regroup.safe_text import visible
 from test_safe_text import NAMES, by_bash
 
 COMMAND = [sys.executable, "-m", "regroup.cli"]
+REFERENCE = Path(__file__).parents[1] / "docs/cli.md"
 # Names that a folder and a file can have.
 POSSIBLE = [name for name in NAMES if name and "/" not in name and len(name) < 200]
 
@@ -183,6 +184,89 @@ cli.main()
     assert done.stderr.rstrip().endswith(b"nothing half-written was left behind"), done.stderr
     assert b"Traceback" not in done.stderr
     assert everything(tmp_path) == []
+
+
+@pytest.mark.parametrize("comes_again", [True, False], ids=["as it is", "control"])
+@pytest.mark.parametrize("swallowed", ["except", "finalizer"])
+def test_signals_that_a_library_swallows(swallowed: str, comes_again: bool) -> None:
+    """An ``except:`` or code that cannot raise takes the exception: the command ends all the same."""
+    script = f"""
+import os, signal, sys, time, typer
+from regroup import cli
+from regroup.cli import streams
+def stop():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.01)
+class Swallowing:
+    def __del__(self):
+        stop()
+def verb() -> None:
+    if not {comes_again}:
+        streams.settled()
+    if {swallowed == "finalizer"}:
+        Swallowing()
+    else:
+        try:
+            stop()
+        except:
+            pass
+    for _ in range(100):
+        time.sleep(0.01)
+    print("worked on")
+cli.app.registered_commands.clear()
+cli.app.command(name="verb")(verb)
+sys.argv = ["regroup", "verb"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, timeout=60)
+    if comes_again:
+        assert (done.returncode, done.stdout) == (2, b""), done.stderr
+        assert done.stderr.rstrip().endswith(b"nothing half-written was left behind"), done.stderr
+    else:
+        assert (done.returncode, done.stdout) == (0, b"worked on\n"), done.stderr
+
+
+def test_a_signal_as_the_process_ends_leaves_its_status() -> None:
+    """Python puts the system's handlers back before it is gone; a second Ctrl-C would become the exit status."""
+    script = """
+import os, signal, sys
+from regroup import cli
+class Late:
+    def __del__(self, kill=os.kill, me=os.getpid(), number=signal.SIGINT):
+        kill(me, number)
+late = Late()
+def verb() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    signal.pause()
+cli.app.registered_commands.clear()
+cli.app.command(name="verb")(verb)
+sys.argv = ["regroup", "verb"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, timeout=60)
+    assert done.returncode == 2, done.stderr
+    control = script.replace("cli.main()", "cli.streams.atexit.register = lambda *_: None\ncli.main()")
+    done = subprocess.run([sys.executable, "-c", control], capture_output=True, check=False, timeout=60)
+    assert done.returncode == -signal.SIGINT, done.stderr
+
+
+def test_numbers_that_nothing_counts_with(shop: Path, tmp_path: Path) -> None:
+    """Every whole number of every verb is refused beyond 64 bits, by its option, before a library stumbles on it."""
+    largest, seen = 2**63 - 1, 0
+    needed = {"advise": ["--hardware", "l4", "--context", 16, "--batch", 2], "export": ["--to", "hf"]}
+    for usage in re.findall(r"\$ regroup (.*)\n((?:.*\n)*?)(?=\n##|\Z)", REFERENCE.read_text(encoding="utf-8")):
+        words = [word for word in usage[0].split() if word.islower()]
+        places = [tmp_path / "x" for _ in re.findall(r"\{", usage[0])]
+        for option in re.findall(r"^\* `(?:-., )?(--[a-z-]+).*<int(?: range)?>`: (?!.*x<=)", usage[1], re.MULTILINE):
+            seen += 1
+            message = refused(*words, *places, *needed.get(words[0], ()), f"{option}={largest + 1}")
+            assert "a number is too large" in message
+            assert f"{option} of at most" in message
+    assert seen > 40
+    # Control: the largest one is a number.
+    scored = ("evaluate", shop / "parent", "--data", shop / "held-out.txt", "--window", 16)
+    status, _, message = run(*scored, "--batch", largest)
+    assert status == 0, message
 
 
 SPECIAL = ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "extra.txt"]

@@ -35,6 +35,8 @@ class _Verbs(TyperGroup):
             _fail("interrupted; nothing half-written was left behind")
         except OSError as error:
             _fail(str(RegroupError(f"the system refused: {error.strerror or error}", file=error.filename)))
+        finally:
+            streams.settled()
 
 
 app = typer.Typer(

@@ -6,12 +6,14 @@ Standard output carries results: where it fails, the command fails.
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import io
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -27,6 +29,8 @@ _PLAIN = {
 _HANDLER = "regroup.plain"
 # A second signal within so many seconds is the same wish, and not a wish to break off the clean-up.
 _IMPATIENCE = 10.0
+# Seconds after which a signal that was lost comes again.
+_MOMENT = 0.05
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
@@ -130,6 +134,30 @@ def _lines(text: str) -> str:
     return "\n".join(map(visible, text.split("\n")))
 
 
+class _Interrupt(KeyboardInterrupt):
+    """A signal that is not lost: where somebody swallows the exception, the signal comes again.
+
+    A library's ``except:`` does so, and C code that asks whether an object has an attribute (``PyObject_HasAttr``
+    forgets every error of a ``__getattr__``). Whoever handles the exception keeps it alive meanwhile.
+    """
+
+    # Called with the signal's number; None while nobody waits for it.
+    again: Callable[[int], None] | None = None
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def __del__(self) -> None:
+        if _Interrupt.again is not None:
+            _Interrupt.again(self.number)
+
+
+def settled() -> None:
+    """The work has ended, however: no signal has to come again."""
+    _Interrupt.again = None
+
+
 def catch_signals() -> Callable[[], None]:
     """Make a service manager's stop and a closed terminal what Ctrl-C is; signals that are ignored stay so.
 
@@ -139,19 +167,34 @@ def catch_signals() -> Callable[[], None]:
     last: float | None = None
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
 
-    def stop(*_: object) -> None:
+    def stop(number: int, *_: object) -> None:
         nonlocal last
         now = time.monotonic()
         if last is None or now - last >= _IMPATIENCE:
             last = now
-            raise KeyboardInterrupt
+            raise _Interrupt(number)
+
+    def again(number: int) -> None:
+        nonlocal last
+        last = None
+        # Not here, where whatever is raised is lost too, but a moment later.
+        timer = threading.Timer(_MOMENT, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+
+    def take(handler: Any) -> None:
+        for number in numbers:
+            signal.signal(number, handler)
 
     def release() -> None:
-        # After one signal the next ones have nothing to say; the exit status is the message's.
+        settled()
+        # After one signal the next ones have nothing to say; the exit status is the message's. Python takes its own
+        # handlers away as it ends.
         if last is None:
-            for number in numbers:
-                signal.signal(number, signal.SIG_DFL)
+            take(signal.SIG_DFL)
+        else:
+            atexit.register(take, signal.SIG_IGN)
 
-    for number in numbers:
-        signal.signal(number, stop)
+    _Interrupt.again = again
+    take(stop)
     return release
