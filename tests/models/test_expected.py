@@ -18,6 +18,7 @@ import runs
 import tiny
 from helpers import INDEX, config_of, copy, edit_json, everything, logits, refused, run, scattered, tensors, write
 from regroup import RegroupError
+from regroup.bench.build import describe
 from regroup.models.expected import check_generation_config, check_loadable
 
 Saved = Callable[[str], Path]
@@ -206,6 +207,7 @@ def test_a_class_by_an_older_name_is_known(family: str, old: str, saved: Saved, 
         assert torch.equal(
             logits(loader(out).eval(), family), logits(stock.from_pretrained(folder).eval(), family)
         ) == (heads == 6)
+    assert describe(config_of(folder), kv_heads=None, layers=None, folder=folder).folder == folder  # what bench builds
     edit_json(folder / "config.json", architectures=[f"{old}s"])
     assert f"{old}s" in refused("convert", folder, tmp_path / "no", "--kv-heads", 6, "--method", "mean")
 

@@ -22,7 +22,7 @@ def rewritten(folder: Path, target: Path, *, moved: float = 0.0) -> Path:
     """Load a checkpoint in float32, move every parameter, and write it in its own form."""
     checkpoint = open_checkpoint(folder)
     model: Any = load(folder, dtype=torch.float32, progress=False)
-    freeze_tables(model)
+    freeze_tables(model, checkpoint.tensors.keys())
     check_names(checkpoint, model, values=True)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -45,6 +45,18 @@ def test_what_was_trained_is_what_the_model_holds(name: str, converted: Converte
     before: Any = load(child, dtype=torch.float32, progress=False)
     for parameter, old in zip(trained.parameters(), before.parameters(), strict=True):
         assert torch.equal(parameter, old + 0.25)
+
+
+def test_tables_that_are_not_stored_are_not_trained(saved: Saved, tmp_path: Path) -> None:
+    """Pegasus was published without its sines; where a file has them they are trained, as transformers does."""
+    state = {name: tensor for name, tensor in tensors(saved("pegasus")).items() if "embed_positions" not in name}
+    folder = write(tmp_path / "in", config_of(saved("pegasus")), state)
+    assert digests(rewritten(folder, tmp_path / "out"))["model.safetensors"] == digests(folder)["model.safetensors"]
+    for source, trained in ((folder, False), (saved("pegasus"), True)):
+        checkpoint, model = open_checkpoint(source), load(source, progress=False)
+        freeze_tables(model, checkpoint.tensors.keys())
+        assert model.get_parameter("model.encoder.embed_positions.weight").requires_grad is trained
+        assert model.get_parameter("model.encoder.layers.0.fc1.weight").requires_grad
 
 
 def test_shards_dtypes_and_buffers_stay(saved: Saved, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def describe(
     ]
     if same and folder is not None:
         # Said here, before the machine is measured, and not when the weights are loaded.
-        check_loadable(config, open_checkpoint(folder).tensors, folder)
+        check_loadable(own, open_checkpoint(folder).tensors, folder)
     return Model(
         config=made,
         kv_heads=heads.pop() if len(heads) == 1 else None,

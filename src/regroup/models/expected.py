@@ -227,12 +227,17 @@ def _expected(cls: Any, config: str) -> _Expected:
         tied=dict(getattr(model, "all_tied_weights_keys", None) or {}),
         never_saved=frozenset(model._keys_to_ignore_on_save or ()),
         defaults=frozenset(name for name, _ in model.named_buffers() if any(rule.search(name) for rule in rules)),
-        computed=frozenset(
-            f"{name}.weight"
-            for name, module in model.named_modules()
-            if type(module).__name__.endswith("SinusoidalPositionalEmbedding")
-        ),
+        computed=computed_tables(model),
         prefix=f"{model.base_model_prefix}.",
+    )
+
+
+def computed_tables(model: Any) -> frozenset[str]:
+    """Parameters that transformers fills with sines and cosines where a checkpoint has none."""
+    return frozenset(
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("SinusoidalPositionalEmbedding")
     )
 
 

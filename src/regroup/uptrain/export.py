@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..checkpoint.reader import INDEX_FILE
 from ..checkpoint.writer import copy_file, write_text
 from ..errors import RegroupError
 from ..models import MODELING_FILE
+from ..models.expected import computed_tables
 
 
 def stored_names(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -44,11 +45,18 @@ def stored_names(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[
     return found
 
 
-def freeze_tables(model: Any) -> None:
-    """Keep from training what is computed and not stored, such as Marian's sines: loading makes them trainable."""
+def freeze_tables(model: Any, stored: Collection[str]) -> None:
+    """Keep from training what is computed and not stored, such as Marian's sines: loading makes them trainable.
+
+    Args:
+        model: a transformers model.
+        stored: names of the checkpoint's tensors.
+    """
     ignored = model._keys_to_ignore_on_save or ()
+    prefix = f"{model.base_model_prefix}."
+    absent = {name for name in computed_tables(model) if not {name, name.removeprefix(prefix)} & set(stored)}
     for name, parameter in model.named_parameters():
-        if any(re.search(pattern, name) for pattern in ignored):
+        if name in absent or any(re.search(pattern, name) for pattern in ignored):
             parameter.requires_grad_(False)
 
 

@@ -107,7 +107,7 @@ def prepare(recipe: Recipe) -> Prepared:
     options: dict[str, Any] = {**dropouts(recipe, config)}
     require_head(folder)
     student: Any = load(begun, dtype=torch.float32, progress=False, **options)
-    freeze_tables(student)
+    freeze_tables(student, source.checkpoint.tensors.keys())
     check_names(source.checkpoint, student, values=begun == folder)
     check_window(student.config, recipe.window)
     vocab_size = student.get_input_embeddings().weight.shape[0]
