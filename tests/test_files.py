@@ -58,3 +58,15 @@ def test_a_file_is_replaced_when_the_block_ends_well(tmp_path: Path) -> None:
 def test_what_is_no_file_is_written_as_it_stands() -> None:
     with replacing(Path(os.devnull)) as stage:
         assert stage == Path(os.devnull)
+
+
+def test_a_pipe_without_a_path_is_written_to() -> None:
+    """``-o /dev/stdout | jq`` and ``-o >(jq)``: what such a name resolves to, pipe:[1234], does not exist."""
+    reading, writing = os.pipe()
+    path = Path(f"/dev/fd/{writing}")
+    assert not path.resolve().exists()
+    with os.fdopen(reading, "rb") as pipe:
+        with replacing(path) as stage:
+            stage.write_text("{}")
+        os.close(writing)
+        assert pipe.read() == b"{}"

@@ -118,3 +118,20 @@ def test_a_screen_shows_names_as_they_are(name: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", ["[red]", "p[red].json", ":smile:", "a\nb", "\x1b[31mred", "word " * 40])
 def test_another_console_would_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown(Console, name, monkeypatch)[0] != visible(name)
+
+
+def test_a_narrow_terminal_cuts_off_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads, cells = ("KV heads", "tokens/s", "path"), ("4", "408,345.6789", "transformers")
+
+    def columns(console: type[Console]) -> list[str]:
+        stream = io.StringIO()
+        table = Table(*heads)
+        table.add_row(*cells)
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setenv("COLUMNS", "24")
+        console().print(table)
+        rows = [line.split("│")[1:-1] for line in stream.getvalue().splitlines() if line.startswith("│")]
+        return ["".join(part.strip() for part in column) for column in zip(*rows, strict=True)]
+
+    assert columns(Screen) == list(cells)
+    assert any("…" in cell for cell in columns(Console))  # the control: rich's own way

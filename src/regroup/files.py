@@ -151,9 +151,12 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be made, or the system refuses the rest.
     """
+    # A pipe behind /dev/stdout has no path of its own, so that what it resolves to does not exist.
+    if path.exists() and not path.is_file():
+        yield path
+        return
     place = path.resolve()
-    staged = not place.exists() or (place.is_file() and os.access(place.parent, os.W_OK))
-    if not staged:
+    if place.exists() and not os.access(place.parent, os.W_OK):
         yield place
         return
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from .safe_text import visible
@@ -20,6 +21,14 @@ class Screen(Console):
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+    def print(self, *shown: Any, **options: Any) -> None:
+        """Print; where a terminal is too narrow for a table's words and numbers they are broken, never cut off."""
+        for table in shown:
+            if isinstance(table, Table):
+                for column in table.columns:
+                    column.overflow = "fold"
+        super().print(*shown, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Every string that is shown comes through here."""

@@ -306,6 +306,26 @@ def test_a_damaged_record_never_ends_in_a_traceback(kind: str, tmp_path: Path, m
     assert all("record-0.json" in message for message in refusals)
 
 
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        ({"heads": {"model.layers.1.self_attn": -4}}, "heads.model.layers.1.self_attn"),
+        ({"kv_heads": {"a": [4, 0]}}, "kv_heads.a[1]"),
+        ({"seconds": {"convert": [1.0, -1.0]}}, "seconds.convert[1]"),
+        ({"nats_per_token": {"mean": -1.0, "seeds": [1.0]}}, "nats_per_token.mean"),
+        ({"excess_standard_error": -0.1}, "excess_standard_error"),
+        ({"query_order": [1, -2]}, "query_order[1]"),
+        ({"speedup_over_mha": -2.0}, "speedup_over_mha"),
+        ({"layers": -1}, "layers"),
+    ],
+)
+def test_numbers_in_tables_and_spreads_of_differences_are_looked_at(value: dict[str, Any], field: str) -> None:
+    assert [place for place, _, _ in impossible({"results": value})] == [f"results.{field}"]
+    # Controls: differences may be negative, in tables too, and what a table names itself goes by that name.
+    fine = {"excess_nats_per_token": {"mean": -1.0}, "seconds": {"excess": -1.0, "name": "x"}, "heads": None}
+    assert list(impossible(fine)) == []
+
+
 def test_every_committed_record_is_plausible() -> None:
     for path in RECORDS:
         assert list(impossible(json.loads(path.read_text(encoding="utf-8")))) == [], path

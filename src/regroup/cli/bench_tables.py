@@ -62,9 +62,10 @@ def show_work(screen: Screen, source: str, models: Sequence[Model], work: Work) 
 def show_ceiling(screen: Screen, models: Sequence[Model], work: Work, roofs: Roofs) -> None:
     """The measured rates, and the least time of a step."""
     ceilings = [roofs.ceiling(model) for model in models]
+    rows = f"{work.batch} row{'' if work.batch == 1 else 's'}"
     screen.print(
         f"this machine reads {roofs.bandwidth.median / 1e9:.1f} GB/s (at best {roofs.bandwidth.best / 1e9:.1f}) and "
-        f"multiplies {work.batch} rows by a matrix at {ceilings[0].weights_rate / 1e9:.0f} GFLOP/s ({work.dtype})"
+        f"multiplies {rows} by a matrix at {ceilings[0].weights_rate / 1e9:.0f} GFLOP/s ({work.dtype})"
     )
     table = Table("KV heads", "weights, ms", "attention, ms", "floor, ms", "tokens/s at most", title="the ceiling")
     for model, ceiling in zip(models, ceilings, strict=True):

@@ -25,4 +25,5 @@ def report(
     unused = write_report(records, output, title=title)
     for name in unused:
         err.print(f"nothing is drawn of {name}")
-    err.print(f"wrote {output}, {human_bytes(output.stat().st_size)}")
+    size = f", {human_bytes(output.stat().st_size)}" if output.is_file() else ""
+    err.print(f"wrote {output}{size}")
