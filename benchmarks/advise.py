@@ -19,13 +19,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from regroup.advise.candidates import plans_of
-from regroup.advise.run import advise
+from regroup.advice.candidates import plans_of
+from regroup.advice.run import advise
 from regroup.bench.decode import benchmark
 from regroup.bench.work import Roofs, Work, models_for
-from regroup.convert.text import CalibrationText
-from regroup.evaluate.run import evaluate
-from regroup.pipeline import convert_checkpoint
+from regroup.calibration.text import CalibrationText
+from regroup.conversion.convert import convert_checkpoint
+from regroup.evaluation.run import evaluate
 from regroup.record import record, write_record
 
 app = typer.Typer()

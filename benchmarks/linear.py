@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.mkldnn import to_mkldnn
 
-from regroup.attention import cpu_linear
-from regroup.attention.linear_layers import DirectLinear, PackedLinear, fast_layer, unavailable
+from regroup.attention.cpu import linear as cpu_linear
+from regroup.attention.cpu.linear_layers import DirectLinear, PackedLinear, fast_layer, unavailable
 from regroup.record import record, write_record
 
 SHAPES = [(2048, 2048), (256, 2048), (5632, 2048), (2048, 5632), (32000, 2048)]

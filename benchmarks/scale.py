@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from conversion import HIDDEN, convert_command, drop_caches, make_llama  # pyright: ignore[reportMissingImports]
 
-from regroup.convert.resume import JOURNAL_FILE
-from regroup.pipeline import convert_checkpoint
+from conversion import HIDDEN, convert_command, drop_caches, make_llama  # pyright: ignore[reportMissingImports]
+from regroup.conversion.convert import convert_checkpoint
 from regroup.record import record, write_record
+from regroup.writer.journal import JOURNAL_FILE
 
 
 def apart(action: Callable[[], Any]) -> Any:
@@ -132,7 +132,7 @@ def measure(root: Path, source: Path, method: str, heads: int, repeats: int) -> 
         dropped &= drop_caches()
         runs.append(watched(convert_command(source, child, method, heads)))
     drop_caches()
-    start = watched([sys.executable, "-c", "import regroup.pipeline, regroup.console"])
+    start = watched([sys.executable, "-c", "import regroup.conversion.convert, regroup.console"])
     kill = resumed(source, root / "again", child, method, heads)
     for folder in (child, root / "again"):
         shutil.rmtree(folder)

@@ -27,10 +27,10 @@ from transformers import Trainer, TrainingArguments
 
 from regroup.bench.machine import timed
 from regroup.data import read_texts, token_windows
-from regroup.models import load, load_tokenizer
+from regroup.modeling import load, load_tokenizer
 from regroup.record import record, write_record
-from regroup.uptrain.recipe import Recipe
-from regroup.uptrain.run import uptrain
+from regroup.uptraining.recipe import Recipe
+from regroup.uptraining.run import uptrain
 
 RATE = 1e-4
 

@@ -22,18 +22,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from regroup.convert.moments import Gatherer, Moments
-from regroup.convert.text import CalibrationText
+from regroup.calibration.text import CalibrationText
+from regroup.conversion.convert import convert_checkpoint
+from regroup.conversion.plan import plan_checkpoint
 from regroup.data import read_texts, token_windows
-from regroup.evaluate import causal_batches, score
-from regroup.evaluate.run import load_for_scoring
+from regroup.evaluation import causal_batches, score
+from regroup.evaluation.run import load_for_scoring
 from regroup.layout import Layout
-from regroup.models import load_tokenizer
+from regroup.modeling import load_tokenizer
 from regroup.opening import open_layout
-from regroup.pipeline import convert_checkpoint
-from regroup.plan import make_plan
-from regroup.planning import plan_checkpoint
+from regroup.plans import make_plan
 from regroup.record import record, write_record
+from regroup.solver.moments import Gatherer, Moments
 
 Altered = Callable[[Gatherer, Moments], Moments]
 

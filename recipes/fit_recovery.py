@@ -1,6 +1,6 @@
 """What `regroup advise` extrapolates with, from the records: how layers' losses add up, and what uptraining leaves.
 
-python recipes/fit_recovery.py            # writes src/regroup/advise/recovery.json
+python recipes/fit_recovery.py            # writes src/regroup/advice/recovery.json
 python recipes/fit_recovery.py --check    # says whether it is what the records say
 """
 
@@ -14,13 +14,13 @@ from typing import Annotated, Any
 
 import typer
 
-from regroup.advise.recovery import curves_of, fit, left_out_error
+from regroup.advice.recovery import curves_of, fit, left_out_error
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks/records"
 CURVES = ("uptraining-stories260k.json", "uptraining-demo.json")
 LOSSES = "advise-loss.json"
-FILE = ROOT / "src/regroup/advise/recovery.json"
+FILE = ROOT / "src/regroup/advice/recovery.json"
 
 
 def made() -> dict[str, Any]:

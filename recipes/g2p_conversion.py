@@ -27,12 +27,12 @@ from g2p_parent import Pairs, errors, evaluate, pronounce
 from rich.console import Console
 from rich.table import Table
 
-from regroup.convert.text import CalibrationText
+from regroup.calibration.text import CalibrationText
+from regroup.conversion.convert import convert_checkpoint
 from regroup.data import read_pairs
-from regroup.models import load, load_tokenizer
+from regroup.modeling import load, load_tokenizer
 from regroup.opening import open_layout
-from regroup.pipeline import convert_checkpoint
-from regroup.plan import make_plan
+from regroup.plans import make_plan
 from regroup.record import record, write_record
 
 # name, keys and values by (None: auto), with text, repair

@@ -34,7 +34,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from regroup.data import IGNORED, Batch, pair_batches, read_pairs
-from regroup.evaluate import score
+from regroup.evaluation import score
 from regroup.record import machine
 
 PAD, END, UNKNOWN = 0, 1, 2  # token ids, as in T5

@@ -4,9 +4,9 @@
     python recipes/doc_tables.py               # and the tables from it
 
 No weight is read and no model is run: sizes are those of the classes of transformers on torch's meta device, caches
-and least times of a step those of ``regroup.bench.roofline`` at the makers' figures of ``regroup.advise.hardware``, and
-FLOPs those of ``regroup.uptrain.budget``. Seconds of a conversion are bytes at the rate that benchmarks/conversion.py
-measured on another size; the record says which.
+and least times of a step those of ``regroup.bench.roofline`` at the makers' figures of ``regroup.advice.hardware``,
+and FLOPs those of ``regroup.uptraining.budget``. Seconds of a conversion are bytes at the rate that
+benchmarks/conversion.py measured on another size; the record says which.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Annotated, Any
 
 import typer
 
-from regroup.advise.hardware import named
-from regroup.advise.predict import Heads, Rates, Setting, Shape, largest_batch, memory, step_floors
+from regroup.advice.hardware import named
+from regroup.advice.predict import Heads, Rates, Setting, Shape, largest_batch, memory, step_floors
 from regroup.bench.build import Model, describe
 from regroup.bench.roofline import DTYPE_BYTES, Cost, attention_flops, kv_cache_bytes, weights_cost
 from regroup.record import record, write_record
-from regroup.uptrain.budget import plan_budget
+from regroup.uptraining.budget import plan_budget
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks/records/scale-computed.json"

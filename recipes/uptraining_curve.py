@@ -23,16 +23,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from regroup.convert.text import CalibrationText
+from regroup.calibration.text import CalibrationText
+from regroup.conversion.convert import convert_checkpoint
 from regroup.data import read_texts, token_windows
-from regroup.evaluate import causal_batches, score
-from regroup.evaluate.run import load_for_scoring
-from regroup.models import load_tokenizer
-from regroup.pipeline import convert_checkpoint
+from regroup.evaluation import causal_batches, score
+from regroup.evaluation.run import load_for_scoring
+from regroup.modeling import load_tokenizer
 from regroup.record import record, write_record
-from regroup.uptrain.budget import parse_count
-from regroup.uptrain.recipe import Recipe
-from regroup.uptrain.run import uptrain
+from regroup.uptraining.budget import parse_count
+from regroup.uptraining.recipe import Recipe
+from regroup.uptraining.run import uptrain
 
 CALIBRATION_TOKENS = 32_768
 

@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 import tiny
 from regroup.checkpoint import open_checkpoint
 from regroup.cli import app
-from regroup.convert import Conversion, convert
 from regroup.layout import Layout, detect
-from regroup.plan import LayerPlan, Plan
+from regroup.plans import LayerPlan, Plan
+from regroup.writer import Conversion, convert
 
 INDEX = "model.safetensors.index.json"
 KINDS = ["all", "some", "one", "mixed"]

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import texts
 import tiny
 from helpers import convert_heads, head_map
-from regroup.uptrain.recipe import Recipe
+from regroup.uptraining.recipe import Recipe
 
 
 def t5_tokenizer() -> Any:

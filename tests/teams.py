@@ -17,18 +17,18 @@ import torch
 import helpers
 import tiny
 from regroup import RegroupError
+from regroup.calibration.calibrate import calibrate
+from regroup.calibration.decoder_layer import DecoderLayer
+from regroup.calibration.layer_converter import AttentionWorker, Settings
+from regroup.calibration.layer_runner import LayerStream
+from regroup.calibration.repair import DistillSettings, distill
 from regroup.checkpoint import open_checkpoint
-from regroup.convert import prepare, write
-from regroup.convert.attention import AttentionWorker, Settings
-from regroup.convert.calibrate import calibrate
-from regroup.convert.decoder import DecoderLayer
-from regroup.convert.grouping import Groupings
-from regroup.convert.heads import HeadWeights
-from regroup.convert.layers import LayerStream
-from regroup.convert.moments import Gatherer, Moments
-from regroup.convert.repair import DistillSettings, distill
-from regroup.plan import Plan
+from regroup.plans import Plan
 from regroup.processes import ALONE, Team, launched
+from regroup.solver.grouping import Groupings
+from regroup.solver.heads import HeadWeights
+from regroup.solver.moments import Gatherer, Moments
+from regroup.writer import prepare, write
 
 Answer = tuple[int, str]
 
@@ -39,7 +39,7 @@ class Crew:
     def __init__(self, size: int) -> None:
         # Forked from a process that has imported the slow parts once, and has no threads.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "transformers", "regroup.convert.calibrate"])
+        context.set_forkserver_preload(["torch", "torch.distributed", "transformers", "regroup.calibration.calibrate"])
         self.size = size
         self.pool = ProcessPoolExecutor(size, context, initializer=torch.set_num_threads, initargs=(1,))
 

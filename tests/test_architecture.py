@@ -23,20 +23,20 @@ DISK = {"os", "io", "shutil", "tempfile", "mmap", "glob", "safetensors", "huggin
 RULES: dict[str, tuple[list[str], set[str]]] = {
     "layout/*": (["errors", "layout*"], TORCH | DISK | {"pathlib"}),
     # The plan reads and writes its own JSON file, by a path.
-    "plan/*": (["errors", "files", "layout*", "plan*"], TORCH | DISK),
+    "plans/*": (["errors", "files", "layout*", "plans*"], TORCH | DISK),
     "bench/roofline.py": (["errors"], TORCH | DISK | {"pathlib"}),
-    "advise/hardware.py": (["errors"], TORCH | DISK | {"pathlib"}),
-    "advise/predict.py": (["bench", "bench.roofline*"], TORCH | DISK | {"pathlib"}),
-    "advise/choose.py": (["errors"], TORCH | DISK | {"pathlib"}),
-    "uptrain/budget.py": (["errors"], TORCH | DISK | {"pathlib"}),
+    "advice/hardware.py": (["errors"], TORCH | DISK | {"pathlib"}),
+    "advice/predict.py": (["bench", "bench.roofline*"], TORCH | DISK | {"pathlib"}),
+    "advice/choose.py": (["errors"], TORCH | DISK | {"pathlib"}),
+    "uptraining/budget.py": (["errors"], TORCH | DISK | {"pathlib"}),
     "merge/*": (["errors", "merge*"], {"transformers", "numpy"} | DISK | {"pathlib"}),
     "attention/*": (["errors", "attention*"], DISK | {"pathlib"}),
     "checkpoint/*": (["errors", "files", "safe_text", "checkpoint*"], {"transformers"}),
     "data/*": (["errors", "files", "data*"], {"transformers"}),
     "report/*": (["errors", "files", "record", "report", "report*"], TORCH),
     # They run beside a checkpoint, and in a process of their own.
-    "export/configuration_nemotron_nas.py": ([], {"torch"} | DISK | {"pathlib"}),
-    "export/llama_cpp_process.py": ([], TORCH),
+    "exports/configuration_nemotron_nas.py": ([], {"torch"} | DISK | {"pathlib"}),
+    "exports/llama_cpp_process.py": ([], TORCH),
     "processes.py": (["errors"], {"transformers", "safetensors"}),
     "files.py": ([], TORCH),
     "errors.py": (["safe_text"], TORCH | DISK | {"pathlib"}),
@@ -45,7 +45,7 @@ RULES: dict[str, tuple[list[str], set[str]]] = {
     "screen.py": (["safe_text"], TORCH | DISK | {"pathlib"}),
 }
 # These reach the disk in rooms that keep from it: a compiler writes what it builds.
-MAY_REACH_DISK = {"attention/cpu_build.py"}
+MAY_REACH_DISK = {"attention/cpu/build.py"}
 # Nobody imports these, themselves apart.
 LEAVES = ["cli", "console"]
 MAY_IMPORT_LEAVES = {"cli": ["cli/*"], "console": ["cli/*", "demo/*"]}
@@ -125,25 +125,25 @@ def test_imports_keep_to_the_house(file: str) -> None:
         ("layout/types.py", "from pathlib import Path"),
         ("layout/detect.py", "from ..checkpoint import Checkpoint"),
         ("layout/detect.py", "from .. import checkpoint"),
-        ("plan/plan.py", "import torch.nn as nn"),
-        ("plan/plan.py", "from ..merge import mean"),
-        ("plan/plan.py", "import regroup.convert"),
+        ("plans/plan.py", "import torch.nn as nn"),
+        ("plans/plan.py", "from ..merge import mean"),
+        ("plans/plan.py", "import regroup.conversion"),
         ("bench/roofline.py", "import os"),
         ("merge/pool.py", "from ..layout import Layout"),
         ("merge/pool.py", "from regroup.checkpoint.reader import read_json"),
         ("checkpoint/reader.py", "from ..layout.types import HeadSlot"),
-        ("checkpoint/reader.py", "from ..plan import Plan"),
-        ("processes.py", "from .convert import prepare"),
-        ("convert/stream.py", "from ..cli import app"),
+        ("checkpoint/reader.py", "from ..plans import Plan"),
+        ("processes.py", "from .writer import prepare"),
+        ("writer/write.py", "from ..cli import app"),
         ("bench/decode.py", "from ..cli.options import numbers"),
         ("bench/decode.py", "from ..console import out"),
-        ("evaluate/run.py", "from .. import console"),
-        ("attention/cpu_decode.py", "from pathlib import Path"),
-        ("attention/cpu_build.py", "from ..checkpoint import Checkpoint"),
+        ("evaluation/run.py", "from .. import console"),
+        ("attention/cpu/decode.py", "from pathlib import Path"),
+        ("attention/cpu/build.py", "from ..checkpoint import Checkpoint"),
         ("report/page.py", "import torch"),
-        ("export/configuration_nemotron_nas.py", "from ..errors import RegroupError"),
-        ("export/llama_cpp_process.py", "import torch"),
-        ("report/page.py", "from ..evaluate import score"),
+        ("exports/configuration_nemotron_nas.py", "from ..errors import RegroupError"),
+        ("exports/llama_cpp_process.py", "import torch"),
+        ("report/page.py", "from ..evaluation import score"),
     ],
 )
 def test_the_rules_can_be_broken(file: str, source: str) -> None:
@@ -154,12 +154,12 @@ def test_the_rules_can_be_broken(file: str, source: str) -> None:
     ("file", "source"),
     [
         ("layout/detect.py", "from ..errors import RegroupError\nfrom .types import Layout\nimport re"),
-        ("plan/plan.py", "from ..layout.types import Layout\nfrom pathlib import Path"),
+        ("plans/plan.py", "from ..layout.types import Layout\nfrom pathlib import Path"),
         ("merge/pool.py", "import torch\nfrom ..errors import RegroupError"),
         ("checkpoint/reader.py", "import os, torch\nfrom .header import read_header"),
         ("layout/detect.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
         ("demo/story.py", "from ..console import out"),
-        ("export/configuration_nemotron_nas.py", "from transformers import LlamaConfig"),
+        ("exports/configuration_nemotron_nas.py", "from transformers import LlamaConfig"),
         ("cli/plan.py", "from .options import Source\nfrom ..console import err"),
     ],
 )
@@ -176,7 +176,7 @@ def test_reader_and_layout_meet_in_few_places() -> None:
             (PACKAGE / file).read_text(encoding="utf-8"), "regroup." + file[:-3].replace("/", ".")
         )
     ]
-    assert "convert/stream.py" in joined
+    assert "writer/write.py" in joined
     assert [file for file in joined if not file.startswith("convert/")] == [
         "inspection.py",
         "opening.py",
@@ -239,6 +239,6 @@ def test_care_is_not_refused() -> None:
 
 def test_transformers_classes_are_patched_in_models_alone() -> None:
     for file in FILES:
-        if not file.startswith(("models/", "attention/")):
+        if not file.startswith(("modeling/", "attention/")):
             source = (PACKAGE / file).read_text(encoding="utf-8")
             assert not [name for name in imports(source, "regroup.x") if name.startswith("transformers.models")], file

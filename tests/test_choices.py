@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from helpers import refused, run
-from regroup.advise.hardware import KNOWN
+from regroup.advice.hardware import KNOWN
 from regroup.bench.build import DTYPES as BENCH_DTYPES
-from regroup.evaluate.metrics import CHOOSING, GENERATING
-from regroup.evaluate.run import _DTYPES as SCORED_DTYPES
-from regroup.export.run import TARGETS
-from regroup.plan import ASKED_METHODS, METHODS, LayerPlan
-from regroup.planning import GROUPINGS, REPAIRS
-from regroup.uptrain.settings import OBJECTIVES, OPTIMIZERS, SCHEDULES, STAGES
+from regroup.conversion.plan import GROUPINGS, REPAIRS
+from regroup.evaluation.metrics import CHOOSING, GENERATING
+from regroup.evaluation.run import _DTYPES as SCORED_DTYPES
+from regroup.exports.run import TARGETS
+from regroup.plans import ASKED_METHODS, METHODS, LayerPlan
+from regroup.uptraining.settings import OBJECTIVES, OPTIMIZERS, SCHEDULES, STAGES
 
 # What a verb needs beside the option, by the verb; {p} is a checkpoint, {t} text, {o} a place for output.
 NEEDS = {

@@ -12,7 +12,7 @@ import yaml
 
 from doc_examples import NOT_RUN, Block, blocks, commands, furnish, launched, misused
 from helpers import run
-from regroup.uptrain.recipe import Recipe
+from regroup.uptraining.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

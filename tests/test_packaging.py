@@ -54,12 +54,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     assert names == wanted
     # Not modules, so that nothing else would miss them before a user does.
     assert {
-        "regroup/advise/recovery.json",
-        "regroup/attention/cpu_decode.cpp",
-        "regroup/attention/cpu_vectors.h",
+        "regroup/advice/recovery.json",
+        "regroup/attention/cpu/decode.cpp",
+        "regroup/attention/vectors.h",
         "regroup/demo/corpus.txt",
         "regroup/demo/parent/model.safetensors",
-        "regroup/models/modeling_regroup.py",
+        "regroup/modeling/modeling_regroup.py",
         "regroup/py.typed",
         "regroup/report/page.html.j2",
     } <= names

@@ -167,7 +167,7 @@ def test_signals_that_come_twice(first: int, shop: Path, tmp_path: Path) -> None
     script = f"""
 import os, signal, sys
 from regroup import cli
-from regroup.convert import stream
+from regroup.writer import write as stream
 def stopped(*_, **__):
     os.kill(os.getpid(), {int(first)})
     try:

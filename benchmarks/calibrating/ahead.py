@@ -40,7 +40,7 @@ def passes_of(windows: int, window: int) -> dict[str, int]:
     """How many windows each kind of pass takes, as the converter itself divides them: fitted, judged on, held out."""
     import torch
 
-    from regroup.convert.attention import AttentionWorker, Settings
+    from regroup.calibration.layer_converter import AttentionWorker, Settings
 
     stream = SimpleNamespace(batches=[None] * windows, hidden=[torch.empty(1, window, 0)])
     worker = AttentionWorker(cast(Any, None), cast(Any, stream), Settings())

@@ -70,9 +70,13 @@ def memory(field: str) -> int:
 
 def instrument(clock: Clock) -> None:
     """Wrap what calibration and writing call, so that the clock sees which part runs."""
-    from regroup.convert import calibrate, candidates, decoder, grouping, layers, lesson
-    from regroup.convert.heads import HeadWeights
-    from regroup.convert.repair import Regression
+    from regroup.calibration import calibrate, candidates
+    from regroup.calibration import decoder_layer as decoder
+    from regroup.calibration import layer_regression as lesson
+    from regroup.calibration import layer_runner as layers
+    from regroup.calibration.repair import Regression
+    from regroup.solver import grouping
+    from regroup.solver.heads import HeadWeights
 
     # Which pass over the text the functions below are called from.
     passes = ["parent"]

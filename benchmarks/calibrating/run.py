@@ -40,9 +40,9 @@ def measure(parent: Path, scratch: Path, shape: Shape, windows: int, device: str
     """Calibrate and convert once, and leave what was measured in a JSON file. Runs in a process of its own."""
     import torch
 
-    from regroup.convert import prepare, write
-    from regroup.convert.attention import Settings
-    from regroup.pipeline import calibrated, choose_plan, open_source
+    from regroup.calibration.layer_converter import Settings
+    from regroup.conversion.convert import calibrated, choose_plan, open_source
+    from regroup.writer import prepare, write
 
     clock = Clock()
     instrument(clock)

@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from regroup.convert.text import CalibrationText
+from regroup.calibration.text import CalibrationText
+from regroup.conversion.convert import convert_checkpoint
 from regroup.data import causal_batches, pair_batches, read_pairs, read_texts, token_windows
 from regroup.errors import RegroupError
-from regroup.evaluate import score
-from regroup.evaluate.run import load_for_scoring
-from regroup.models import load_tokenizer
-from regroup.pipeline import convert_checkpoint
-from regroup.uptrain.objective import SpanCorruption, make_objective
-from regroup.uptrain.recipe import Recipe
-from regroup.uptrain.run import uptrain
+from regroup.evaluation import score
+from regroup.evaluation.run import load_for_scoring
+from regroup.modeling import load_tokenizer
+from regroup.uptraining.objective import SpanCorruption, make_objective
+from regroup.uptraining.recipe import Recipe
+from regroup.uptraining.run import uptrain
 
 from .parents import write_new
 from .settings import Scale

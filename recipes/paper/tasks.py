@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regroup.evaluate.answers import evaluate_task
-from regroup.evaluate.task import Task
+from regroup.evaluation.answers import evaluate_task
+from regroup.evaluation.task import Task
 
 if TYPE_CHECKING:
     from .stages import Bench

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from .attention.module import GroupedQueryAttention
     from .attention.prepare import prepare_for_inference
     from .checkpoint import open_checkpoint
+    from .conversion.convert import convert_checkpoint
     from .errors import RegroupError
-    from .export.run import export_checkpoint
+    from .exports.run import export_checkpoint
     from .inspection import summarize
     from .layout import Layout, detect
-    from .models import load
-    from .pipeline import convert_checkpoint
-    from .plan import Plan, make_plan
+    from .modeling import load
+    from .plans import Plan, make_plan
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,14 +49,14 @@ _HOMES = {
     "KVCache": "attention.cache",
     "KVLayer": "attention.cache",
     "Layout": "layout",
-    "Plan": "plan",
+    "Plan": "plans",
     "RegroupError": "errors",
-    "convert_checkpoint": "pipeline",
+    "convert_checkpoint": "conversion.convert",
     "detect": "layout",
-    "export_checkpoint": "export.run",
+    "export_checkpoint": "exports.run",
     "grouped_query_attention": "attention",
-    "load": "models",
-    "make_plan": "plan",
+    "load": "modeling",
+    "make_plan": "plans",
     "open_checkpoint": "checkpoint",
     "prepare_for_inference": "attention.prepare",
     "register": "attention.interface",

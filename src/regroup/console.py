@@ -15,14 +15,14 @@ from .inspection import LayerSummary, Summary
 from .layout import Layout
 from .listener import Listener
 from .opening import Source
-from .plan import Plan
+from .plans import Plan
 from .progress import Progress, stage
 from .screen import Screen
 
 if TYPE_CHECKING:
-    from .convert import Forecast, Preview
-    from .convert.calibrate import Calibrated
-    from .convert.similarity import LayerSimilarity
+    from .calibration.calibrate import Calibrated
+    from .solver.similarity import LayerSimilarity
+    from .writer import Forecast, Preview
 
 out = Screen()
 err = Screen(stderr=True)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from .progress import Progress
 
 if TYPE_CHECKING:
-    from .convert import Preview
-    from .convert.calibrate import Calibrated
+    from .calibration.calibrate import Calibrated
     from .opening import Source
-    from .plan import Plan
+    from .plans import Plan
+    from .writer import Preview
 
 
 class Listener:

@@ -16,7 +16,7 @@ from .files import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .convert.similarity import Alikeness, LayerSimilarity
+    from .solver.similarity import Alikeness, LayerSimilarity
 
 # Perceptually even, and the same to colour-blind eyes. The darker two heads are, the less they lose.
 _COLOURS = "viridis"

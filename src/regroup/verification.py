@@ -11,20 +11,20 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint, open_checkpoint, refuse_gguf
-from .convert import Preview, preview
-from .convert.config import child_config
-from .convert.resume import PLAN_FILE
-from .convert.stream import CALIBRATION_FILE
 from .errors import RegroupError
 from .files import as_named
 from .layout import Layout
 from .listener import Listener
-from .models import MODELING_FILE
-from .models.expected import check_loadable
+from .modeling import MODELING_FILE
+from .modeling.expected import check_loadable
 from .opening import open_source, readable
-from .plan import Plan
+from .plans import Plan
 from .progress import Progress
 from .record import record
+from .writer import Preview, preview
+from .writer.config import child_config
+from .writer.journal import PLAN_FILE
+from .writer.write import CALIBRATION_FILE
 
 # Layers' losses do not add up: whole models came to 0.9 to 2.0 times the sum (benchmarks/records/advise-loss.json).
 TOLERANCE = 2.5
@@ -291,7 +291,7 @@ def _loss(
     progress: Progress,
 ) -> Promise:
     """KL to the parent on text, beside what the plan predicts."""
-    from .evaluate.run import evaluate
+    from .evaluation.run import evaluate
 
     found = evaluate(
         str(child),

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 import regroup
 import tiny
-from regroup.attention import cpu_build, grouped_query_attention
+from regroup.attention import grouped_query_attention
+from regroup.attention.cpu import build as cpu_build
 
 # What PyTorch's own compilers and exporters import is deprecated by PyTorch itself.
 pytestmark = pytest.mark.filterwarnings(

@@ -16,13 +16,16 @@ from dense_attention import dense
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from regroup.attention import cpu_build, cpu_decode
 from regroup.attention.call import Call, make_call
+from regroup.attention.cpu import build as cpu_build
+from regroup.attention.cpu import decode as cpu_decode
 
 # How many OpenMP runtimes there are before and after a call of the kernel.
 _RUNTIMES = """
 import torch
-from regroup.attention import cpu_build, cpu_decode, make_call
+from regroup.attention import make_call
+from regroup.attention.cpu import build as cpu_build
+from regroup.attention.cpu import decode as cpu_decode
 
 def count():
     files = {line.split()[-1].rpartition("/")[2] for line in open("/proc/self/maps") if "omp" in line}

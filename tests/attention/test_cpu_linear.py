@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 
-from regroup.attention import cpu_linear
+from regroup.attention.cpu import linear as cpu_linear
 
 pytestmark = pytest.mark.skipif(cpu_linear.missing() is not None, reason=str(cpu_linear.missing()))
 

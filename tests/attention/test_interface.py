@@ -16,7 +16,7 @@ import regroup
 import tiny
 from regroup.attention import interface
 from regroup.attention.cache import KVCache
-from regroup.attention.linear_layers import fast_layer
+from regroup.attention.cpu.linear_layers import fast_layer
 from regroup.errors import RegroupError
 
 Converted = Callable[[str, str], Path]

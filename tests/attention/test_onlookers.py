@@ -15,7 +15,8 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from regroup.attention import cpu_build, explain, grouped_query_attention
+from regroup.attention import explain, grouped_query_attention
+from regroup.attention.cpu import build as cpu_build
 from regroup.attention.onlookers import constant
 from regroup.errors import RegroupError
 

@@ -16,9 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import regroup
 import tiny
-from regroup.attention import cpu_linear, linear_layers, prepare
+from regroup.attention import prepare
 from regroup.attention.cache import KVCache
-from regroup.attention.linear_layers import DirectLinear, PackedLinear, fast_layer, unavailable
+from regroup.attention.cpu import linear as cpu_linear
+from regroup.attention.cpu import linear_layers
+from regroup.attention.cpu.linear_layers import DirectLinear, PackedLinear, fast_layer, unavailable
 from regroup.attention.prepare import prepare_for_inference
 from regroup.errors import RegroupError
 

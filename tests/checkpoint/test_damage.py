@@ -292,7 +292,7 @@ def test_the_sound_checkpoint_is_accepted(parent: Path, tmp_path: Path) -> None:
 def test_a_file_that_shrinks_while_it_is_read(parent: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(parent)
     layout = regroup.detect(checkpoint.config, checkpoint.tensors)
-    from regroup.convert import convert
+    from regroup.writer import convert
 
     for number, name in enumerate((SHARD, "model-00001-of-00004.safetensors")):
         (parent / name).write_bytes((parent / name).read_bytes()[:2000])

@@ -25,7 +25,7 @@ from helpers import INDEX, config_of, copy, everything, layout_of, scattered, te
 from regroup import RegroupError
 from regroup.checkpoint import open_checkpoint
 from regroup.inspection import summarize
-from regroup.plan import make_plan
+from regroup.plans import make_plan
 
 Saved = Callable[[str], Path]
 FAMILIES = ("llama", "gpt2", "t5", "stablelm_norm", "bart")

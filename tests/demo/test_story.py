@@ -13,8 +13,8 @@ from regroup.data import causal_batches
 from regroup.demo import recovery, story
 from regroup.demo.corpus import held_out_text, training_text
 from regroup.demo.figure import draw
-from regroup.evaluate import score
-from regroup.uptrain.recipe import Recipe
+from regroup.evaluation import score
+from regroup.uptraining.recipe import Recipe
 
 
 def lines(path: Path) -> list[str]:

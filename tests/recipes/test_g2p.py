@@ -87,7 +87,7 @@ def test_calibration_sample_is_shuffled_and_reproducible(conversion: ModuleType,
 
 
 def test_tokenizer_round_trip(parent: ModuleType, tmp_path: Path) -> None:
-    from regroup.models import load_tokenizer
+    from regroup.modeling import load_tokenizer
 
     pairs = [tuple(line.split("\t")) for line in WORDS.splitlines()]
     parent.new_tokenizer(pairs).save_pretrained(tmp_path)

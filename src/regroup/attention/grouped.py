@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import RegroupError
 from .autocast import autocast_dtype
 from .call import Call, make_call
-from .cpu_decode import has_short_vectors
+from .cpu.decode import has_short_vectors
 from .packed import is_fused
 from .sizes import is_exported, is_fixed
 
@@ -24,7 +24,7 @@ _FILES = {
     "dense": "dense",
     "flex": "flex",
     "triton": "triton_decode",
-    "cpu": "cpu_decode",
+    "cpu": "cpu.decode",
 }
 # Each has ``reason(call)``, why it cannot serve, and ``run(call)``. None needs a compiler or Triton to be imported.
 _MODULES: dict[str, ModuleType] = {name: import_module(f".{file}", __package__) for name, file in _FILES.items()}

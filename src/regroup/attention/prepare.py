@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RegroupError
-from .linear_layers import DirectLinear, PackedLinear, fast_layer
+from .cpu.linear_layers import DirectLinear, PackedLinear, fast_layer
 
 
 def prepare_for_inference(model: nn.Module) -> nn.Module:

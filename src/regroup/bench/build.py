@@ -15,8 +15,8 @@ from ..checkpoint import fetch, headers_of, is_hub_id, open_checkpoint, refuse_g
 from ..checkpoint.reader import read_json
 from ..errors import RegroupError
 from ..files import as_named
-from ..models.expected import check_loadable, refuse_kernels
-from ..models.spelled import runnable
+from ..modeling.expected import check_loadable, refuse_kernels
+from ..modeling.spelled import runnable
 from .roofline import DecodingLayer, Experts, Weights
 from .variants import decoder_layers, variant
 
@@ -132,7 +132,7 @@ def build(model: Model, dtype: str, device: torch.device) -> Any:
     would be slow. An encoder keeps no layers. Attention is transformers' default.
     """
     if model.folder is not None:
-        from ..models import load
+        from ..modeling import load
 
         made: Any = load(model.folder, progress=False, dtype=DTYPES[dtype])
         _drop_encoder(made)
@@ -152,7 +152,7 @@ def _class_and_config(config: Mapping[str, Any]) -> tuple[Any, Any]:
     import transformers
     from transformers import CONFIG_MAPPING
 
-    from ..models import modeling_regroup
+    from ..modeling import modeling_regroup
 
     refuse_kernels(config, "config.json")
     name = (config.get("architectures") or ["none"])[0]

@@ -71,8 +71,8 @@ def prepare(model: Any) -> dict[str, str]:
     Returns:
         What attention and linear layers are now: some families and dtypes keep theirs.
     """
+    from ..attention.cpu.linear_layers import fast_layer
     from ..attention.interface import NAME, register
-    from ..attention.linear_layers import fast_layer
     from ..attention.prepare import prepare_for_inference
 
     register()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..attention.linear_layers import fast_layer
+from ..attention.cpu.linear_layers import fast_layer
 
 # Far above every cache, and little beside what is benchmarked.
 _READ_BYTES = 512 << 20

@@ -6,14 +6,14 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from ..convert.config import child_config
 from ..errors import RegroupError
 from ..layout import Layout, detect
 from ..layout.detect import CONFIG_KEY
 from ..layout.families import family_for
 from ..layout.spelling import as_known
-from ..models.expected import default_class
-from ..plan import make_plan
+from ..modeling.expected import default_class
+from ..plans import make_plan
+from ..writer.config import child_config
 
 
 def variant(config: Mapping[str, Any], *, kv_heads: int | None = None, layers: int | None = None) -> dict[str, Any]:

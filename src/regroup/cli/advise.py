@@ -60,11 +60,11 @@ def advise(
 
     Without --max-loss it is the one at the knee of cache against loss.
     """
-    from ..advise.run import advise as run
+    from ..advice.run import advise as run
     from ..console import Told, err, out
     from ..opening import readable
     from ..record import write_record, write_whole
-    from ..uptrain.budget import parse_count
+    from ..uptraining.budget import parse_count
 
     if memory is not None and not math.isfinite(memory):
         raise RegroupError("the memory is not a number of GB", expected="such as 72", got=f"--memory {memory}")
@@ -99,7 +99,7 @@ def advise(
         out.print(f"- {line}")
     _recommend(out, advice, source, output, calibration.given())
     if figure is not None:
-        from ..advise.plot import draw
+        from ..advice.plot import draw
 
         draw(advice.record, figure)
         err.print(f"wrote {figure}")

@@ -51,7 +51,7 @@ def convert(
 ) -> None:
     """Convert a checkpoint: fewer KV heads, everything else bit for bit."""
     from ..console import Told, err, human_bytes, show_forecast
-    from ..pipeline import convert_checkpoint
+    from ..conversion.convert import convert_checkpoint
     from ..processes import launched
 
     with launched() as team:
@@ -86,12 +86,12 @@ def convert(
                 remedy="convert first, then start `regroup uptrain` with the launcher",
             )
         if uptrain is not None and dry_run:
-            from ..uptrain.chain import check_recipe
+            from ..uptraining.chain import check_recipe
 
             check_recipe(uptrain, source, destination)
         elif uptrain is not None:
-            from ..uptrain.chain import convert_and_uptrain, uptraining_of
-            from ..uptrain.watch import Shown
+            from ..uptraining.chain import convert_and_uptrain, uptraining_of
+            from ..uptraining.watch import Shown
 
             with resumable(*uptraining_of(destination)):
                 convert_and_uptrain(source, destination, uptrain, run, options, listener=Shown())

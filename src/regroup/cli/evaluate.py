@@ -61,7 +61,7 @@ def evaluate(
         check_file(output, {"the data": data, "the task's file": task, "the outputs to compare with": against})
     shared: dict[str, Any] = {"batch_size": batch, "dtype": dtype, "device": device}
     if data is not None:
-        from ..evaluate.run import evaluate as run
+        from ..evaluation.run import evaluate as run
         from ..progress import stage
 
         with stage("evaluating", None, unit="rows") as progress:
@@ -85,7 +85,7 @@ def evaluate(
             if task is not None:
                 record = _answers(place, task, outputs, output, against, shared)
             else:
-                from ..evaluate.harness import evaluate_harness
+                from ..evaluation.harness import evaluate_harness
 
                 assert tasks is not None
                 with stage("evaluating with lm-evaluation-harness", None):
@@ -122,8 +122,8 @@ def _check_options(ways: dict[str, Any], own: dict[str, dict[str, Any]]) -> None
 def _answers(
     model: str, file: Path, outputs: Path | None, output: Path | None, against: Path | None, shared: dict[str, Any]
 ) -> dict[str, Any]:
-    from ..evaluate.answers import evaluate_task
-    from ..evaluate.task import Task
+    from ..evaluation.answers import evaluate_task
+    from ..evaluation.task import Task
     from ..progress import stage
 
     task = Task.load(file)

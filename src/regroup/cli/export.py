@@ -34,7 +34,7 @@ def export(
 ) -> None:
     """Write a checkpoint in the form that an engine reads, and compare the result with its source."""
     from ..console import Told, err
-    from ..export.run import export_checkpoint
+    from ..exports.run import export_checkpoint
 
     done = export_checkpoint(
         source,

@@ -67,10 +67,10 @@ def inspect(
 
 def _compare(source: str, summary: Any, plots: Path | None, revision: str | None) -> Any:
     """How alike KV heads are (see ``convert.similarity``); plots go into a folder unless that is None."""
-    from ..convert.similarity import compare_heads
     from ..opening import open_source
     from ..plots import check_folder, draw_similarity
     from ..progress import stage
+    from ..solver.similarity import compare_heads
 
     if summary.format != "safetensors":
         raise RegroupError(

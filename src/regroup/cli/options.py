@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 from ..errors import RegroupError
 
 if TYPE_CHECKING:
-    from ..convert.text import CalibrationText
+    from ..calibration.text import CalibrationText
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder or a hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
@@ -83,8 +83,8 @@ class Calibration:
         Raises:
             RegroupError: options about text that is not there, or an unknown repair.
         """
-        from ..convert.text import CalibrationText
-        from ..planning import check_repair
+        from ..calibration.text import CalibrationText
+        from ..conversion.plan import check_repair
 
         check_repair(self.repair or "output")
         given = {
@@ -174,7 +174,7 @@ def resumable(output: Path, converted: Path | None = None) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         from ..processes import rank
-        from ..uptrain import states
+        from ..uptraining import states
 
         if rank() > 0:
             raise

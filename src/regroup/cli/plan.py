@@ -50,7 +50,7 @@ def plan(
 ) -> None:
     """Write down what a conversion should do, as JSON that you can edit; with --kv-budget, find G for each layer."""
     from ..console import Told, err, show_plan
-    from ..planning import plan_checkpoint
+    from ..conversion.plan import plan_checkpoint
     from ..processes import launched
     from ..record import write_whole
 

@@ -91,9 +91,9 @@ def uptrain(
     from ..processes import leave, rank
 
     try:
-        from ..uptrain.recipe import Recipe
-        from ..uptrain.run import uptrain as run
-        from ..uptrain.watch import Shown
+        from ..uptraining.recipe import Recipe
+        from ..uptraining.run import uptrain as run
+        from ..uptraining.watch import Shown
 
         given["stages"] = tuple(stages.split(",")) if stages else None
         settled = Recipe.load(recipe, **given)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..progress import stage
-from ..uptrain.recipe import Recipe
-from ..uptrain.run import uptrain
-from ..uptrain.watch import Listener
+from ..uptraining.recipe import Recipe
+from ..uptraining.run import uptrain
+from ..uptraining.watch import Listener
 
 ALPHA = 0.05  # of the parent's training tokens, as in Ainslie et al. 2023, section 3.1
 BATCH = 8

@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ..calibration.text import CalibrationText
 from ..console import human_bytes, out
-from ..convert.text import CalibrationText
+from ..conversion.convert import convert_checkpoint
 from ..data import token_windows
-from ..evaluate import Score, causal_batches, score
-from ..evaluate.run import load_for_scoring
+from ..evaluation import Score, causal_batches, score
+from ..evaluation.run import load_for_scoring
 from ..inspection import summarize
-from ..models import load_tokenizer
-from ..pipeline import convert_checkpoint
+from ..modeling import load_tokenizer
 from ..progress import stage
 from ..record import record, write_record
 from . import recovery

@@ -1,0 +1,136 @@
+"""Decoding on a CPU by a compiled kernel: each KV head is read once for all of its query heads, by all threads.
+
+``decode.cpp`` says how. It is built when it is first needed (``build.py``); where that is not possible
+:func:`reason` says why and the other backends serve.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ..call import Call
+from ..decoding import arguments, result_of, strides_of, unserved
+from ..onlookers import constant, hidden_from_kernels, is_recorded
+from .build import AVX2, HALVES, build, features, parallel
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
+
+
+class _Call(ctypes.Structure):
+    """``RegroupCall`` of decode.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "mask", "bias", "out", "parallel")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "heads", "groups", "queries", "context", "head_dim", "value_dim")
+        ),
+        *((name, ctypes.c_int64) for name in ("type", "mask_type", "bias_type")),
+        *((f"{name}_stride", ctypes.c_int64 * 3) for name in ("query", "key", "value")),
+        *((f"{name}_stride", ctypes.c_int64 * 4) for name in ("mask", "bias")),
+        *((name, ctypes.c_int64) for name in ("causal", "window", "threads")),
+        *((name, ctypes.c_double) for name in ("scale", "softcap")),
+    )
+
+
+@constant
+def _missing() -> str | None:
+    """Why the kernel is not there."""
+    return build().reason
+
+
+@constant
+def _features() -> int:
+    return features()
+
+
+@constant
+def has_short_vectors() -> bool:
+    """Whether this processor has AVX2 and nothing wider."""
+    return bool(features() & AVX2)
+
+
+def _in_rows(tensor: Tensor) -> bool:
+    """Whether the numbers of a head lie side by side."""
+    return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+
+
+def reason(call: Call) -> str | None:
+    """Why this backend cannot serve a call; None if it can. Builds the kernel if it would serve the call."""
+    if call.query.device.type != "cpu":
+        return f"the tensors are on {call.query.device.type}, not on the CPU"
+    other = unserved(call)
+    if other is not None:
+        return other
+    if not _in_rows(call.key) or not _in_rows(call.value):
+        return "the last dimension of key or value is not contiguous"
+    for name, extra in (("mask", call.mask), ("bias", call.bias)):
+        if extra is not None and extra.dtype not in _TYPES:
+            return f"a {name} of {extra.dtype} is not served"
+    hidden = hidden_from_kernels(call.tensors)
+    if hidden is not None:
+        return hidden
+    missing = _missing()
+    if missing is not None:
+        return f"the compiled kernel is missing: {missing}"
+    if call.query.dtype == torch.float16 and not _features() & HALVES:
+        return "this processor does not convert float16"
+    return None
+
+
+def _extra(tensor: Tensor | None) -> tuple[int | None, int, tuple[int, ...]]:
+    """Address, type and strides of a mask or bias; what broadcasts has stride 0."""
+    if tensor is None:
+        return None, 0, strides_of(None)
+    return tensor.data_ptr(), _TYPES[tensor.dtype], strides_of(tensor)
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    library = build().library
+    assert library is not None
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    B, H, T, D = query.shape
+    _, G, S, Dv = value.shape
+    out = query.new_empty((B, H, T, Dv))
+    mask_at, mask_type, mask_stride = _extra(mask)
+    bias_at, bias_type, bias_stride = _extra(bias)
+    call = _Call(
+        *(query.data_ptr(), key.data_ptr(), value.data_ptr(), mask_at, bias_at, out.data_ptr(), parallel()),
+        *(B, H, G, T, S, D, Dv),
+        *(_TYPES[query.dtype], mask_type, bias_type),
+        *(query.stride()[:3], key.stride()[:3], value.stride()[:3], mask_stride, bias_stride),
+        *(is_causal, window or 0, torch.get_num_threads()),
+        *(scale, softcap or 0.0),
+    )
+    library.regroup_decode(ctypes.byref(call))
+    return out
+
+
+_op = torch.library.custom_op("regroup::cpu_decode", _decode, mutates_args=(), device_types="cpu")
+_op.register_fake(result_of)
+
+
+def run(call: Call) -> Tensor:
+    """Attention by the compiled kernel, with sums in float32 (bfloat16 products where the processor has them).
+
+    Only for calls of which :func:`reason` says None.
+
+    Returns:
+        (B, H, T, Dv) in the query's dtype.
+    """
+    # The dispatcher costs as much as a short context does; only who records operators needs to see one.
+    return (_op if is_recorded() else _decode)(*arguments(call))

@@ -1,0 +1,104 @@
+"""Linear layers of few rows on a CPU by a compiled kernel: every weight is read once, as it lies in the checkpoint.
+
+``linear.cpp`` says how. It is built together with the kernel of attention (``build.py``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..onlookers import constant, hidden_from_kernels, is_recorded
+from .build import AVX2, build, features, parallel
+
+# Rows beyond which PyTorch's matrix product is as fast (benchmarks/linear.py).
+MAX_ROWS = 64
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+@constant
+def missing() -> str | None:
+    """Why the kernel is not there, or None. Builds it, if that was not done before."""
+    return build().reason
+
+
+def is_best() -> bool:
+    """Whether this processor is one where the kernel is faster than oneDNN's packed layers.
+
+    Measured on AVX2; with AVX-512, oneDNN's have instructions for bfloat16 that this has not.
+    """
+    return bool(features() & AVX2)
+
+
+def serves(states: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether :func:`linear` can compute a product; where it cannot, PyTorch's can."""
+    tensors = (states, weight) if bias is None else (states, weight, bias)
+    if states.dtype not in _TYPES or hidden_from_kernels(tensors) is not None:
+        return False
+    if any(tensor.dtype != states.dtype or tensor.device.type != "cpu" for tensor in tensors):
+        return False
+    # The kernel believes what it is told of sizes. Where they do not fit, PyTorch says so, or broadcasts.
+    if states.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
+        return False
+    if weight.stride() != (weight.shape[1], 1) or (bias is not None and bias.stride() != (1,)):
+        return False
+    if not 0 < states.numel() <= MAX_ROWS * states.shape[-1] or torch.is_autocast_enabled("cpu"):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+@functools.cache
+def _kernel() -> Any:
+    library = build().library
+    assert library is not None
+    found = library.regroup_linear
+    found.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 6 + [ctypes.c_void_p]
+    found.restype = None
+    return found
+
+
+def _linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    outs, columns = weight.shape
+    rows = states.reshape(-1, columns)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    out = states.new_empty((*states.shape[:-1], outs))
+    _kernel()(
+        rows.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        *(rows.shape[0], outs, columns, rows.stride(0), _TYPES[states.dtype], torch.get_num_threads()),
+        parallel(),
+    )
+    return out
+
+
+@torch.library.custom_op("regroup::cpu_linear", mutates_args=(), device_types="cpu")
+def _op(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _linear(states, weight, bias)
+
+
+@_op.register_fake
+def _(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return states.new_empty((*states.shape[:-1], weight.shape[0]))
+
+
+def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` of few rows, summed in float32 and rounded once. Only where :func:`serves` says so.
+
+    A row gives the same bits by itself and in any batch, on any number of threads.
+
+    Args:
+        states: (…, in), float32 or bfloat16, with at most :data:`MAX_ROWS` rows in all.
+        weight: (out, in), contiguous.
+        bias: (out,) or None.
+
+    Returns:
+        (…, out) in the dtype of the states.
+    """
+    return (_op if is_recorded() else _linear)(states, weight, bias)

@@ -1,0 +1,1 @@
+"""Convert on text, one layer at a time."""

@@ -1,0 +1,145 @@
+"""One attention layer that is to give on text what another one does: judged, solved again and distilled in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..layout.types import AttentionLayer
+from ..processes import ALONE, Team
+from ..solver.heads import projection_tensors
+from .decoder_layer import DecoderLayer, Seen
+from .repair import DistillSettings, Refit, Regression, distill, refit_output
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What an attention layer sees, and what it should make of it.
+
+    Attributes:
+        pupil: the decoder layer; what is learnt changes it in place.
+        layers: its attention layers up to the one that learns, in the order of the forward pass.
+        targets: for each batch what the output projection of that one should give, (B, T, hidden).
+        hidden: hidden states before the decoder layer, for each batch, (B, T, hidden).
+        held_out: numbers of the batches that are judged on and never fitted.
+        team: the processes that do this together, each on its own batches.
+    """
+
+    pupil: DecoderLayer
+    layers: Sequence[AttentionLayer]
+    targets: Sequence[torch.Tensor]
+    hidden: Sequence[torch.Tensor]
+    held_out: Sequence[int]
+    team: Team = ALONE
+
+    @property
+    def layer(self) -> AttentionLayer:
+        """The one that learns."""
+        return self.layers[-1]
+
+    @property
+    def attention(self) -> torch.nn.Module:
+        """Its module, as it is now."""
+        return self.pupil.attention(self.layer)
+
+    def look(self, batch: int) -> Seen:
+        """What the attention does on a batch."""
+        seen, _ = self.pupil.observe(batch, self.hidden[batch], self.layers, whole=False)
+        return seen[self.layer.name]
+
+    def target(self, batch: int) -> torch.Tensor:
+        """What it should give where there is text, (rows, hidden)."""
+        return self._rows(self.targets[batch].to(self.pupil.stream.device), batch)
+
+    def refit(self, output: torch.Tensor, fit: Sequence[int] | None) -> tuple[Refit, torch.Tensor | None]:
+        """Held-out error of the layer, with the output projection solved again where it may be.
+
+        Args:
+            output: the projection that the layer has, (F, hidden).
+            fit: numbers of the batches to solve it on; None leaves it as it is.
+
+        Returns:
+            The projection (F, hidden) with errors, and the second moment of what it is given (F, F) where text was
+            fitted.
+        """
+        fitted = None if fit is None else self._sums(fit)
+        held_out = self._sums(self.held_out).merged(self.team)
+        if fitted is None:
+            error = self.team.led(lambda: held_out.error(output))
+            return Refit(output, error, error), None
+        merged = fitted.merged(self.team)
+        best = self.team.led(lambda: refit_output(merged, held_out, output))
+        return replace(best, weights=best.weights.to(output.dtype)), merged.gram
+
+    def distill(
+        self,
+        fit: Sequence[int],
+        settings: DistillSettings,
+        inputs: dict[str, tuple[torch.Tensor, int]] | None = None,
+    ) -> tuple[float, float]:
+        """Train the layer against its targets.
+
+        Args:
+            fit: numbers of the batches to train on.
+            settings: see there.
+            inputs: what ``input_moments`` gives, for training in whitened coordinates.
+
+        Returns:
+            The share of the targets' energy that held-out batches miss, before and after.
+        """
+        energy = sum(float(self.target(batch).square().sum()) for batch in self.held_out)
+        power = self.team.total(energy) / self.team.total(len(self.held_out))
+
+        def loss_of(batch: int) -> torch.Tensor:
+            return (self._rows(self.look(batch).output, batch) - self.target(batch)).square().sum() / power
+
+        names = [name.removeprefix(self.layer.name + ".") for name in projection_tensors(self.layer)]
+        with torch.enable_grad():
+            return distill(self.attention, names, loss_of, fit, self.held_out, settings, inputs, self.team)
+
+    def input_moments(
+        self, batches: Sequence[int], attended: torch.Tensor | None
+    ) -> dict[str, tuple[torch.Tensor, int]]:
+        """For each projection's weight: the second moment of what it multiplies (F, F), and the axis that lies along.
+
+        Args:
+            batches: numbers of those to look at.
+            attended: the second moment of what the output projection is given, where it is known.
+        """
+        sums: dict[str, torch.Tensor] = {}
+        for batch in batches:
+            seen = self.look(batch)
+            for name, states in (("query", seen.query_input), ("memory", seen.memory)):
+                flat = states.flatten(0, 1)
+                gram = (flat.T @ flat).double()
+                sums[name] = sums[name] + gram if name in sums else gram
+        sums = self.team.added(sums)
+        if attended is not None:
+            sums["output"] = attended
+        found = {}
+        for part, projection in self.layer.projections().items():
+            slot = projection.weight
+            of = {"query": "query", "output": "output"}.get(part, "memory")
+            if of in sums and "{head}" not in slot.tensor:
+                # Heads lie along the axis that is not the inputs', except in the output projection.
+                axis = slot.axis if part == "output" else 1 - slot.axis
+                found[slot.tensor.removeprefix(self.layer.name + ".")] = (sums[of], axis)
+        return found
+
+    def _sums(self, batches: Sequence[int]) -> Regression:
+        """Of this process's batches: what the output projection is given, and what it should make of that."""
+        name = self.layer.output.weight.tensor.removeprefix(self.layer.name + ".").removesuffix(".weight")
+        bias = getattr(self.attention.get_submodule(name), "bias", None)
+        sums = Regression()
+        for batch in batches:
+            mixed, target = self._rows(self.look(batch).mixed, batch), self.target(batch)
+            sums.add(mixed, target if bias is None else target - bias)
+        return sums
+
+    def _rows(self, states: torch.Tensor, batch: int) -> torch.Tensor:
+        """Positions that hold text: (B, T, F) to (rows, F)."""
+        rows, _ = self.pupil.stream.masks(batch, self.layer)
+        flat = states.flatten(0, 1)
+        return flat if rows is None else flat[rows.flatten().bool().to(flat.device)]

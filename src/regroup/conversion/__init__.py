@@ -1,0 +1,1 @@
+"""Carry out requests: plan a conversion, and convert."""

@@ -1,0 +1,173 @@
+"""Whether a GGUF file answers as its source does: in llama.cpp where that works, else by what can be read back."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import read_gguf
+from ..errors import RegroupError
+from ..modeling import load, load_tokenizer
+from ..opening import Source
+from . import llama_cpp
+from .check import Comparison, compare, logits, model_inputs
+from .gguf_foreign import stand_in
+from .gguf_structure import check_file
+from .gguf_texts import check_same, ids_of, texts_for
+from .gguf_tokenizer import Vocabulary
+from .gguf_vocabulary import tokenizer_of
+from .run import Request, check_length, source_config
+
+PROMPT = "Once upon a time there was"
+NEW_TOKENS = 24
+
+
+def check_gguf(
+    opened: Source, file: Path, config: Any, dtype: torch.dtype, vocab: Vocabulary | None, request: Request
+) -> str:
+    """Compare a file with its source, one model in memory at a time.
+
+    Args:
+        opened: the source.
+        file: the GGUF file.
+        config: the transformers config of the source.
+        dtype: of the file's matrices.
+        vocab: the source's tokenizer as the file has it, or None.
+        request: told of each model that has answered, and of what was not compared.
+
+    Returns:
+        What was compared.
+
+    Raises:
+        RegroupError: the answers differ, or llama.cpp does not load the file.
+    """
+    inputs = model_inputs(config, length=check_length(opened))
+    tokenizer = load_tokenizer(opened.folder) if vocab is not None else None
+    texts = texts_for(tokenizer) if tokenizer is not None else []
+    header = read_gguf(file)
+    trouble = llama_cpp.trouble(tensor.kind for tensor in header.tensors.values())
+    with request.told.comparing() as answered:
+        if trouble is None:
+            windows = [layer.window for layer in opened.layout.layers if layer.window is not None]
+            longest = min([config.max_position_embeddings, *windows])
+            said = str(_llama_cpp(opened, file, tokenizer, inputs["input_ids"], dtype, longest, answered))
+            if vocab is not None:
+                found = llama_cpp.ask(file, {"texts": texts})["ids"]
+                said += f", {_check_ids(tokenizer, vocab, texts, found, llama_cpp.version(), request)}"
+            return said
+        request.notes.append(f"logits were not compared with llama.cpp: {trouble}")
+        checkpoint = opened.checkpoint
+        said = check_file(file, opened.layout, config, checkpoint.tensors, checkpoint.read, dtype)
+        if vocab is not None:
+            works = llama_cpp.trouble(()) is None
+            other = llama_cpp.version() if works else "the tokenizer that regroup makes of the file"
+            found = llama_cpp.ask(file, {"texts": texts})["ids"] if works else ids_of(tokenizer_of(header), texts)
+            said += f"; {_check_ids(tokenizer, vocab, texts, found, other, request)}, with {other}"
+        kind = config.rope_parameters.get("rope_type", "default")
+        made = stand_in(header, kind, torch.float32)
+        if made is not None:
+            found = logits(made, inputs)
+            del made  # one model at a time
+            answered(1)
+            wanted = logits(_rounded_source(opened, dtype), inputs)
+            loader = f"transformers {importlib.metadata.version('transformers')}'s GGUF loader"
+            said = f"{compare(wanted, found, loader)}; {said}"
+        else:
+            request.notes.append(
+                "logits were not compared otherwise either: nothing else here reads all of such a file"
+            )
+            answered(1)
+        answered(1)
+    return said
+
+
+def _check_ids(
+    tokenizer: Any, vocab: Vocabulary, texts: list[str], found: list[list[int]], other: str, request: Request
+) -> str:
+    """Token ids of texts, against what llama.cpp should make of them, where that is known to differ from the source."""
+    if not vocab.differences:
+        return check_same(texts, ids_of(tokenizer, texts), found, other)
+    made = vocab.predicted(tokenizer)
+    wanted = [made.encode(text).ids for text in texts]
+    said = check_same(texts, wanted, found, other)
+    own = ids_of(tokenizer, texts)
+    differing = [text for text, a, b in zip(texts, own, wanted, strict=True) if a != b]
+    request.notes.append(
+        f"{len(differing)} of {len(texts)} texts get other token ids in llama.cpp than from this tokenizer"
+        + (f", such as {min(differing, key=len)[:60]!r}" if differing else "")
+    )
+    return f"{said}, but for the differences that are noted"
+
+
+def _rounded_source(opened: Source, dtype: torch.dtype) -> Any:
+    """The source in float32, with the file's rounding of the weights, which is not the check's business."""
+    model: Any = load(opened.checkpoint.folder, progress=False, config=source_config(opened), dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data = parameter.data.to(dtype).float()
+    return model
+
+
+def _llama_cpp(
+    opened: Source,
+    file: Path,
+    tokenizer: Any,
+    ids: torch.Tensor,
+    dtype: torch.dtype,
+    longest: int,
+    answered: Callable[[int], None],
+) -> Comparison:
+    """Logits at every position; with a tokenizer also the ids of a prompt and the text that follows greedily."""
+    loader, text = llama_cpp.version(), ""
+    asked: dict[str, Any] = {"rows": ids.tolist(), "prompt": None, "new_tokens": 0}
+    prompt: list[int] = []
+    if tokenizer is not None:
+        prompt = tokenizer(PROMPT)["input_ids"]
+        asked |= {"prompt": PROMPT, "new_tokens": max(0, min(NEW_TOKENS, longest - len(prompt)))}
+    # Asked before the source is loaded, in a process that has ended by then.
+    answer = llama_cpp.ask(file, asked)
+    answered(1)
+    model = _rounded_source(opened, dtype)
+    wanted = logits(model, {"input_ids": ids})
+    if tokenizer is not None:
+        _same("token ids of a prompt", prompt, answer["prompt_ids"], loader)
+        made = answer["greedy_ids"]
+        told = tokenizer.decode([*prompt, *made], skip_special_tokens=True)
+        _same("text of the tokens", told.strip(), (PROMPT + answer["greedy_text"]).strip(), loader)
+        same = greedy_agreement(model, prompt, made, loader, tolerance=llama_cpp.TOLERANCES[dtype])
+        text = f"{same} of {len(made)} greedy tokens the same" + ("" if same == len(made) else ", the rest near ties")
+    answered(1)
+    return compare(wanted, answer["logits"], loader, tolerance=llama_cpp.TOLERANCES[dtype], text=text)
+
+
+def greedy_agreement(model: Any, prompt: list[int], made: list[int], loader: str, *, tolerance: float) -> int:
+    """How many of the tokens that follow a prompt greedily elsewhere are the model's own first choice.
+
+    The model is given the tokens that were made, not asked to generate: settings of generation do not interfere, and
+    one near tie does not spoil all that follows.
+
+    Raises:
+        RegroupError: it prefers another token by more than ``tolerance`` of the largest logit.
+    """
+    if not made:
+        return 0
+    scores = logits(model, {"input_ids": torch.tensor([[*prompt, *made]])})[0, len(prompt) - 1 : -1]
+    chosen = scores.gather(1, torch.tensor(made)[:, None])[:, 0]
+    gap = scores.max(-1).values - chosen
+    if not float(gap.max()) <= tolerance * float(scores.abs().max()):
+        _same("greedy tokens", scores.argmax(-1).tolist(), made, loader)
+    return int((gap == 0).sum())
+
+
+def _same(what: str, wanted: object, found: object, loader: str) -> None:
+    if wanted != found:
+        raise RegroupError(
+            "the exported model does not answer as its source does; nothing was written",
+            expected=f"{what}: {str(wanted)[:200]}",
+            got=f"{str(found)[:200]}, with {loader}",
+            remedy="please report it with the checkpoint's config.json and tokenizer.json",
+        )

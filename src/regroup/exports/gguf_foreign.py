@@ -1,0 +1,195 @@
+"""GGUF files of other architectures, through transformers' own loader, and refused where that passes something over."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoint import GGUFFile
+from ..devices import check_fits
+from ..errors import RegroupError
+from ..modeling import without_bars
+from .check import logits
+from .gguf_models import FREQUENCIES
+
+# Architectures that the loader reads right, with the biases that it takes.
+_STAND_IN: dict[str, set[str]] = {"llama": set(), "qwen2": {"attn_q", "attn_k", "attn_v"}}
+# Keys that change what attention does, and that it passes over.
+_LOST_KEYS = (".rope.scaling.", ".attention.sliding_window")
+
+
+class ForeignModel:
+    """A file that transformers' loader has read as a whole."""
+
+    def __init__(self, file: GGUFFile, model: Any) -> None:
+        self.file, self.model = file, model
+        self.config: Any = model.config
+
+    def write(self, stage: Path) -> None:
+        """Save the weights; the config is written by whoever has completed it."""
+        self.model.save_pretrained(stage)
+
+    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the loader's model answers, in float32 from here on."""
+        return logits(self.model.float(), inputs)
+
+
+def foreign_model(file: GGUFFile, dtype: torch.dtype) -> ForeignModel:
+    """Read a file with transformers' loader.
+
+    Raises:
+        RegroupError: it does not know the architecture, passes over a key or a tensor, or misses one.
+    """
+    _check_header(file)
+    check_fits(
+        file.parameters * dtype.itemsize + file.path.stat().st_size,
+        "the model of this GGUF file does not fit into memory; nothing was written",
+        file=file.path,
+        got=f"{file.parameters:,} weights in {str(dtype)[6:]} and the file's blocks",
+        remedy="choose --dtype bfloat16 if that is less, free some memory, or start from the checkpoint that the file "
+        "was made of",
+    )
+    try:
+        model, missed = load_gguf(file.path, dtype)
+    # The loader reports what it does not like by whatever its code runs into.
+    except Exception as error:
+        raise RegroupError(
+            "transformers cannot load the GGUF file",
+            file=file.path,
+            got=(str(error).strip() or type(error).__name__)[:400],
+        ) from error
+    if missed:
+        raise RegroupError(
+            "this GGUF file lacks a tensor that its model needs", file=file.path, tensor=", ".join(sorted(missed)[:5])
+        )
+    taken = sum(parameter.numel() for parameter in model.parameters())
+    if taken != file.parameters:
+        raise _lost(file, f"{taken} of {file.parameters} weights")
+    return ForeignModel(file, model)
+
+
+def _check_header(file: GGUFFile) -> None:
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    arch = file.values.get("general.architecture")
+    if arch not in GGUF_SUPPORTED_ARCHITECTURES:
+        raise RegroupError(
+            "GGUF files of this architecture are read neither here nor by transformers",
+            file=file.path,
+            expected=", ".join(sorted({"llama", "qwen2", "qwen3", *GGUF_SUPPORTED_ARCHITECTURES})),
+            got=str(arch)[:100],
+            remedy="start from the checkpoint that the file was made of",
+        )
+    for key in ("block_count", "attention.head_count", "attention.head_count_kv", "embedding_length"):
+        value = file.values.get(f"{arch}.{key}")
+        numbers = value.tolist() if isinstance(value, np.ndarray) else [value]
+        if value is not None and not all(type(n) is int and 0 < n < 2**31 for n in numbers):
+            raise RegroupError(
+                "the GGUF header has an impossible number",
+                file=file.path,
+                expected=f"{arch}.{key}: positive",
+                got=str(value)[:80],
+            )
+        if len(set(numbers)) > 1:
+            raise RegroupError(
+                f"transformers reads one number for all layers from a GGUF file: {key}",
+                file=file.path,
+                got=", ".join(map(str, numbers))[:200],
+                remedy="start from the checkpoint that the file was made of",
+            )
+    blocks = file.values.get(f"{arch}.block_count", 0)
+    if isinstance(blocks, int) and blocks > len(file.tensors):
+        raise RegroupError(
+            "the GGUF header counts other layers than the file has",
+            file=file.path,
+            expected=f"at most {len(file.tensors)}, as there are tensors",
+            got=blocks,
+        )
+    lost = [
+        key
+        for key, value in file.values.items()
+        if any(part in key for part in _LOST_KEYS) and value not in ("none", 0)
+    ]
+    if lost:
+        raise _lost(file, ", ".join(lost))
+
+
+def _lost(file: GGUFFile, what: str) -> RegroupError:
+    return RegroupError(
+        "transformers does not take everything from this GGUF file",
+        file=file.path,
+        got=what,
+        remedy="start from the checkpoint that the file was made of",
+    )
+
+
+def stand_in(file: GGUFFile, rope: str, dtype: torch.dtype) -> Any:
+    """The model of a file of Llama's kind by transformers' loader; None where that passes something over.
+
+    Args:
+        file: the file's header.
+        rope: transformers' ``rope_type``.
+        dtype: of the model.
+    """
+    arch = file.values["general.architecture"]
+    # Without this key there are as many KV heads as query heads, and the loader leaves the file's order of rows.
+    ordered = f"{arch}.attention.head_count_kv" in file.values
+    biases = {name.split(".")[-2] for name in file.tensors if name.endswith(".bias")}
+    if rope != "default" or FREQUENCIES in file.tensors or arch not in _STAND_IN or not biases <= _STAND_IN[arch]:
+        return None
+    if not ordered:
+        return None
+    try:
+        model, missed = load_gguf(file.path, dtype)
+    # A gap of the loader's is no fault of the file's, and it reports one by whatever its code runs into.
+    except Exception:
+        return None
+    return None if missed else model
+
+
+def load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, set[str]]:
+    """The model of a GGUF file by transformers' own loader, every weight unpacked, so that it can be saved.
+
+    Returns:
+        The model, and the names of tensors that the file does not have; they are random.
+    """
+    import transformers
+
+    # Releases before 5.20 or so unpack in any case, and have no class to say so with.
+    packed = getattr(transformers, "GgufConfig", None)
+    options = {} if packed is None else {"quantization_config": packed(dequantize=True)}
+    with _in_silence():
+        loads: Any = transformers.AutoModelForCausalLM.from_pretrained
+        model, loaded = loads(
+            file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    return model, set(loaded["missing_keys"]) | {str(name) for name in loaded.get("mismatched_keys", ())}
+
+
+@contextlib.contextmanager
+def _in_silence() -> Iterator[None]:
+    """The loader draws a bar that its switch for bars does not reach, and warns of what is checked here."""
+    from transformers import modeling_gguf_pytorch_utils as loader
+    from transformers.utils import logging
+
+    module: Any = loader
+    bar = module.tqdm
+    module.tqdm = functools.partial(bar, disable=True)
+    loudness = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with without_bars():
+            yield
+    finally:
+        logging.set_verbosity(loudness)
+        module.tqdm = bar

@@ -1,0 +1,170 @@
+"""What an engine can be given of a checkpoint's KV heads: which forms hold them, and how heads are repeated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import RegroupError
+from ..layout import Layout
+from ..layout.families import slow_output
+from ..layout.nemotron_nas import to_blocks
+from ..layout.types import TensorInfo
+from ..plans import LayerPlan, Plan
+from ..writer.config import child_config, is_stock
+from ..writer.rewrite import Change, Move, rewrite_of
+
+# Families whose layers are Llama's, tensor for tensor, so that Llama's code in another program runs them.
+LLAMA_LAYERS = ("llama", "mistral")
+# Model types whose layout other programs brought up, and which transformers reads in regroup's form alone.
+FOREIGN = ("deci", "nemotron-nas")
+# Families whose classes in vLLM skip a stored output head, whatever the config says of tying (its models/bloom.py,
+# commandr.py, gemma.py, gemma2.py and whisper.py).
+_HEAD_IGNORED = ("bloom", "cohere", "gemma", "gemma2", "whisper")
+
+
+def heads_of(layout: Layout) -> tuple[int, ...]:
+    """KV heads of every attention layer, in the order of the layout."""
+    return tuple(layer.num_key_value_heads for layer in layout.layers)
+
+
+def plan_of(layout: Layout, heads: Sequence[int], *, tensor_parallel: int = 1) -> Plan:
+    """A plan that leaves each layer, or has been carried out on it, with these KV heads."""
+    layers = (
+        LayerPlan(layer.name, layer.num_attention_heads, layer.num_key_value_heads, wanted)
+        for layer, wanted in zip(layout.layers, heads, strict=True)
+    )
+    return Plan(layout.family, layout.fingerprint(), tuple(layers), tensor_parallel=tensor_parallel)
+
+
+def check_devices(layout: Layout, devices: int) -> None:
+    """Refuse KV heads that cannot be divided or copied over so many tensor-parallel devices.
+
+    Raises:
+        RegroupError: naming the layer and the remedy.
+    """
+    plan_of(layout, heads_of(layout), tensor_parallel=devices).check(layout)
+
+
+def check_served(config: Mapping[str, Any], layout: Layout) -> None:
+    """Refuse what vLLM would run as another model than transformers does.
+
+    Raises:
+        RegroupError: with the switch; or the model's head is not its embedding, which vLLM takes for it in this family.
+    """
+    if layout.family in _HEAD_IGNORED and not layout.tied_embeddings:
+        raise RegroupError(
+            "vLLM would answer otherwise than transformers: it leaves out this family's stored head",
+            file="config.json",
+            expected="the embedding as output head",
+            got=f"a {layout.family} with a head of its own",
+            remedy="export it with --to hf",
+        )
+    if slow_output(config):
+        raise RegroupError(
+            "vLLM would answer otherwise than transformers: it adds the output biases, which this switch leaves out",
+            file="config.json",
+            got=f"slow_but_exact with pretraining_tp {config['pretraining_tp']}",
+            remedy="export it with --to hf; or set slow_but_exact to false, which is another model: with the biases",
+        )
+
+
+def holds(layout: Layout, heads: Sequence[int]) -> bool:
+    """Whether the family's stock transformers class holds these KV heads."""
+    return is_stock(layout, plan_of(layout, heads))
+
+
+def config_with(config: Mapping[str, Any], layout: Layout, heads: Sequence[int]) -> dict[str, Any]:
+    """The config that transformers, or regroup on top of it, loads these KV heads by."""
+    return child_config(dict(config), layout, plan_of(layout, heads))
+
+
+def stock_heads(layout: Layout) -> int:
+    """The least number of KV heads that a stock class holds and every layer's heads can be repeated to."""
+    heads = set(heads_of(layout))
+    most = max(layer.num_attention_heads for layer in layout.layers)
+    if layout.native_kv_heads == "any":
+        return math.lcm(*heads)
+    return 1 if layout.native_kv_heads == "mqa" and heads == {1} else most
+
+
+def repeated(layout: Layout, heads: int, tensors: Mapping[str, TensorInfo]) -> dict[str, Change]:
+    """How to make every tensor that changes when each KV head stands ``heads / G`` times in a row.
+
+    A query head finds the same keys and values as before, so the model answers as before; it caches more.
+
+    Args:
+        layout, tensors: of the checkpoint.
+        heads: KV heads of every layer afterwards; a multiple of each layer's G.
+
+    Raises:
+        RegroupError: a layer has a parameter for each KV head that lies in a tensor of its own.
+    """
+    changed: dict[str, Change] = {}
+    for layer in layout.layers:
+        before = layer.num_key_value_heads
+        if before == heads:
+            continue
+        child = layer.with_kv_heads(heads)
+        sources = tuple((head * before // heads,) for head in range(heads))
+        own = tuple((head,) for head in range(layer.num_attention_heads))
+        pairs = [(old, new, sources) for part in ("key", "value") for old, new in _slots(layer, child, part)]
+        if layer.packing != "separate":
+            pairs += [(old, new, own) for old, new in _slots(layer, child, "query") if old not in layer.query.extras]
+        moves: dict[str, list[Move]] = {}
+        for old, new, where in pairs:
+            if "{head}" in old.tensor:
+                raise RegroupError(
+                    "the KV heads of this layer cannot be repeated: each has a tensor of its own",
+                    layer=layer.name,
+                    got=old.tensor.format(head=0),
+                    remedy="convert the parent to the same number of KV heads in every layer instead",
+                )
+            moves.setdefault(new.tensor, []).append(Move(old, new, where, _never))
+        changed |= {name: rewrite_of(name, parts, tensors) for name, parts in moves.items()}
+    return changed
+
+
+def _slots(layer: Any, child: Any, part: str) -> list[tuple[Any, Any]]:
+    pairs = zip(getattr(layer, part).slots(), getattr(child, part).slots(), strict=True)
+    return list(pairs)
+
+
+def _never(heads: torch.Tensor, head: int) -> torch.Tensor:
+    raise AssertionError("a repeated head has one source")
+
+
+def block_config(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """The config of a Llama-like checkpoint in the Nemotron-NAS layout.
+
+    Raises:
+        RegroupError: its layers are not Llama's.
+    """
+    heads = heads_of(layout)
+    plain = config_with(config, layout, heads)
+    windowed = [layer.name for layer in layout.layers if layer.window is not None]
+    if layout.family not in LLAMA_LAYERS or windowed or plain.get("hidden_act", "silu") != "silu":
+        raise RegroupError(
+            "the layers have different numbers of KV heads, and no engine's layout for that holds this family",
+            layer=windowed[0] if windowed else None,
+            expected=f"{' or '.join(LLAMA_LAYERS)}, without an attention window",
+            got=f"{layout.family}, {spell(layout)}",
+            remedy="repeat KV heads until every layer has the same number: --expand",
+        )
+    return to_blocks(plain, heads)
+
+
+def spell(layout: Layout) -> str:
+    """The KV heads of the layers for people: ``"4 in layers 0-3, 2 in layer 4"``."""
+    runs: list[tuple[int, list[int]]] = []
+    for layer in layout.layers:
+        if not runs or runs[-1][0] != layer.num_key_value_heads:
+            runs.append((layer.num_key_value_heads, []))
+        runs[-1][1].append(layer.index)
+    return ", ".join(
+        f"{heads} in layer {where[0]}" if len(where) == 1 else f"{heads} in layers {where[0]}-{where[-1]}"
+        for heads, where in runs
+    )

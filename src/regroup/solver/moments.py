@@ -1,0 +1,156 @@
+"""Second moments of what one attention layer computes: from its weights alone, or from text that runs through it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from ..calibration.decoder_layer import Seen
+from ..layout.types import AttentionLayer
+from ..processes import Team
+from .heads import HeadWeights, group_owners
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of what one layer computes, for one way to group its heads.
+
+    Attributes:
+        query: E[q_h q_hᵀ], (H, D, D), before any rotation.
+        key, value: of the KV heads of each group stacked: for each group (m·D, m·D).
+        attended: per query head, of the values of its group's KV heads as the head's own attention mixes them: for each
+            group (n, m·D, m·D); None where no text was seen.
+    """
+
+    query: torch.Tensor
+    key: list[torch.Tensor]
+    value: list[torch.Tensor]
+    attended: list[torch.Tensor] | None = None
+
+
+def weight_moments(weights: HeadWeights, order: tuple[int, ...], groups: int) -> Moments:
+    """What the moments would be if inputs were white: no text is needed (C = I). A bias is one more input of 1."""
+
+    def augmented(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        wide = weight.double()
+        return wide if bias is None else torch.cat([wide, bias.double().unsqueeze(-1)], dim=-1)
+
+    query = augmented(weights.query, weights.query_bias)
+    found: dict[str, list[torch.Tensor]] = {"key": [], "value": []}
+    for _, distinct, _ in group_owners(order, len(weights.key), groups):
+        index = torch.tensor(distinct)
+        for name, parts in found.items():
+            bias = getattr(weights, f"{name}_bias")
+            stack = augmented(getattr(weights, name)[index], None if bias is None else bias[index]).flatten(0, 1)
+            parts.append(stack @ stack.T)
+    return Moments(query @ query.mT, found["key"], found["value"])
+
+
+class Gatherer:
+    """Accumulates the moments of one attention layer of the parent over batches, in float64.
+
+    Args:
+        layer, weights: of the parent.
+        order, groups: how heads are grouped.
+        attended: whether to gather what each head's attention mixes, which needs its attention weights.
+    """
+
+    def __init__(
+        self, layer: AttentionLayer, weights: HeadWeights, order: tuple[int, ...], groups: int, *, attended: bool = True
+    ) -> None:
+        self.weights, self.attended = weights, attended
+        self._sums: dict[str, torch.Tensor] = {}
+        self._rows = {"query": 0, "memory": 0}
+        self._groups = group_owners(order, layer.num_key_value_heads, groups)
+
+    def add(self, seen: Seen, query_mask: torch.Tensor | None, memory_mask: torch.Tensor | None) -> None:
+        """Count one batch; the masks (B, T) and (B, S) say which positions hold text, None that all do."""
+        if "heads" not in seen.derived:
+            # The same for every way to group them.
+            seen.derived["heads"] = (
+                _project(seen.query_input, self.weights.query, self.weights.query_bias),
+                _project(seen.memory, self.weights.key, self.weights.key_bias),
+                _project(seen.memory, self.weights.value, self.weights.value_bias),
+            )
+        query, key, value = seen.derived["heads"]
+        rows, columns = _selected(query_mask, seen.query_input), _selected(memory_mask, seen.memory)
+        q = query.flatten(0, 1)[rows].double()
+        self._count("query", torch.einsum("thd,the->hde", q, q))
+        for number, (members, distinct, _) in enumerate(self._groups):
+            for name, states in (("key", key), ("value", value)):
+                flat = states[:, :, distinct].flatten(0, 1)[columns].flatten(1).double()
+                self._count(f"{name}.{number}", flat.T @ flat)
+            if not self.attended:
+                continue
+            assert seen.weights is not None
+            stacked = value[:, :, distinct].flatten(2)
+            moments = []
+            for head in members:
+                mixed = _mixed(seen, head, stacked).flatten(0, 1)[rows].double()
+                moments.append(mixed.T @ mixed)
+            self._count(f"attended.{number}", torch.stack(moments))
+        self._rows["query"] += int(rows.sum())
+        self._rows["memory"] += int(columns.sum())
+
+    def merge(self, team: Team) -> None:
+        """Count what the other processes counted, so that all have the sums of all batches."""
+        if team.size > 1:
+            rows = {f"rows.{name}": torch.tensor(count) for name, count in self._rows.items()}
+            found = team.added(self._sums | rows)
+            self._rows = {name: int(found.pop(f"rows.{name}")) for name in self._rows}
+            self._sums = found
+
+    def moments(self) -> Moments:
+        """Means over the rows counted."""
+        sums, rows, numbers = self._sums, self._rows, range(len(self._groups))
+        return Moments(
+            query=sums["query"] / rows["query"],
+            key=[sums[f"key.{number}"] / rows["memory"] for number in numbers],
+            value=[sums[f"value.{number}"] / rows["memory"] for number in numbers],
+            attended=[sums[f"attended.{number}"] / rows["query"] for number in numbers] if self.attended else None,
+        )
+
+    def _count(self, name: str, value: torch.Tensor) -> None:
+        wide = value.double().cpu()
+        self._sums[name] = self._sums[name] + wide if name in self._sums else wide
+
+
+def _project(states: torch.Tensor, heads: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """(B, T, E) and (H, D, E) to (B, T, H, D)."""
+    out = torch.einsum("bte,hde->bthd", states, heads.to(states))
+    return out if bias is None else out + bias.to(states)
+
+
+def _mixed(seen: Seen, head: int, values: torch.Tensor) -> torch.Tensor:
+    """What a head's attention makes of values (B, S, F): (B, T, F). Leaves out what attention never reaches."""
+    assert seen.weights is not None
+    if "reach" not in seen.derived:
+        seen.derived["reach"] = _reach(seen.weights)
+    parts = [
+        seen.weights[:, head, rows, columns].float() @ values[:, columns] for rows, columns in seen.derived["reach"]
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _reach(weights: torch.Tensor, parts: int = 4) -> list[tuple[slice, slice]]:
+    """Runs of queries, and for each the run of positions outside of which no head gives any weight: causal, windows."""
+    T, S = weights.shape[-2:]
+    size, found = -(-T // parts), []
+    edges = [S * part // parts for part in range(parts + 1)]
+    for start in range(0, T, size):
+        rows = slice(start, min(start + size, T))
+        # Weights are not negative, and a sum takes a fraction of the time of any().
+        used = [bool(weights[:, :, rows, a:b].sum()) for a, b in pairwise(edges)]
+        first = used.index(True) if True in used else 0
+        last = parts - used[::-1].index(True) if True in used else 0
+        found.append((rows, slice(edges[first], edges[last])))
+    return found
+
+
+def _selected(mask: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
+    """Which of the B·T positions count, (B·T,) bool."""
+    if mask is None or mask.shape != states.shape[:2]:
+        return torch.ones(states.shape[0] * states.shape[1], dtype=torch.bool)
+    return mask.flatten().bool()

@@ -1,0 +1,74 @@
+"""The child's config.json."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from ..errors import RegroupError
+from ..layout.detect import CONFIG_KEY
+from ..layout.families import family_for, ties
+from ..layout.nemotron_nas import as_llama
+from ..layout.spelling import as_known
+from ..layout.types import Layout
+from ..modeling import grouped_config, stock_architecture
+from ..plans import Plan
+
+
+def is_stock(layout: Layout, plan: Plan) -> bool:
+    """True if the transformers class of the family loads the child by itself."""
+    heads = {layer.num_attention_heads for layer in layout.layers}
+    if plan.uniform is None:
+        return False
+    allowed = {"any": {plan.uniform}, "mqa": {1, *heads}, "none": heads}[layout.native_kv_heads]
+    return plan.uniform in allowed
+
+
+def child_config(config: dict[str, Any], layout: Layout, plan: Plan) -> dict[str, Any]:
+    """The parent's config with the child's KV heads.
+
+    A stock child names them where the family does. Any other carries them module by module, together with the class
+    that reads them (see ``regroup.modeling``). Remote code of the parent is not carried along.
+    """
+    child = copy.deepcopy(dict(as_llama(as_known(config))))
+    config = child.copy()
+    family = family_for(config)
+    assert family is not None
+    child["model_type"] = layout.family
+    child.pop("auto_map", None)
+    if child.pop("num_key_value_heads_per_layer", None) is not None or config["model_type"] == "deci":
+        child["architectures"] = ["LlamaForCausalLM"]
+    if not layout.tied_embeddings and ties(config, family) and len(family.tied) == 1:
+        # transformers keeps the stored head either way; other engines would put the embedding in its place. In
+        # encoder-decoders the key also ties the embeddings of the two sides, which may not be stored one by one.
+        child["tie_word_embeddings"] = False
+    most = max(layer.num_key_value_heads for layer in plan.layers)
+    for key in family.kv_heads:
+        child[key] = most
+
+    if not is_stock(layout, plan):
+        if layout.native_kv_heads == "mqa":
+            child["multi_query"] = False
+        if config["model_type"] == "falcon" and config.get("new_decoder_architecture"):
+            raise RegroupError(
+                "Falcon's new decoder architecture holds one number of KV heads for all layers",
+                expected="the same number in every layer",
+                remedy="plan it with --kv-heads alone",
+            )
+        return grouped_config(child, {x.module: p.num_key_value_heads for x, p in _pairs(layout, plan)})
+
+    child.pop(CONFIG_KEY, None)
+    if child.get("architectures"):
+        stock_architecture(child, "config.json")  # refuses what is no list of names
+        child["architectures"] = [str(name).removeprefix("Regroup") for name in child["architectures"]]
+    if layout.native_kv_heads == "mqa":
+        if "num_key_value_heads" in child:
+            child["num_key_value_heads"] = plan.uniform
+        child["multi_query"] = plan.uniform == 1 and layout.layers[0].num_attention_heads > 1
+        if config["model_type"] == "falcon":
+            child["num_kv_heads"] = plan.uniform
+    return child
+
+
+def _pairs(layout: Layout, plan: Plan) -> zip[tuple[Any, Any]]:
+    return zip(layout.layers, plan.layers, strict=True)

@@ -1,0 +1,90 @@
+"""The model card that travels with a converted checkpoint."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..errors import RegroupError
+from ..layout.types import Layout
+from ..plans import Plan
+from ..safe_text import code_span, visible
+
+# Names that Markdown shows as they are.
+_PLAIN = re.compile(r"[A-Za-z0-9]([\w./ -]*[A-Za-z0-9])?", re.ASCII)
+_KEPT = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+
+
+def model_card(
+    parent: str, layout: Layout, plan: Plan, *, stock: bool, parent_card: Path | None, calibrated: bool = False
+) -> str:
+    """Markdown with metadata: the parent, what was merged and how, the plan's hash, versions, how to load it.
+
+    Args:
+        parent: what the user named as the source.
+        layout: of the parent.
+        plan: that was carried out.
+        stock: whether stock transformers classes load the result.
+        calibrated: whether text was used, of which a record lies beside the card.
+        parent_card: the parent's README.md, whose licence and language are kept; None if it has none.
+    """
+    from huggingface_hub import ModelCardData
+
+    hub_id = parent if not Path(parent).exists() else None
+    data = ModelCardData(
+        base_model=hub_id,
+        library_name="transformers",
+        tags=["grouped-query-attention", "regroup"],
+        **_kept(parent_card),
+    )
+    counts = Counter(
+        (layer.parent_num_key_value_heads, layer.num_key_value_heads, *layer.methods) for layer in plan.layers
+    )
+    rows = "\n".join(
+        f"| {number} | {before} | {after} | {key} | {value} |" for (before, after, key, value), number in counts.items()
+    )
+    name = visible(hub_id or Path(parent).resolve().name)
+    text = "On calibration text: `regroup_calibration.json`." if calibrated else "From the weights alone."
+    load = "" if stock else ", trust_remote_code=True"
+    versions = ", ".join(
+        f"{package} {importlib.metadata.version(package)}" for package in ("regroup-gqa", "torch", "transformers")
+    )
+    return f"""---
+{data}
+---
+
+# {name if _PLAIN.fullmatch(name) else code_span(name)} with grouped-query attention
+
+Converted from {code_span(name)} by [regroup](https://pypi.org/project/regroup-gqa/): key and value heads were merged
+within groups (Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints",
+EMNLP 2023). **Merging alone costs quality; continue training before use.**
+
+| attention layers | KV heads before | KV heads now | keys by | values by |
+| --- | --- | --- | --- | --- |
+{rows}
+
+- Family: {layout.family}. Plan: `regroup_plan.json`, hash `{plan.digest()}`. {text}
+- Written by {versions}.
+- Load with `AutoModel….from_pretrained(path{load})` or `regroup.load(path)`.
+"""
+
+
+def _kept(card: Path | None) -> dict[str, Any]:
+    if card is None:
+        return {}
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        # The library warns about a card without metadata, which is nothing to worry anybody with.
+        if not card.read_text(encoding="utf-8").lstrip().startswith("---"):
+            return {}
+        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, YAMLError) as error:
+        raise RegroupError(
+            "the parent's model card cannot be read", file=card, got=str(error)[:200], remedy="correct or remove it"
+        ) from error
+    return {key: data[key] for key in _KEPT if key in data}
