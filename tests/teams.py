@@ -24,7 +24,7 @@ from regroup.calibration.layer_runner import LayerStream
 from regroup.calibration.repair import DistillSettings, distill
 from regroup.checkpoint import open_checkpoint
 from regroup.plans import Plan
-from regroup.processes import ALONE, Team, launched
+from regroup.processes import SINGLE_PROCESS, ProcessGroup, launched
 from regroup.solver.grouping import Groupings
 from regroup.solver.heads import HeadWeights
 from regroup.solver.moments import Gatherer, Moments
@@ -62,11 +62,11 @@ def _placed(place: dict[str, Any], job: Callable[..., Any], arguments: Sequence[
 
 
 def joined(job: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a job with the team and these arguments, in every process alike."""
-    with launched() as team:
-        found = job(team, *arguments)
-        if team.rank > 0:
-            team.assist()
+    """Call a job with the processes and these arguments, in every process alike."""
+    with launched() as processes:
+        found = job(processes, *arguments)
+        if processes.rank > 0:
+            processes.assist()
         return found
 
 
@@ -97,14 +97,16 @@ def batches(name: str, count: int = 8) -> list[dict[str, torch.Tensor]]:
     return [tiny.inputs(name, 2, 12, seed=seed) for seed in range(count)]
 
 
-def moments(team: Team, folder: Path, name: str, plan: Plan, count: int, merge: bool) -> tuple[list[Moments], int]:
+def moments(
+    processes: ProcessGroup, folder: Path, name: str, plan: Plan, count: int, merge: bool
+) -> tuple[list[Moments], int]:
     """Of the first decoder layer, for each way to group its heads; and of how many batches hidden states are kept."""
     layout, checkpoint = helpers.layout_of(folder), open_checkpoint(folder)
     with contextlib.ExitStack() as stack, torch.no_grad():
         if not merge:
             stack.enter_context(mock.patch.object(Gatherer, "merge", return_value=None))
-        stream = LayerStream(folder, layout, team.deal(batches(name, count)))
-        worker = AttentionWorker(checkpoint, stream, Settings(), team)
+        stream = LayerStream(folder, layout, processes.shard(batches(name, count)))
+        worker = AttentionWorker(checkpoint, stream, Settings(), processes)
         layers = stream.attention_layers(0)
         groupings = [
             Groupings(layer, HeadWeights.read(layer, checkpoint.read), [want], search=True, seed=0)
@@ -116,11 +118,13 @@ def moments(team: Team, folder: Path, name: str, plan: Plan, count: int, merge: 
         return found, len(stream.hidden)
 
 
-def solved(team: Team, folder: Path, name: str, plan: Plan, scratch: Path, count: int, settings: Settings) -> Any:
+def solved(
+    processes: ProcessGroup, folder: Path, name: str, plan: Plan, scratch: Path, count: int, settings: Settings
+) -> Any:
     """What calibration comes to, and which tensors it solved; the first process writes the child, in ``scratch``."""
     checkpoint, layout = open_checkpoint(folder), helpers.layout_of(folder)
-    place = scratch if team.rank == 0 else None
-    found = calibrate(checkpoint, layout, plan, batches(name, count), place, settings, team=team)
+    place = scratch if processes.rank == 0 else None
+    found = calibrate(checkpoint, layout, plan, batches(name, count), place, settings, processes=processes)
     if place is not None:
         write(prepare(checkpoint, layout, found.plan, given=found.given), place / "child")
     return found.plan, found.outcomes, found.kl, sorted(found.given)
@@ -136,17 +140,17 @@ def problem(count: int) -> tuple[torch.nn.Module, list[tuple[torch.Tensor, torch
     return module, [(torch.randn(6, 4, generator=draw), torch.randn(6, 3, generator=draw)) for _ in range(count)]
 
 
-def trained(team: Team, count: int, settings: DistillSettings) -> tuple[torch.Tensor, float, float]:
+def trained(processes: ProcessGroup, count: int, settings: DistillSettings) -> tuple[torch.Tensor, float, float]:
     """The layer of ``problem``, its bias last, distilled on all batches but the last two, and its held-out errors."""
     module, data = problem(count)
-    own = team.deal(data)
-    fit, held_out = team.own(0, count - 2), team.own(count - 2, count)
+    own = processes.shard(data)
+    fit, held_out = processes.local_indices(0, count - 2), processes.local_indices(count - 2, count)
 
     def loss_of(batch: int) -> torch.Tensor:
         inputs, targets = own[batch]
         return (module(inputs) - targets).square().sum()
 
-    before, after = distill(module, ["weight", "bias"], loss_of, fit, held_out, settings, team=team)
+    before, after = distill(module, ["weight", "bias"], loss_of, fit, held_out, settings, processes=processes)
     return weights_of(module), before, after
 
 
@@ -156,4 +160,4 @@ def weights_of(module: Any) -> torch.Tensor:
 
 def alone(job: Callable[..., Any], *arguments: Any) -> Any:
     """The same job in one process."""
-    return job(ALONE, *arguments)
+    return job(SINGLE_PROCESS, *arguments)

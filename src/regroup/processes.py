@@ -1,7 +1,7 @@
 """Several processes of one run: what they agree on, and how they divide text and add up what they saw of it.
 
-Errors travel with whatever is exchanged: a process that fails reports it where ``together`` ends, and the others hear
-of it at the next thing that they exchange, whichever that is. None waits for one that has stopped.
+Errors travel with whatever is exchanged: a process that fails reports it where ``errors_shared`` ends, and the
+others hear of it at the next thing that they exchange, whichever that is. None waits for one that has stopped.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def barrier() -> None:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def errors_shared() -> Iterator[None]:
     """Let an error of one process stop all of them at the end of the block, so that none waits for it for ever.
 
-    Every process has to enter the block, and inside it none may wait for another but through a ``Team``.
+    Every process has to enter the block, and inside it none may wait for another but through a ``ProcessGroup``.
 
     Raises:
         RegroupError: the first process's error; an ``AgreedError`` where there are several processes.
@@ -119,7 +119,7 @@ def _plain(error: RegroupError) -> dict[str, str | None]:
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """The processes that share a piece of work; all of them call its methods in the same order.
 
     Batches are dealt in turn: batch b belongs to process b mod ``size``, which numbers its own from 0. The first
@@ -133,7 +133,7 @@ class Team:
     rank: int = 0
     size: int = 1
 
-    def deal(self, batches: Sequence[T]) -> Sequence[T]:
+    def shard(self, batches: Sequence[T]) -> Sequence[T]:
         """This process's own batches.
 
         Raises:
@@ -148,20 +148,20 @@ class Team:
             )
         return batches if self.size == 1 else batches[self.rank :: self.size]
 
-    def own(self, start: int, stop: int) -> range:
+    def local_indices(self, start: int, stop: int) -> range:
         """Own numbers of those of the batches ``start`` to ``stop`` that belong to this process."""
         before, upto = (len(range(self.rank, end, self.size)) for end in (start, stop))
         return range(before, upto)
 
-    def gathered(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """A small value of every process, in the order of ranks."""
         return [value] if self.size == 1 else _exchange(said=value)
 
-    def total(self, value: float) -> float:
+    def sum(self, value: float) -> float:
         """The sum of a number over all processes, added in float64 in the order of ranks."""
-        return sum(self.gathered(value))
+        return sum(self.all_gather(value))
 
-    def added(self, sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def sum_tensors(self, sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors by name, each added over the processes that have one of that name.
 
         Args:
@@ -176,7 +176,7 @@ class Team:
         # gloo adds on the CPU alone. What can fail comes before the exchange, so that the others hear of it.
         here = {name: value.detach().cpu().contiguous() for name, value in sums.items()}
         forms: dict[str, tuple[torch.Size, torch.dtype]] = {}
-        for named in self.gathered({name: (value.shape, value.dtype) for name, value in here.items()}):
+        for named in self.all_gather({name: (value.shape, value.dtype) for name, value in here.items()}):
             forms = named | forms
         found = {}
         for name in sorted(forms):
@@ -187,25 +187,25 @@ class Team:
             found[name] = whole.to(sums[name].device) if name in sums else whole
         return found
 
-    def led(self, make: Callable[[], T]) -> T:
+    def from_first(self, make: Callable[[], T]) -> T:
         """What the first process makes, which has to pickle and to lie on the CPU, in all of them."""
         if self.size == 1:
             return make()
         box: list[Any] = [make() if self.rank == 0 else None]
-        self.gathered(None)  # an error of any process, the first one's included
+        self.all_gather(None)  # an error of any process, the first one's included
         with _heard():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def call(self, function: Callable[..., object], *arguments: object) -> None:
-        """Have the other processes, which ``assist``, call a function of a module with these arguments and ``team``."""
-        self.led(lambda: (function, arguments))
+        """Have the others, which ``assist``, call a function of a module with these arguments and ``processes``."""
+        self.from_first(lambda: (function, arguments))
 
     def assist(self) -> None:
         """Do what the first process calls for, until it has finished."""
-        while (wanted := self.led(_nothing)) is not None:
+        while (wanted := self.from_first(_nothing)) is not None:
             function, arguments = wanted
-            function(*arguments, team=self)
+            function(*arguments, processes=self)
 
     def device(self, name: str | None) -> str | None:
         """The device that ``name`` means here: GPUs are given out one a process, others as they are called.
@@ -226,7 +226,7 @@ class Team:
         return f"cuda:{place}"
 
 
-ALONE = Team()
+SINGLE_PROCESS = ProcessGroup()
 
 
 def _nothing() -> Any:
@@ -235,16 +235,16 @@ def _nothing() -> Any:
 
 
 @contextlib.contextmanager
-def launched() -> Iterator[Team]:
+def launched() -> Iterator[ProcessGroup]:
     """The processes that a launcher (``torchrun``, ``accelerate launch``) started, or this one alone.
 
     The first one works in the block, and may ``call`` on the others, which do nothing there but ``assist``.
 
     Raises:
-        RegroupError: as ``together``, or an environment that names several processes and not where they meet.
+        RegroupError: as ``errors_shared``, or an environment that names several processes and not where they meet.
     """
     if world() == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     try:
         # Sums are merged on the CPU, so GPUs need no group of their own.
@@ -256,14 +256,14 @@ def launched() -> Iterator[Team]:
             remedy="start them with torchrun or accelerate launch; where this process is alone, unset WORLD_SIZE",
         )
         raise AgreedError(apart, speaker=rank() == 0) from error
-    team = Team(rank(), world())
+    processes = ProcessGroup(rank(), world())
     try:
-        with together():
-            yield team
-            if team.rank == 0:
-                team.led(_nothing)
+        with errors_shared():
+            yield processes
+            if processes.rank == 0:
+                processes.from_first(_nothing)
     except KeyboardInterrupt as error:
-        if team.rank == 0:
+        if processes.rank == 0:
             raise
         # The launcher stops all; the first one says so.
         raise AgreedError(RegroupError("interrupted"), speaker=False) from error

@@ -24,7 +24,7 @@ from regroup import RegroupError
 from regroup.calibration.layer_converter import Settings
 from regroup.calibration.repair import DistillSettings, distill
 from regroup.plans import Plan, make_plan
-from regroup.processes import ALONE, Team
+from regroup.processes import SINGLE_PROCESS, ProcessGroup
 from regroup.solver.moments import Moments
 from teams import Crew
 
@@ -257,11 +257,11 @@ def test_a_budget_is_divided_as_by_one_process(two: Crew, text: Path, parent: Pa
 
 
 def test_batches_are_dealt_in_turn() -> None:
-    assert [list(Team(rank, 3).deal(range(7))) for rank in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
-    assert [Team(rank, 3).own(2, 6) for rank in range(3)] == [range(1, 2), range(1, 2), range(2)]
-    assert ALONE.own(2, 6) == range(2, 6)
+    assert [list(ProcessGroup(rank, 3).shard(range(7))) for rank in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert [ProcessGroup(rank, 3).local_indices(2, 6) for rank in range(3)] == [range(1, 2), range(1, 2), range(2)]
+    assert SINGLE_PROCESS.local_indices(2, 6) == range(2, 6)
     with pytest.raises(RegroupError, match="more processes than batches") as caught:
-        Team(0, 3).deal([1, 2])
+        ProcessGroup(0, 3).shard([1, 2])
     assert "at most 2 processes" in str(caught.value)
 
 
@@ -278,7 +278,7 @@ def test_one_process_exchanges_nothing(
     assert status == 0, err
     # The sums are handed on as they are.
     sums = {"gram": torch.ones(2)}
-    assert ALONE.added(sums)["gram"] is sums["gram"]
+    assert SINGLE_PROCESS.sum_tensors(sums)["gram"] is sums["gram"]
 
 
 def test_half_of_a_launchers_environment_is_refused(
@@ -298,9 +298,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert Team(5, 8).device(None) == Team(5, 8).device("cuda") == "cuda:1"
-    assert Team(5, 8).device("cuda:0") == "cuda:0"
-    assert ALONE.device(None) is None
+    assert ProcessGroup(5, 8).device(None) == ProcessGroup(5, 8).device("cuda") == "cuda:1"
+    assert ProcessGroup(5, 8).device("cuda:0") == "cuda:0"
+    assert SINGLE_PROCESS.device(None) is None
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(RegroupError, match="more processes than GPUs"):
-        Team(2, 4).device(None)
+        ProcessGroup(2, 4).device(None)

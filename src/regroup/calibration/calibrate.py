@@ -20,7 +20,7 @@ from ..checkpoint.writer import save_tensors
 from ..errors import RegroupError
 from ..layout.types import AttentionLayer, Layout
 from ..plans import LayerPlan, Plan
-from ..processes import ALONE, Team
+from ..processes import SINGLE_PROCESS, ProcessGroup
 from ..solver.grouping import Groupings
 from ..solver.heads import HeadWeights, load_into, projection_tensors
 from ..writer.rewrite import Given
@@ -66,7 +66,7 @@ def calibrate(
     *,
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Calibrated:
     """Convert every layer that the plan changes, on calibration text.
 
@@ -77,15 +77,15 @@ def calibrate(
         settings: see there.
         device: where layers run.
         progress: called with 1 after each decoder layer.
-        team: the processes that do this together, each called with the same arguments but those two. Each keeps hidden
+        processes: those that do this together, each called with the same arguments but those two. Each keeps hidden
             states of its own batches alone.
 
     Raises:
         RegroupError: a method that a layer does not allow, a parent that transformers cannot load, or fewer batches
             than processes.
     """
-    stream = LayerStream(checkpoint.folder, layout, team.deal(batches), device=device)
-    loop = _Loop(checkpoint, plan, stream, scratch, AttentionWorker(checkpoint, stream, settings, team))
+    stream = LayerStream(checkpoint.folder, layout, processes.shard(batches), device=device)
+    loop = _Loop(checkpoint, plan, stream, scratch, AttentionWorker(checkpoint, stream, settings, processes))
     for index in range(len(stream)):
         loop.layer(index)
         if progress is not None:
@@ -203,8 +203,8 @@ def divergences(
             # A row at a time: copies of all logits would take several times the layer.
             apart = torch.stack([_divergence(*pair) for pair in zip(expected, got, strict=True)])
             totals[key] += float(apart[keep].double().sum())
-    tokens = worker.team.total(tokens)
-    return {key: max(worker.team.total(total) / tokens, 0.0) for key, total in totals.items()}
+    tokens = worker.processes.sum(tokens)
+    return {key: max(worker.processes.sum(total) / tokens, 0.0) for key, total in totals.items()}
 
 
 def _divergence(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:

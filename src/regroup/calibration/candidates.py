@@ -86,7 +86,7 @@ class Candidates:
     def install(self, candidate: Candidate) -> HeadWeights:
         """Put a candidate into the child, and return its heads."""
         want = self.options[candidate.option].want
-        made = self.lesson.team.led(
+        made = self.lesson.processes.from_first(
             lambda: share(
                 self.weights, want.order, self._sharings("key", candidate), self._sharings("value", candidate)
             )

@@ -11,7 +11,7 @@ from ..checkpoint import Checkpoint
 from ..errors import RegroupError
 from ..layout.types import AttentionLayer
 from ..plans import LayerPlan
-from ..processes import ALONE, Team
+from ..processes import SINGLE_PROCESS, ProcessGroup
 from ..solver.grouping import Groupings, Option
 from ..solver.heads import HeadWeights, gather, load_into, scatter
 from .candidates import Candidates
@@ -73,20 +73,22 @@ class AttentionWorker:
         checkpoint: the parent.
         stream: its decoder layers and this process's share of the text.
         settings: see there.
-        team: the processes that share the text. What is fitted and judged on is the same batches as in one process.
+        processes: those that share the text. What is fitted and judged on is the same batches as in one process.
 
     Attributes:
         fit, held_out: numbers of this process's batches that are fitted and judged on.
         judging: those of ``fit`` that candidates are fitted on.
     """
 
-    def __init__(self, checkpoint: Checkpoint, stream: LayerStream, settings: Settings, team: Team = ALONE) -> None:
-        self.checkpoint, self.stream, self.settings, self.team = checkpoint, stream, settings, team
-        count = sum(team.gathered(len(stream.batches)))
-        size = team.gathered(max(1, stream.hidden[0].shape[0] * stream.hidden[0].shape[1]))[0]
+    def __init__(
+        self, checkpoint: Checkpoint, stream: LayerStream, settings: Settings, processes: ProcessGroup = SINGLE_PROCESS
+    ) -> None:
+        self.checkpoint, self.stream, self.settings, self.processes = checkpoint, stream, settings, processes
+        count = sum(processes.all_gather(len(stream.batches)))
+        size = processes.all_gather(max(1, stream.hidden[0].shape[0] * stream.hidden[0].shape[1]))[0]
         kept = max(1, min(round(count * settings.held_out), settings.held_out_tokens // size))
-        self.fit, self.held_out = team.own(0, count - kept), team.own(count - kept, count)
-        self.judging = team.own(0, min(count - kept, max(1, settings.judged_on // size)))
+        self.fit, self.held_out = processes.local_indices(0, count - kept), processes.local_indices(count - kept, count)
+        self.judging = processes.local_indices(0, min(count - kept, max(1, settings.judged_on // size)))
 
     def observe(
         self,
@@ -116,7 +118,7 @@ class AttentionWorker:
             for grouping in first:
                 grouping.look(seen[grouping.layer.name], *self.stream.masks(batch, grouping.layer))
         for grouping in groupings:
-            grouping.settle(self.team)
+            grouping.settle(self.processes)
         outputs: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
         after: list[torch.Tensor] = []
         for batch, states in enumerate(hidden):
@@ -136,7 +138,7 @@ class AttentionWorker:
             for grouping in groupings if batch in self.fit else ():
                 grouping.add(seen[grouping.layer.name], *self.stream.masks(batch, grouping.layer))
         for grouping in groupings:
-            grouping.merge(self.team)
+            grouping.merge(self.processes)
         return outputs, after
 
     def convert(
@@ -163,7 +165,7 @@ class AttentionWorker:
         """
         layer, repair = layers[-1], self.settings.repair
         judging, fit = (None, None) if repair == "none" else (self.judging, self.fit)
-        lesson = Lesson(pupil, layers, targets, child, self.held_out, self.team)
+        lesson = Lesson(pupil, layers, targets, child, self.held_out, self.processes)
         candidates = Candidates(self.checkpoint, lesson, weights, options, judging)
         best = candidates.best(methods=self.settings.choose)
         want, made = candidates.want(best), candidates.install(best)

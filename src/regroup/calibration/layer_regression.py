@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..layout.types import AttentionLayer
-from ..processes import ALONE, Team
+from ..processes import SINGLE_PROCESS, ProcessGroup
 from ..solver.heads import projection_tensors
 from .decoder_layer import DecoderLayer, Seen
 from .repair import DistillSettings, Refit, Regression, distill, refit_output
@@ -24,7 +24,7 @@ class Lesson:
         targets: for each batch what the output projection of that one should give, (B, T, hidden).
         hidden: hidden states before the decoder layer, for each batch, (B, T, hidden).
         held_out: numbers of the batches that are judged on and never fitted.
-        team: the processes that do this together, each on its own batches.
+        processes: the processes that do this together, each on its own batches.
     """
 
     pupil: DecoderLayer
@@ -32,7 +32,7 @@ class Lesson:
     targets: Sequence[torch.Tensor]
     hidden: Sequence[torch.Tensor]
     held_out: Sequence[int]
-    team: Team = ALONE
+    processes: ProcessGroup = SINGLE_PROCESS
 
     @property
     def layer(self) -> AttentionLayer:
@@ -65,12 +65,12 @@ class Lesson:
             fitted.
         """
         fitted = None if fit is None else self._sums(fit)
-        held_out = self._sums(self.held_out).merged(self.team)
+        held_out = self._sums(self.held_out).merged(self.processes)
         if fitted is None:
-            error = self.team.led(lambda: held_out.error(output))
+            error = self.processes.from_first(lambda: held_out.error(output))
             return Refit(output, error, error), None
-        merged = fitted.merged(self.team)
-        best = self.team.led(lambda: refit_output(merged, held_out, output))
+        merged = fitted.merged(self.processes)
+        best = self.processes.from_first(lambda: refit_output(merged, held_out, output))
         return replace(best, weights=best.weights.to(output.dtype)), merged.gram
 
     def distill(
@@ -90,14 +90,14 @@ class Lesson:
             The share of the targets' energy that held-out batches miss, before and after.
         """
         energy = sum(float(self.target(batch).square().sum()) for batch in self.held_out)
-        power = self.team.total(energy) / self.team.total(len(self.held_out))
+        power = self.processes.sum(energy) / self.processes.sum(len(self.held_out))
 
         def loss_of(batch: int) -> torch.Tensor:
             return (self._rows(self.look(batch).output, batch) - self.target(batch)).square().sum() / power
 
         names = [name.removeprefix(self.layer.name + ".") for name in projection_tensors(self.layer)]
         with torch.enable_grad():
-            return distill(self.attention, names, loss_of, fit, self.held_out, settings, inputs, self.team)
+            return distill(self.attention, names, loss_of, fit, self.held_out, settings, inputs, self.processes)
 
     def input_moments(
         self, batches: Sequence[int], attended: torch.Tensor | None
@@ -115,7 +115,7 @@ class Lesson:
                 flat = states.flatten(0, 1)
                 gram = (flat.T @ flat).double()
                 sums[name] = sums[name] + gram if name in sums else gram
-        sums = self.team.added(sums)
+        sums = self.processes.sum_tensors(sums)
         if attended is not None:
             sums["output"] = attended
         found = {}

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..processes import ALONE, Team
+from ..processes import SINGLE_PROCESS, ProcessGroup
 
 # Strengths of the ridge that are tried, relative to the mean square of the inputs; held-out text chooses.
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -43,11 +43,11 @@ class Regression:
         self.square += float(targets.double().square().sum())
         self.rows += len(inputs)
 
-    def merged(self, team: Team) -> Regression:
+    def merged(self, processes: ProcessGroup) -> Regression:
         """The sums over the rows of all processes."""
         own = {"square": torch.tensor(self.square, dtype=torch.float64), "rows": torch.tensor(self.rows)}
         own |= {name: value for name in ("gram", "cross") if (value := getattr(self, name)) is not None}
-        found = team.added(own)
+        found = processes.sum_tensors(own)
         return Regression(found.get("gram"), found.get("cross"), float(found["square"]), int(found["rows"]))
 
     def solve(self, ridge: float) -> torch.Tensor:
@@ -146,7 +146,7 @@ def distill(
     held_out: Sequence[int],
     settings: DistillSettings,
     inputs: Mapping[str, tuple[torch.Tensor, int]] | None = None,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[float, float]:
     """Train a layer's attention parameters on one pass over the batches ``fit``; keep the best state seen.
 
@@ -160,17 +160,17 @@ def distill(
         settings: see there.
         inputs: for the weights among ``names`` the second moment of what they multiply, (F, F), and the axis of the
             weight that F lies along; those are trained in whitened coordinates.
-        team: the processes that do this together, each on its own batches; all end with the same parameters.
+        processes: the processes that do this together, each on its own batches; all end with the same parameters.
 
     Returns:
         Held-out error before and after; after is never larger.
     """
 
-    judged = team.total(len(held_out))
+    judged = processes.sum(len(held_out))
 
     def judge() -> float:
         with torch.no_grad():
-            return team.total(sum(float(loss_of(batch)) for batch in held_out)) / judged
+            return processes.sum(sum(float(loss_of(batch)) for batch in held_out)) / judged
 
     before = best = judge()
     kept = {name: module.get_parameter(name).detach().clone() for name in names}
@@ -180,7 +180,7 @@ def distill(
         owner = module.get_submodule(path)
         if inputs is not None and name in inputs:
             moments, axis = inputs[name]
-            white = team.led(partial(_whitened, moments, axis, settings.whitening))
+            white = processes.from_first(partial(_whitened, moments, axis, settings.whitening))
             parametrize.register_parametrization(owner, leaf, white.to(module.get_parameter(name).device))
             parameters.append(owner.get_parameter(f"parametrizations.{leaf}.original"))
         else:
@@ -194,7 +194,7 @@ def distill(
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(groups, betas=settings.betas)
     # Of some processes the last batch may be missing: they take part in the last step all the same.
-    steps, worse, lowest = max(team.gathered(len(fit))), 0, math.inf
+    steps, worse, lowest = max(processes.all_gather(len(fit))), 0, math.inf
     every = max(1, steps // settings.checks)
     for step in range(steps):
         scale = min(1.0, (step + 1) / max(1.0, settings.warmup * steps))
@@ -204,8 +204,8 @@ def distill(
         optimizer.zero_grad()
         if step < len(fit):
             loss_of(fit[step]).backward()
-        if team.size > 1:
-            _add_gradients(parameters, team)
+        if processes.size > 1:
+            _add_gradients(parameters, processes)
         optimizer.step()
         if (step + 1) % every == 0 or step + 1 == steps:
             now = judge()
@@ -223,9 +223,9 @@ def distill(
         owner = module.get_submodule(path)
         if parametrize.is_parametrized(owner, leaf):
             parametrize.remove_parametrizations(owner, leaf)
-    if team.size > 1:
+    if processes.size > 1:
         # Processors of several kinds need not round a step alike.
-        best, kept = team.led(lambda: (best, {name: value.cpu() for name, value in kept.items()}))
+        best, kept = processes.from_first(lambda: (best, {name: value.cpu() for name, value in kept.items()}))
     with torch.no_grad():
         for name, value in kept.items():
             module.get_parameter(name).requires_grad_(False).copy_(value)
@@ -237,7 +237,7 @@ def _whitened(moments: torch.Tensor, axis: int, level: float) -> _Whitened:
     return _Whitened(moments, axis, level).cpu()
 
 
-def _add_gradients(parameters: Sequence[torch.Tensor], team: Team) -> None:
+def _add_gradients(parameters: Sequence[torch.Tensor], processes: ProcessGroup) -> None:
     own = {str(place): p.grad for place, p in enumerate(parameters) if p.grad is not None}
-    for place, gradient in team.added(own).items():
+    for place, gradient in processes.sum_tensors(own).items():
         parameters[int(place)].grad = gradient.to(parameters[int(place)].device)

@@ -10,7 +10,7 @@ import torch
 from ..checkpoint import Checkpoint
 from ..layout.types import Layout
 from ..plans import LayerPlan, Plan
-from ..processes import ALONE, Team
+from ..processes import SINGLE_PROCESS, ProcessGroup
 from ..solver.grouping import Groupings, contiguous_residual
 from ..solver.heads import HeadWeights
 from ..solver.moments import weight_moments
@@ -44,7 +44,7 @@ def measure(
     *,
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, dict[int, Measured]]:
     """Convert every layer to every G, each alone, and see what it does to the model's predictions.
 
@@ -60,10 +60,10 @@ def measure(
         settings: see there.
         device: where layers run.
         progress: called with 1 after each decoder layer.
-        team: the processes that do this together, each on its share of the batches; all get the same answer.
+        processes: the processes that do this together, each on its share of the batches; all get the same answer.
     """
-    stream = LayerStream(checkpoint.folder, layout, team.deal(batches), device=device)
-    worker = AttentionWorker(checkpoint, stream, settings, team)
+    stream = LayerStream(checkpoint.folder, layout, processes.shard(batches), device=device)
+    worker = AttentionWorker(checkpoint, stream, settings, processes)
     wants = {want.name: want for want in plan.layers}
     parent = list(stream.hidden)
     alive: dict[tuple[str, int], list[torch.Tensor]] = {}

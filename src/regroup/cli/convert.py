@@ -54,9 +54,9 @@ def convert(
     from ..conversion.convert import convert_checkpoint
     from ..processes import launched
 
-    with launched() as team:
-        if team.rank > 0:
-            team.assist()
+    with launched() as processes:
+        if processes.rank > 0:
+            processes.assist()
             return
         text = calibration.text()
         options: dict[str, Any] = {
@@ -72,17 +72,17 @@ def convert(
             "revision": revision,
             "allow_pickle": allow_pickle,
         }
-        rest = {"device": calibration.device, "workers": workers, "dry_run": dry_run, "team": team}
+        rest = {"device": calibration.device, "workers": workers, "dry_run": dry_run, "processes": processes}
 
         score = command("evaluate", destination, teacher=source, data="FILE")
 
         def run(target: Path) -> Any:
             return convert_checkpoint(source, target, **options, **rest, listener=Told())
 
-        if uptrain is not None and team.size > 1:
+        if uptrain is not None and processes.size > 1:
             raise RegroupError(
                 "--uptrain was given to several processes",
-                got=f"{team.size} processes",
+                got=f"{processes.size} processes",
                 remedy="convert first, then start `regroup uptrain` with the launcher",
             )
         if uptrain is not None and dry_run:

@@ -54,9 +54,9 @@ def plan(
     from ..processes import launched
     from ..record import write_whole
 
-    with launched() as team:
-        if team.rank > 0:
-            team.assist()
+    with launched() as processes:
+        if processes.rank > 0:
+            processes.assist()
             return
         if output is not None:
             check_file(output)
@@ -76,7 +76,7 @@ def plan(
             revision=revision,
             allow_pickle=allow_pickle,
             listener=Told(),
-            team=team,
+            processes=processes,
         )
         show_plan(made, layout)
         if output is None:

@@ -14,7 +14,7 @@ from ..files import as_named
 from ..listener import Listener
 from ..opening import Source, open_source
 from ..plans import Plan
-from ..processes import ALONE, Team
+from ..processes import SINGLE_PROCESS, ProcessGroup
 from ..writer import Conversion, foretell, prepare, write
 from ..writer.journal import earlier_plan
 from .plan import along, check_for_text, check_text_options, choose_plan, grouped, searches, settings_for
@@ -45,7 +45,7 @@ def convert_checkpoint(
     workers: int = 2,
     dry_run: bool = False,
     listener: Listener | None = None,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Conversion:
     """Convert a multi-head checkpoint to grouped-query attention.
 
@@ -66,7 +66,7 @@ def convert_checkpoint(
         workers: threads that write.
         dry_run: check everything, write nothing, and foretell time and disk.
         listener: told how it goes on.
-        team: the processes that share the calibration text, which this one leads; the others ``assist`` (see
+        processes: the processes that share the calibration text, which this one leads; the others ``assist`` (see
             ``processes.launched``). They read the source from the same path.
 
     Returns:
@@ -79,7 +79,7 @@ def convert_checkpoint(
         >>> regroup.convert_checkpoint("meta-llama/Llama-2-7b-hf", "llama-2-7b-gqa8", kv_heads=8)  # doctest: +SKIP
     """
     target, told = as_named(destination), listener or Listener()
-    check_text_options(repair, device, calibration, team)
+    check_text_options(repair, device, calibration, processes)
     existing_parent(target)  # refuses what can have no folder
     scratch = target.absolute().parent
     with contextlib.ExitStack() as stack:
@@ -105,7 +105,7 @@ def convert_checkpoint(
         batches = []
         if calibration is not None:
             batches = calibration_batches(calibration, checkpoint.folder, checkpoint.config)
-            team.deal(batches)  # refuses too many processes
+            processes.shard(batches)  # refuses too many processes
         asked = chosen.digest() if search else None
         earlier = earlier_plan(target, checkpoint, asked) if asked is not None and calibration is None else None
         if earlier is not None:
@@ -122,7 +122,14 @@ def convert_checkpoint(
                 with told.calibrating(layout.layers[-1].index + 1) as count:
                     solved = stack.enter_context(
                         calibrated(
-                            opened, chosen, batches, settings, scratch=scratch, device=device, progress=count, team=team
+                            opened,
+                            chosen,
+                            batches,
+                            settings,
+                            scratch=scratch,
+                            device=device,
+                            progress=count,
+                            processes=processes,
                         )
                     )
                 told.calibrated(solved)
@@ -146,7 +153,7 @@ def calibrated(
     scratch: Path,
     device: str | None = None,
     progress: Callable[[int], None] | None = None,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Iterator[Calibrated]:
     """Carry out a plan on calibration text; the solved tensors lie in a scratch folder while the block lasts.
 
@@ -157,7 +164,7 @@ def calibrated(
         scratch: a folder on a disk with room for the attention weights.
         device: where layers run; a GPU where there is one.
         progress: called with 1 after each decoder layer.
-        team: see ``convert_checkpoint``.
+        processes: see ``convert_checkpoint``.
 
     Raises:
         RegroupError: see ``calibrate``.
@@ -166,9 +173,9 @@ def calibrated(
     from ..calibration.calibrate import calibrate
     from ..devices import device_named
 
-    place = device_named(team.device(device))
+    place = device_named(processes.device(device))
     with scratch_folder(scratch, ".regroup-solved-") as folder:
-        team.call(along, opened.checkpoint.folder, device, calibrate, plan, batches, None, settings)
+        processes.call(along, opened.checkpoint.folder, device, calibrate, plan, batches, None, settings)
         yield calibrate(
             opened.checkpoint,
             opened.layout,
@@ -178,5 +185,5 @@ def calibrated(
             settings,
             device=place,
             progress=progress,
-            team=team,
+            processes=processes,
         )

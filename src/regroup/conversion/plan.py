@@ -13,7 +13,7 @@ from ..layout import Layout
 from ..listener import Listener
 from ..opening import Source, open_layout, open_source
 from ..plans import ASKED_METHODS, BLIND_METHODS, Plan, allocate, layer_units, make_plan, parse_budget, token_bytes
-from ..processes import ALONE, Team
+from ..processes import SINGLE_PROCESS, ProcessGroup
 
 if TYPE_CHECKING:
     from ..calibration.layer_converter import Settings
@@ -39,7 +39,7 @@ def plan_checkpoint(
     revision: str | None = None,
     allow_pickle: bool = False,
     listener: Listener | None = None,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[Plan, Layout]:
     """Plan a conversion, with a number of KV heads for each layer that keeps the most of the model in a given cache.
 
@@ -49,7 +49,8 @@ def plan_checkpoint(
         grouping: see ``convert_checkpoint``; without a budget ``"contiguous"`` unless given.
         calibration: with a budget, text on which each layer is converted to each G, to see what that costs. Without
             it the weights' residual energies have to do.
-        source, kv_heads, layers, method, tensor_parallel, seed, repair, device, revision, allow_pickle, listener, team:
+        source, kv_heads, layers, method, tensor_parallel, seed, repair, device, revision, allow_pickle, listener,
+        processes:
             see ``convert_checkpoint``.
 
     Returns:
@@ -59,7 +60,7 @@ def plan_checkpoint(
         RegroupError: as ``convert_checkpoint``; a budget that cannot be read or met.
     """
     told = listener or Listener()
-    check_text_options(repair, device, calibration, team)
+    check_text_options(repair, device, calibration, processes)
     wanted = {"method": method, "tensor_parallel": tensor_parallel, "seed": seed}
     if kv_budget is None:
         if calibration is not None:
@@ -107,7 +108,7 @@ def plan_checkpoint(
                 repair=repair,
                 search=search,
                 device=device,
-                team=team,
+                processes=processes,
             )
             costs = [{heads: one.kl for heads, one in found[layer.name].items()} for layer in layout.layers]
             heads = allocate(costs, units, budget, full=full)
@@ -133,7 +134,7 @@ def measured(
     repair: str,
     search: bool,
     device: str | None,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, dict[int, Measured]]:
     """What each layer loses at each number of KV heads, alone (see ``convert.sensitivity.measure``)."""
     from ..calibration.sensitivity import measure
@@ -141,8 +142,8 @@ def measured(
 
     settings = settings_for(start, repair, choose=method in (None, "auto"), search=search)
     batches = calibration_batches(calibration, opened.checkpoint.folder, opened.checkpoint.config)
-    place = device_named(team.device(device))
-    team.call(along, opened.checkpoint.folder, device, measure, start, choices, batches, settings)
+    place = device_named(processes.device(device))
+    processes.call(along, opened.checkpoint.folder, device, measure, start, choices, batches, settings)
     with told.calibrating(opened.layout.layers[-1].index + 1) as count:
         return measure(
             opened.checkpoint,
@@ -153,17 +154,19 @@ def measured(
             settings,
             device=place,
             progress=count,
-            team=team,
+            processes=processes,
         )
 
 
-def along(folder: Path, device: str | None, work: Callable[..., object], *arguments: object, team: Team) -> None:
+def along(
+    folder: Path, device: str | None, work: Callable[..., object], *arguments: object, processes: ProcessGroup
+) -> None:
     """What a process does that helps the first one: ``work`` on the same checkpoint, with the same arguments."""
     from ..devices import device_named
 
-    place = device_named(team.device(device))
+    place = device_named(processes.device(device))
     with open_source(str(folder)) as opened:
-        work(opened.checkpoint, opened.layout, *arguments, device=place, team=team)
+        work(opened.checkpoint, opened.layout, *arguments, device=place, processes=processes)
 
 
 def searches(grouping: str | None, method: str | None, plan: Plan | str | Path | None) -> bool:
@@ -188,7 +191,7 @@ def check_repair(repair: str) -> None:
 
 
 def check_text_options(
-    repair: str, device: str | None, calibration: CalibrationText | None, team: Team = ALONE
+    repair: str, device: str | None, calibration: CalibrationText | None, processes: ProcessGroup = SINGLE_PROCESS
 ) -> None:
     """Refuse what calibration could not use, before anything is read.
 
@@ -199,12 +202,12 @@ def check_text_options(
     if calibration is not None:
         from ..devices import device_named
 
-        device_named(team.device(device))
-    elif team.size > 1:
+        device_named(processes.device(device))
+    elif processes.size > 1:
         raise RegroupError(
             "several processes were started, and there is no calibration text for them to share",
             expected="--calibration, or one process",
-            got=f"{team.size} processes",
+            got=f"{processes.size} processes",
             remedy="run the command without a launcher",
         )
 

@@ -14,7 +14,7 @@ from ..layout.types import AttentionLayer, Layout
 from ..merge import linear_residual, pair_residuals, rotary_residual
 from ..merge.rotary import Pairs
 from ..plans import LayerPlan, Plan, query_order, search_groups
-from ..processes import ALONE, Team
+from ..processes import SINGLE_PROCESS, ProcessGroup
 from .heads import HeadWeights
 from .moments import Gatherer, Moments, weight_moments
 
@@ -104,12 +104,12 @@ class Groupings:
         assert self._whole is not None
         self._whole.add(seen, query_mask, memory_mask)
 
-    def settle(self, team: Team = ALONE) -> None:
+    def settle(self, processes: ProcessGroup = SINGLE_PROCESS) -> None:
         """Decide which groupings are tried; moments of their groups can be gathered from then on."""
         candidates = list(self.wants)
         if self._whole is not None:
-            self._whole.merge(team)
-            for order, want in zip(team.led(self._orders), self._searched, strict=True):
+            self._whole.merge(processes)
+            for order, want in zip(processes.from_first(self._orders), self._searched, strict=True):
                 if order is not None:
                     candidates.append(replace(want, query_order=order))
         self._found = [
@@ -121,10 +121,10 @@ class Groupings:
         for _, gatherer in self._found:
             gatherer.add(seen, query_mask, memory_mask)
 
-    def merge(self, team: Team) -> None:
+    def merge(self, processes: ProcessGroup) -> None:
         """Count what the other processes counted for the moments."""
         for _, gatherer in self._found:
-            gatherer.merge(team)
+            gatherer.merge(processes)
 
     def options(self, kv_heads: int) -> list[Option]:
         """What there is for a number of KV heads, the plan's own order first."""

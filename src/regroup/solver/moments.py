@@ -9,7 +9,7 @@ import torch
 
 from ..calibration.decoder_layer import Seen
 from ..layout.types import AttentionLayer
-from ..processes import Team
+from ..processes import ProcessGroup
 from .heads import HeadWeights, group_owners
 
 
@@ -94,11 +94,11 @@ class Gatherer:
         self._rows["query"] += int(rows.sum())
         self._rows["memory"] += int(columns.sum())
 
-    def merge(self, team: Team) -> None:
+    def merge(self, processes: ProcessGroup) -> None:
         """Count what the other processes counted, so that all have the sums of all batches."""
-        if team.size > 1:
+        if processes.size > 1:
             rows = {f"rows.{name}": torch.tensor(count) for name, count in self._rows.items()}
-            found = team.added(self._sums | rows)
+            found = processes.sum_tensors(self._sums | rows)
             self._rows = {name: int(found.pop(f"rows.{name}")) for name in self._rows}
             self._sums = found
 

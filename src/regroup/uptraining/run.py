@@ -12,7 +12,7 @@ import torch
 
 from ..checkpoint.writer import write_text
 from ..errors import RegroupError
-from ..processes import barrier, rank, together, world
+from ..processes import barrier, errors_shared, rank, world
 from ..record import record, write_record
 from ..safe_text import code_span, visible
 from . import states
@@ -68,7 +68,7 @@ def uptrain(recipe: Recipe, *, listener: Listener | None = None, dry_run: bool =
     """
     _join(recipe)
     told = (listener or Listener()) if rank() == 0 else Listener()
-    with told.stage("checking the recipe, the model and the data"), together():
+    with told.stage("checking the recipe, the model and the data"), errors_shared():
         ready = prepare(recipe)
     told.planned(ready.lines)
     if dry_run:
@@ -78,7 +78,7 @@ def uptrain(recipe: Recipe, *, listener: Listener | None = None, dry_run: bool =
         told.notice(f"the run is finished already, and nothing is done now: {finished}")
         value = json.loads((ready.recipe.output / "record.json").read_text(encoding="utf-8"))
         return Result(ready.recipe, ready.budget, ready.lines, finished, value, ready.step, finished_before=True)
-    with together():
+    with errors_shared():
         if rank() == 0:
             _begin(ready)
     try:
@@ -167,7 +167,7 @@ def _finish(ready: Prepared, trainer: UptrainTrainer, told: Listener) -> Result:
     recipe, output = ready.recipe, ready.recipe.output
     state: Any = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     value = _record(ready, trainer)
-    with together():
+    with errors_shared():
         if rank() == 0:
             write_record(output / "record.json", value)
             title = f"{Path(recipe.model).name}: {trainer.state.global_step:,} steps"

@@ -21,7 +21,7 @@ from ..checkpoint.companions import companion_files
 from ..data import IGNORED
 from ..errors import RegroupError
 from ..evaluation import Score, score
-from ..processes import barrier, together, world
+from ..processes import barrier, errors_shared, world
 from . import states
 from .distill import Mix, aligned_targets, hidden_distance, layer_outputs, mixed_loss
 from .guard import LossGuard
@@ -218,15 +218,15 @@ class UptrainTrainer(Trainer):
         """
         recipe, step = self.job.recipe, self.state.global_step
         output = recipe.output
-        with together():
+        with errors_shared():
             if self.is_world_process_zero():
                 states.staging(output)
         try:
             # FSDP's own saving has the processes wait for each other; one that fails ends, and its launcher ends all.
-            with contextlib.nullcontext() if self.is_fsdp_enabled else together():
+            with contextlib.nullcontext() if self.is_fsdp_enabled else errors_shared():
                 self._saving_to = str(output / ".saving")
                 self._write(model, trial)
-            with together():
+            with errors_shared():
                 if self.is_world_process_zero():
                     self._publish(output, step)
         except RegroupError:
