@@ -23,9 +23,9 @@ from regroup.advice.candidates import plans_of
 from regroup.advice.run import advise
 from regroup.bench.decode import benchmark
 from regroup.bench.work import Roofs, Work, models_for
-from regroup.calibration.text import CalibrationText
-from regroup.conversion.convert import convert_checkpoint
+from regroup.conversion.convert import convert
 from regroup.evaluation.run import evaluate
+from regroup.plans import CalibrationText
 from regroup.record import record, write_record
 
 app = typer.Typer()
@@ -52,7 +52,7 @@ def loss(
     for name, chosen in plans_of(str(parent), calibration).items():
         with tempfile.TemporaryDirectory() as scratch:
             child = Path(scratch) / "child"
-            convert_checkpoint(parent, child, plan=chosen, calibration=calibration)
+            convert(parent, child, plan=chosen, calibration=calibration)
             found = evaluate(
                 str(child),
                 held_out,

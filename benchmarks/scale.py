@@ -32,7 +32,7 @@ from typing import Annotated, Any
 import typer
 
 from conversion import HIDDEN, convert_command, drop_caches, make_llama  # pyright: ignore[reportMissingImports]
-from regroup.conversion.convert import convert_checkpoint
+from regroup.conversion.convert import convert
 from regroup.record import record, write_record
 from regroup.writer.journal import JOURNAL_FILE
 
@@ -46,7 +46,7 @@ def apart(action: Callable[[], Any]) -> Any:
 def foretell(source: Path, target: Path, method: str, heads: int) -> dict[str, Any]:
     """What a dry run says."""
     started = time.perf_counter()
-    done = convert_checkpoint(source, target, kv_heads=heads, method=method, dry_run=True)
+    done = convert(source, target, kv_heads=heads, method=method, dry_run=True)
     assert done.forecast is not None
     facts = asdict(done.forecast) | {"seconds": done.forecast.seconds}
     facts.pop("folder")  # where the benchmark ran

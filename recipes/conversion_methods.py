@@ -22,20 +22,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from regroup.calibration.text import CalibrationText
-from regroup.conversion.convert import convert_checkpoint
-from regroup.conversion.plan import plan_checkpoint
+import regroup
+from regroup.calibration.moments import MomentSums
+from regroup.conversion.plan import plan as plan_checkpoint
 from regroup.data import read_texts, token_windows
 from regroup.evaluation import causal_batches, score
 from regroup.evaluation.run import load_for_scoring
 from regroup.layout import Layout
 from regroup.modeling import load_tokenizer
 from regroup.opening import open_layout
-from regroup.plans import make_plan
+from regroup.plans import CalibrationText, make_plan
 from regroup.record import record, write_record
-from regroup.solver.moments import Gatherer, Moments
+from regroup.solver.statistics import Moments
 
-Altered = Callable[[Gatherer, Moments], Moments]
+Altered = Callable[[MomentSums, Moments], Moments]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Variant:
         name: for the table.
         keys, values: rules, or None for ``auto``.
         text: whether calibration text is used.
-        repair, grouping: as in ``convert_checkpoint``.
+        repair, grouping: as in ``convert``.
         altered: changes the moments that the rules see.
         budget: G by layer, in as much cache as G in every layer takes.
         needs_groups: with one group it is the same as another variant: nothing to search, nothing to divide.
@@ -63,17 +63,17 @@ class Variant:
     needs_groups: bool = False
 
 
-def plain_values(_: Gatherer, moments: Moments) -> Moments:
+def plain_values(_: MomentSums, moments: Moments) -> Moments:
     """Values measured over all tokens alike, not as each head's attention mixes them."""
     return replace(moments, attended=None)
 
 
-def unweighted_keys(_: Gatherer, moments: Moments) -> Moments:
+def unweighted_keys(_: MomentSums, moments: Moments) -> Moments:
     """Keys whose directions all count alike, whatever the queries ask for."""
     return replace(moments, query=torch.eye(moments.query.shape[-1]).expand_as(moments.query))
 
 
-def centred_keys(gatherer: Gatherer, moments: Moments) -> Moments:
+def centred_keys(gatherer: MomentSums, moments: Moments) -> Moments:
     """Keys measured around their mean: right where nothing rotates them, wrong under RoPE."""
     mean = gatherer.__dict__["key_sum"] / gatherer.__dict__["key_rows"]
     centred = []
@@ -89,17 +89,17 @@ def moments_altered(altered: Altered | None) -> Iterator[None]:
     if altered is None:
         yield
         return
-    add, moments = Gatherer.add, Gatherer.moments
+    add, moments = MomentSums.add, MomentSums.moments
 
-    def adding(self: Gatherer, seen: Any, *masks: Any) -> None:
+    def adding(self: MomentSums, seen: Any, *masks: Any) -> None:
         keys = torch.einsum("bte,hde->hd", seen.memory.double(), self.weights.key.double())
         self.__dict__["key_sum"] = self.__dict__.get("key_sum", 0) + keys
         self.__dict__["key_rows"] = self.__dict__.get("key_rows", 0) + seen.memory.shape[0] * seen.memory.shape[1]
         add(self, seen, *masks)
 
     with (
-        mock.patch.object(Gatherer, "add", adding),
-        mock.patch.object(Gatherer, "moments", lambda self: altered(self, moments(self))),
+        mock.patch.object(MomentSums, "add", adding),
+        mock.patch.object(MomentSums, "moments", lambda self: altered(self, moments(self))),
     ):
         yield
 
@@ -210,14 +210,14 @@ def convert(
     if variant.budget:
         share = heads / layout.layers[0].num_key_value_heads
         plan, _ = plan_checkpoint(parent, kv_budget=f"{share:%}", grouping=variant.grouping, calibration=text)
-        convert_checkpoint(parent, child, plan=plan, calibration=text, repair=variant.repair)
+        regroup.convert(parent, child, plan=plan, calibration=text, repair=variant.repair)
         return plan.predicted_kl
     if variant.keys is None or variant.values is None:
-        convert_checkpoint(
+        regroup.convert(
             parent, child, kv_heads=heads, grouping=variant.grouping, calibration=text, repair=variant.repair
         )
     elif variant.keys == variant.values:
-        convert_checkpoint(
+        regroup.convert(
             parent,
             child,
             kv_heads=heads,
@@ -229,7 +229,7 @@ def convert(
     else:
         plan = make_plan(layout, heads)
         layers = tuple(replace(x, key_method=variant.keys, value_method=variant.values) for x in plan.layers)
-        convert_checkpoint(parent, child, plan=replace(plan, layers=layers), calibration=text, repair=variant.repair)
+        regroup.convert(parent, child, plan=replace(plan, layers=layers), calibration=text, repair=variant.repair)
     return None
 
 

@@ -27,12 +27,11 @@ from g2p_parent import Pairs, errors, evaluate, pronounce
 from rich.console import Console
 from rich.table import Table
 
-from regroup.calibration.text import CalibrationText
-from regroup.conversion.convert import convert_checkpoint
+from regroup.conversion.convert import convert
 from regroup.data import read_pairs
 from regroup.modeling import load, load_tokenizer
 from regroup.opening import open_layout
-from regroup.plans import make_plan
+from regroup.plans import CalibrationText, make_plan
 from regroup.record import record, write_record
 
 # name, keys and values by (None: auto), with text, repair
@@ -133,13 +132,13 @@ def main(
                     child = Path(place) / "child"
                     started = time.perf_counter()
                     if method is None:
-                        convert_checkpoint(parent, child, kv_heads=heads, calibration=text, repair=repair, device="cpu")
+                        convert(parent, child, kv_heads=heads, calibration=text, repair=repair, device="cpu")
                     else:
                         plan = make_plan(layout, heads)
                         keys, values = method.split("/") if "/" in method else (method, method)
                         layers = tuple(replace(x, key_method=keys, value_method=values) for x in plan.layers)
                         plan = replace(plan, layers=layers)
-                        convert_checkpoint(parent, child, plan=plan, calibration=text, repair=repair, device="cpu")
+                        convert(parent, child, plan=plan, calibration=text, repair=repair, device="cpu")
                     seconds = time.perf_counter() - started
                     measure(name, heads, child, count if with_text else 0, seconds)
 

@@ -23,12 +23,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from regroup.calibration.text import CalibrationText
-from regroup.conversion.convert import convert_checkpoint
+from regroup.conversion.convert import convert
 from regroup.data import read_texts, token_windows
 from regroup.evaluation import causal_batches, score
 from regroup.evaluation.run import load_for_scoring
 from regroup.modeling import load_tokenizer
+from regroup.plans import CalibrationText
 from regroup.record import record, write_record
 from regroup.uptraining.budget import parse_count
 from regroup.uptraining.recipe import Recipe
@@ -73,7 +73,7 @@ class Bench:
         path = self.folder / f"{way.method}-{'text' if way.text else 'weights'}-{heads}"
         if not path.exists():
             text = CalibrationText(self.calibration, CALIBRATION_TOKENS, self.window, 4, document_starts=self.starts)
-            convert_checkpoint(
+            convert(
                 self.parent,
                 path,
                 kv_heads=heads,

@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,9 +23,11 @@ from typer.testing import CliRunner
 import tiny
 from regroup.checkpoint import open_checkpoint
 from regroup.cli import app
+from regroup.conversion.convert import Conversion, carry_out
 from regroup.layout import Layout, detect
-from regroup.plans import LayerPlan, Plan
-from regroup.writer import Conversion, convert
+from regroup.opening import Source
+from regroup.plans import CalibrationText, LayerPlan, Plan
+from regroup.writer.preview import prepare
 
 INDEX = "model.safetensors.index.json"
 KINDS = ["all", "some", "one", "mixed"]
@@ -81,10 +84,28 @@ def convert_heads(
     workers: int = 2,
 ) -> Conversion:
     """Read, plan and write with KV heads and query orders given module by module."""
-    checkpoint = open_checkpoint(source)
-    layout = detect(checkpoint.config, checkpoint.tensors)
-    plan = plan_for(layout, heads, orders=orders, method=method)
-    return convert(checkpoint, layout, plan, destination, workers=workers)
+    plan = plan_for(layout_of(source), heads, orders=orders, method=method)
+    return carried_out(source, plan, destination, workers=workers)
+
+
+def on_text(plan: Plan, *, choose: bool = True, search: bool = True) -> Plan:
+    """The plan as a request to calibrate on batches that a test makes, with every method open or those of the plan."""
+    layers = (replace(want, key_method="auto", value_method="auto") if choose else want for want in plan.layers)
+    return replace(
+        plan,
+        layers=tuple(layers),
+        calibration=CalibrationText("made by the test"),
+        repair="output",
+        grouping="search" if search else None,
+    )
+
+
+def carried_out(
+    folder: Path, plan: Plan, destination: Path, batches: Sequence[dict[str, Tensor]] = (), **options: Any
+) -> Conversion:
+    """Carry out a plan on a folder, on batches that a test makes if it asks for calibration."""
+    opened = Source(folder.name, folder, open_checkpoint(folder), layout_of(folder))
+    return carry_out(opened, prepare(opened.checkpoint, opened.layout, plan), destination, batches, **options)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

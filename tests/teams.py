@@ -19,16 +19,20 @@ import tiny
 from regroup import RegroupError
 from regroup.calibration.calibrate import calibrate
 from regroup.calibration.decoder_layer import DecoderLayer
-from regroup.calibration.layer_converter import AttentionWorker, Settings
-from regroup.calibration.layer_runner import LayerStream
-from regroup.calibration.repair import DistillSettings, distill
+from regroup.calibration.groupings import Groupings
+from regroup.calibration.layer_converter import LayerConverter
+from regroup.calibration.layer_runner import LayerRunner
+from regroup.calibration.moments import MomentSums
+from regroup.calibration.repair import distill
+from regroup.calibration.settings import DistillSettings, Settings
 from regroup.checkpoint import open_checkpoint
-from regroup.plans import Plan
+from regroup.plans import Plan, Result
 from regroup.processes import SINGLE_PROCESS, ProcessGroup, launched
-from regroup.solver.grouping import Groupings
 from regroup.solver.heads import HeadWeights
-from regroup.solver.moments import Gatherer, Moments
-from regroup.writer import prepare, write
+from regroup.solver.statistics import Moments
+from regroup.writer.journal import Journal
+from regroup.writer.preview import prepare
+from regroup.writer.write import write
 
 Answer = tuple[int, str]
 
@@ -104,9 +108,9 @@ def moments(
     layout, checkpoint = helpers.layout_of(folder), open_checkpoint(folder)
     with contextlib.ExitStack() as stack, torch.no_grad():
         if not merge:
-            stack.enter_context(mock.patch.object(Gatherer, "merge", return_value=None))
-        stream = LayerStream(folder, layout, processes.shard(batches(name, count)))
-        worker = AttentionWorker(checkpoint, stream, Settings(), processes)
+            stack.enter_context(mock.patch.object(MomentSums, "merge", return_value=None))
+        stream = LayerRunner(folder, layout, processes.shard(batches(name, count)))
+        worker = LayerConverter(checkpoint, stream, Settings(), processes)
         layers = stream.attention_layers(0)
         groupings = [
             Groupings(layer, HeadWeights.read(layer, checkpoint.read), [want], search=True, seed=0)
@@ -114,20 +118,27 @@ def moments(
         ]
         worker.observe(stream.layer(0), layers, stream.hidden, groupings)
         heads = plan.layers[0].num_key_value_heads
-        found = [option.moments for grouping in groupings for option in grouping.options(heads)]
+        found = [solver.statistics.moments for grouping in groupings for solver in grouping.solvers(heads)]
         return found, len(stream.hidden)
 
 
 def solved(
     processes: ProcessGroup, folder: Path, name: str, plan: Plan, scratch: Path, count: int, settings: Settings
 ) -> Any:
-    """What calibration comes to, and which tensors it solved; the first process writes the child, in ``scratch``."""
+    """What calibration comes to, and which layers it solved; the first process writes the model, in ``scratch``."""
     checkpoint, layout = open_checkpoint(folder), helpers.layout_of(folder)
-    place = scratch if processes.rank == 0 else None
-    found = calibrate(checkpoint, layout, plan, batches(name, count), place, settings, processes=processes)
-    if place is not None:
-        write(prepare(checkpoint, layout, found.plan, given=found.given), place / "child")
-    return found.plan, found.outcomes, found.kl, sorted(found.given)
+    plan, data = helpers.on_text(plan, choose=settings.repair != "distill"), batches(name, count)
+    if processes.rank > 0:
+        found = calibrate(checkpoint, layout, plan, data, None, settings, processes=processes)
+        return found.plan, found.outcomes, found.kl, []
+    prepared, stage = prepare(checkpoint, layout, plan), scratch / "child"
+    stage.mkdir()
+    journal = Journal(checkpoint, plan, prepared.preview.shards)
+    journal.begin(stage)
+    found = calibrate(checkpoint, layout, plan, data, journal.store, settings, processes=processes)
+    names = journal.store.names()
+    write(prepared, Result(found.plan), stage, journal)
+    return found.plan, found.outcomes, found.kl, names
 
 
 def problem(count: int) -> tuple[torch.nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:

@@ -167,7 +167,7 @@ def test_signals_that_come_twice(first: int, shop: Path, tmp_path: Path) -> None
     script = f"""
 import os, signal, sys
 from regroup import cli
-from regroup.writer import write as stream
+from regroup.writer import journal
 def stopped(*_, **__):
     os.kill(os.getpid(), {int(first)})
     try:
@@ -175,7 +175,7 @@ def stopped(*_, **__):
     finally:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-stream.write_text = stopped
+journal.write_text = stopped
 sys.argv = ["regroup", "convert", {str(shop / "parent")!r}, {str(tmp_path / "child")!r}, "--kv-heads", "2"]
 cli.main()
 """

@@ -40,10 +40,11 @@ def passes_of(windows: int, window: int) -> dict[str, int]:
     """How many windows each kind of pass takes, as the converter itself divides them: fitted, judged on, held out."""
     import torch
 
-    from regroup.calibration.layer_converter import AttentionWorker, Settings
+    from regroup.calibration.layer_converter import LayerConverter
+    from regroup.calibration.settings import Settings
 
     stream = SimpleNamespace(batches=[None] * windows, hidden=[torch.empty(1, window, 0)])
-    worker = AttentionWorker(cast(Any, None), cast(Any, stream), Settings())
+    worker = LayerConverter(cast(Any, None), cast(Any, stream), Settings())
     return {"all": windows, "fit": len(worker.fit), "judging": len(worker.judging), "held_out": len(worker.held_out)}
 
 

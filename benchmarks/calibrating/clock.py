@@ -70,13 +70,13 @@ def memory(field: str) -> int:
 
 def instrument(clock: Clock) -> None:
     """Wrap what calibration and writing call, so that the clock sees which part runs."""
-    from regroup.calibration import calibrate, candidates
+    from regroup.calibration import calibrate, candidates, groupings, layer_regression, layer_runner
     from regroup.calibration import decoder_layer as decoder
-    from regroup.calibration import layer_regression as lesson
-    from regroup.calibration import layer_runner as layers
     from regroup.calibration.repair import Regression
-    from regroup.solver import grouping
+    from regroup.conversion import convert
     from regroup.solver.heads import HeadWeights
+    from regroup.solver.solve import LayerSolver
+    from regroup.solver.store import SolutionStore
 
     # Which pass over the text the functions below are called from.
     passes = ["parent"]
@@ -105,20 +105,22 @@ def instrument(clock: Clock) -> None:
         return "child forward" if clock.stack[-1] == "other" else None
 
     during(lambda *_: "candidate")(candidates.Candidates, "error")
-    during(lambda *_: "candidate" if passes[-1] == "candidate" else "refit")(lesson.Lesson, "refit")
-    clock.wrap(layers.LayerStream, "__init__", "load")
-    clock.wrap(layers.LayerStream, "layer", lambda *_: None if clock.stack[-1] == "load" else "copy weights")
+    during(lambda *_: "candidate" if passes[-1] == "candidate" else "refit")(layer_regression.LayerRegression, "refit")
+    clock.wrap(layer_runner.LayerRunner, "__init__", "load")
+    clock.wrap(layer_runner.LayerRunner, "layer", lambda *_: None if clock.stack[-1] == "load" else "copy weights")
     clock.wrap(decoder.DecoderLayer, "copy", "copy weights")
     clock.wrap(HeadWeights, "read", "copy weights")
     clock.wrap(candidates.Candidates, "put", "copy weights")
     clock.wrap(decoder.DecoderLayer, "observe", watched)
     clock.wrap(decoder.DecoderLayer, "forward", run)
-    clock.wrap(grouping.Groupings, "look", "search moments")
-    clock.wrap(grouping.Groupings, "add", "moments")
-    clock.wrap(grouping, "searched", "head search")
-    clock.wrap(candidates, "solve_keys", "solve keys")
-    clock.wrap(candidates, "solve_values", "solve values")
+    clock.wrap(groupings.Groupings, "add_for_search", "search moments")
+    clock.wrap(groupings.Groupings, "add", "moments")
+    clock.wrap(groupings, "best_order", "head search")
+    clock.wrap(LayerSolver, "keys", "solve keys")
+    clock.wrap(LayerSolver, "values", "solve values")
     clock.wrap(Regression, "add", lambda *_: f"{passes[-1]} sums")
-    clock.wrap(lesson, "refit_output", lambda *_: f"{passes[-1]} solve")
-    clock.wrap(calibrate._Loop, "_keep", "write")
+    clock.wrap(layer_regression, "refit_output", lambda *_: f"{passes[-1]} solve")
+    clock.wrap(convert, "write", "write")
+    clock.wrap(SolutionStore, "keep", "write")
+    clock.wrap(SolutionStore, "keep_states", "write")
     clock.wrap(calibrate, "divergences", "held-out KL")

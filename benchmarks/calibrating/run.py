@@ -40,9 +40,10 @@ def measure(parent: Path, scratch: Path, shape: Shape, windows: int, device: str
     """Calibrate and convert once, and leave what was measured in a JSON file. Runs in a process of its own."""
     import torch
 
-    from regroup.calibration.layer_converter import Settings
-    from regroup.conversion.convert import calibrated, choose_plan, open_source
-    from regroup.writer import prepare, write
+    from regroup.conversion.convert import carry_out
+    from regroup.opening import open_source
+    from regroup.plans import CalibrationText, make_plan
+    from regroup.writer.preview import prepare
 
     clock = Clock()
     instrument(clock)
@@ -55,20 +56,14 @@ def measure(parent: Path, scratch: Path, shape: Shape, windows: int, device: str
     watcher.start()
     start = time.perf_counter()
     with open_source(str(parent)) as opened:
-        plan = choose_plan(
-            opened.layout, None, kv_heads=shape.kv_heads, layers=None, method="auto", tensor_parallel=None, seed=None
-        )
-        with calibrated(opened, plan, batches, Settings(), scratch=scratch, device=device) as solved:
-            clock.enter("write")
-            ready = prepare(
-                opened.checkpoint, opened.layout, solved.plan, parent="parent", given=solved.given, calibration={}
-            )
-            write(ready, scratch / "child")
-            clock.leave()
+        text = CalibrationText("random tokens", tokens=windows * shape.window, window=shape.window, batch=1)
+        plan = make_plan(opened.layout, shape.kv_heads, method="auto", grouping="search", calibration=text)
+        ready = prepare(opened.checkpoint, opened.layout, plan)
+        done_with = carry_out(opened, ready, scratch / "converted", batches, device=device)
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
-    orders = sum(layer.query_order is not None for layer in solved.plan.layers)
+    orders = sum(layer.query_order is not None for layer in done_with.result.plan.layers)
     result.write_text(
         json.dumps(
             {

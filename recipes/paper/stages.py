@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from regroup.calibration.text import CalibrationText
-from regroup.conversion.convert import convert_checkpoint
+import regroup
 from regroup.data import causal_batches, pair_batches, read_pairs, read_texts, token_windows
 from regroup.errors import RegroupError
 from regroup.evaluation import score
 from regroup.evaluation.run import load_for_scoring
 from regroup.modeling import load_tokenizer
+from regroup.plans import CalibrationText
 from regroup.uptraining.objective import SpanCorruption, make_objective
 from regroup.uptraining.recipe import Recipe
 from regroup.uptraining.run import uptrain
@@ -116,7 +116,7 @@ def pretrain(bench: Bench, family: str, which: str) -> None:
         shutil.rmtree(many, ignore_errors=True)
         write_new(family, shape, bench.texts.tokenizer, many, positions=positions)
         # The first of random heads is a random head: what a model with one KV head begins with.
-        convert_checkpoint(many, new, kv_heads=1, method="first")
+        regroup.convert(many, new, kv_heads=1, method="first")
     else:
         write_new(family, shape, bench.texts.tokenizer, new, positions=positions)
     schedule: dict[str, Any] = {"learning_rate": scale.pretraining_rate}
@@ -147,7 +147,7 @@ def convert(bench: Bench, variant: Variant) -> None:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     ours = variant.method == OURS
-    convert_checkpoint(
+    regroup.convert(
         bench.parent(variant.family, variant.parent),
         folder,
         kv_heads=variant.heads,

@@ -1,6 +1,6 @@
 """Grouped-query attention from multi-head checkpoints (Ainslie et al., EMNLP 2023).
 
-``convert_checkpoint`` turns a checkpoint into a grouped one and ``load`` loads what it wrote; ``detect`` and
+``convert`` turns a checkpoint into a grouped one and ``load`` loads what it wrote; ``detect`` and
 ``make_plan`` are its steps. Everything is imported when it is first used.
 """
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .attention.module import GroupedQueryAttention
     from .attention.prepare import prepare_for_inference
     from .checkpoint import open_checkpoint
-    from .conversion.convert import convert_checkpoint
+    from .conversion.convert import convert
     from .errors import RegroupError
     from .exports.run import export_checkpoint
     from .inspection import summarize
@@ -32,7 +32,7 @@ __all__ = [
     "Layout",
     "Plan",
     "RegroupError",
-    "convert_checkpoint",
+    "convert",
     "detect",
     "export_checkpoint",
     "grouped_query_attention",
@@ -51,7 +51,7 @@ _HOMES = {
     "Layout": "layout",
     "Plan": "plans",
     "RegroupError": "errors",
-    "convert_checkpoint": "conversion.convert",
+    "convert": "conversion.convert",
     "detect": "layout",
     "export_checkpoint": "exports.run",
     "grouped_query_attention": "attention",

@@ -22,7 +22,8 @@ from .screen import Screen
 if TYPE_CHECKING:
     from .calibration.calibrate import Calibrated
     from .solver.similarity import LayerSimilarity
-    from .writer import Forecast, Preview
+    from .writer.estimate import Estimate
+    from .writer.preview import Preview
 
 out = Screen()
 err = Screen(stderr=True)
@@ -97,7 +98,7 @@ def show_similarity(layers: Sequence[LayerSimilarity], left_out: int) -> None:
         best, shares = ["–", "–"], {}
         if layer.overall is not None:
             shares = layer.overall.contiguous
-            best = ["{}, {}".format(*layer.overall.most_alike), _share(layer.overall.least)]
+            best = ["{}, {}".format(*layer.overall.most_similar), _share(layer.overall.least)]
         table.add_row(label, *medians, *best, *(_share(shares[g]) if g in shares else "–" for g in groups))
     out.print(table)
     out.print(
@@ -169,7 +170,7 @@ def show_preview(ahead: Preview) -> None:
     )
 
 
-def show_forecast(ahead: Forecast, *, calibrated: bool) -> None:
+def show_forecast(ahead: Estimate, *, calibrated: bool) -> None:
     """What a conversion would take; with calibration that comes on top."""
     err.print("dry run: nothing was written")
     err.print(
@@ -178,8 +179,10 @@ def show_forecast(ahead: Forecast, *, calibrated: bool) -> None:
     )
     least, most = ahead.seconds
     parts = f"{_duration(ahead.copy_seconds)} to copy at {human_bytes(ahead.copy_rate)}/s"
-    if ahead.arithmetic_seconds:
-        parts += f", {_duration(ahead.arithmetic_seconds)} to read and make the tensors that change"
+    if ahead.pool_seconds:
+        parts += f", {_duration(ahead.pool_seconds)} to read and pool the tensors that change"
+    if ahead.solve_seconds:
+        parts += f", {_duration(ahead.solve_seconds)} to solve layers"
     err.print(
         f"time: {_duration(least)} to {_duration(most)} ({parts}; from {human_bytes(ahead.probed)} copied and flushed, "
         "and one tensor or layer made, just now)" + (", and calibration before it" if calibrated else "")

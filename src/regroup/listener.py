@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .calibration.calibrate import Calibrated
     from .opening import Source
     from .plans import Plan
-    from .writer import Preview
+    from .writer.preview import Preview
 
 
 class Listener:

@@ -16,7 +16,7 @@ from .files import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .solver.similarity import Alikeness, LayerSimilarity
+    from .solver.similarity import HeadSimilarity, LayerSimilarity
 
 # Perceptually even, and the same to colour-blind eyes. The darker two heads are, the less they lose.
 _COLOURS = "viridis"
@@ -123,7 +123,7 @@ def _overview(layers: Sequence[LayerSimilarity]) -> Figure:
     return figure
 
 
-def _heat_map(place: Any, part: Alikeness, *, ticks: int, numbers: bool = False) -> None:
+def _heat_map(place: Any, part: HeadSimilarity, *, ticks: int, numbers: bool = False) -> None:
     """One table, with at most about so many ticks on a side."""
     table = part.pairs.numpy()
     place.imshow(table, cmap=_COLOURS, vmin=0, vmax=_MOST, interpolation="nearest")

@@ -18,13 +18,11 @@ from .listener import Listener
 from .modeling import MODELING_FILE
 from .modeling.expected import check_loadable
 from .opening import open_source, readable
-from .plans import Plan
+from .plans import Plan, found_plan
 from .progress import Progress
 from .record import record
-from .writer import Preview, preview
-from .writer.config import child_config
-from .writer.journal import PLAN_FILE
-from .writer.write import CALIBRATION_FILE
+from .writer.converted_config import converted_config
+from .writer.preview import OWN_RECORDS, Preview, preview
 
 # Layers' losses do not add up: whole models came to 0.9 to 2.0 times the sum (benchmarks/records/advise-loss.json).
 TOLERANCE = 2.5
@@ -100,11 +98,13 @@ def verify(
     refuse_gguf(folder)
     if not folder.is_dir():
         raise RegroupError("the child is not a folder", file=folder, expected="a converted checkpoint")
-    chosen = Plan.load(plan or folder / PLAN_FILE)
+    chosen, calibrated = found_plan(folder, plan)
     with open_source(parent, allow_pickle=allow_pickle) as opened:
         chosen.check(opened.layout)
         planned = preview(opened.checkpoint, opened.layout, chosen)
-        check_loadable(child_config(opened.checkpoint.config, opened.layout, chosen), planned.tensors, opened.folder)
+        check_loadable(
+            converted_config(opened.checkpoint.config, opened.layout, chosen), planned.tensors, opened.folder
+        )
         promises = [Promise("the plan fits the parent", True, f"{len(chosen.layers)} layers, hash {chosen.digest()}")]
         try:
             made = open_checkpoint(folder)
@@ -118,7 +118,6 @@ def verify(
             structure = list(_structure(made, planned))
             promises += structure
             if not uptrained and all(promise.held for promise in structure):
-                calibrated = (folder / CALIBRATION_FILE).exists()
                 with told.stage("comparing", len(made.tensors), "tensors") as count:
                     promises += _weights(opened.checkpoint, made, opened.layout, planned, calibrated, count)
             elif uptrained:
@@ -136,7 +135,7 @@ def verify(
 
 
 def _config(parent: dict[str, Any], child: dict[str, Any], layout: Layout, plan: Plan) -> Promise:
-    wanted = json.loads(json.dumps(child_config(parent, layout, plan)))
+    wanted = json.loads(json.dumps(converted_config(parent, layout, plan)))
     differing = sorted(key for key in wanted.keys() | child.keys() if wanted.get(key) != child.get(key))
     if not differing:
         return Promise("config.json is the plan's", True, f"{len(wanted)} entries")
@@ -157,7 +156,7 @@ def _loadable(child: Checkpoint) -> Promise:
 def _companions(parent: Checkpoint, child: Checkpoint, stock: bool, uptrained: bool) -> Promise:
     """The tokenizer, the settings for generation and all else beside the weights are copies, and no code was added."""
     name = "files beside the weights are the original model's"
-    own = (PLAN_FILE, CALIBRATION_FILE, "README.md")
+    own = (*OWN_RECORDS, "README.md")
     code = () if stock else (MODELING_FILE.name,)
     odd: list[str] = []
     wanted: list[Path] = []

@@ -19,9 +19,9 @@ import tiny
 from helpers import load_recipe, refused, run
 from regroup.advice.hardware import KNOWN
 from regroup.advice.run import advise
-from regroup.calibration.text import CalibrationText
-from regroup.conversion.plan import plan_checkpoint
+from regroup.conversion.plan import plan as plan_checkpoint
 from regroup.errors import RegroupError
+from regroup.plans import CalibrationText
 
 GIVEN: dict[str, Any] = {"hardware_name": "l4", "context": 32, "batch": 4, "dtype": "float32"}
 

@@ -30,6 +30,9 @@ from helpers import (
 from regroup import RegroupError
 from regroup.checkpoint import open_checkpoint, read_header
 from regroup.checkpoint.header import encode_header
+from regroup.conversion.convert import carry_out
+from regroup.opening import Source
+from regroup.writer.preview import prepare
 
 Saved = Callable[[str], Path]
 SHARD = "model-00002-of-00004.safetensors"
@@ -275,7 +278,7 @@ def test_damage_is_refused(case: Case, parent: Path, tmp_path: Path) -> None:
     case.damage(parent)
     before = everything(tmp_path)
     with pytest.raises(RegroupError) as error:
-        regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=2)
+        regroup.convert(parent, tmp_path / "child", kv_heads=2)
     message = refused("convert", parent, tmp_path / "child", "--kv-heads", 2)
     for text in (str(error.value), message):
         flat = " ".join(text.split())
@@ -286,18 +289,18 @@ def test_damage_is_refused(case: Case, parent: Path, tmp_path: Path) -> None:
 def test_the_sound_checkpoint_is_accepted(parent: Path, tmp_path: Path) -> None:
     rewritten(lambda state: None)(copy(parent, tmp_path / "whole"))
     for source in (parent, tmp_path / "whole"):
-        regroup.convert_checkpoint(source, tmp_path / f"{source.name}-child", kv_heads=2)
+        regroup.convert(source, tmp_path / f"{source.name}-child", kv_heads=2)
 
 
 def test_a_file_that_shrinks_while_it_is_read(parent: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(parent)
     layout = regroup.detect(checkpoint.config, checkpoint.tensors)
-    from regroup.writer import convert
-
+    opened = Source("parent", parent, checkpoint, layout)
+    prepared = prepare(checkpoint, layout, regroup.make_plan(layout, 2))
     for number, name in enumerate((SHARD, "model-00001-of-00004.safetensors")):
         (parent / name).write_bytes((parent / name).read_bytes()[:2000])
         with pytest.raises(RegroupError, match="became shorter"):
-            convert(checkpoint, layout, regroup.make_plan(layout, 2), tmp_path / f"child{number}")
+            carry_out(opened, prepared, tmp_path / f"child{number}")
         assert not list(tmp_path.glob("*child*"))
 
 
@@ -309,7 +312,7 @@ def test_links_within_a_hub_cache_are_followed(saved: Saved, tmp_path: Path) -> 
     for number, path in enumerate(sorted(saved("llama").iterdir())):
         (repository / "blobs" / str(number)).write_bytes(path.read_bytes())
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    regroup.convert_checkpoint(snapshot, tmp_path / "child", kv_heads=2)
+    regroup.convert(snapshot, tmp_path / "child", kv_heads=2)
     child = [path for path in (tmp_path / "child").iterdir() if path.is_symlink()]
     assert child == []
     assert (tmp_path / "child" / "generation_config.json").read_bytes() == (
@@ -318,7 +321,7 @@ def test_links_within_a_hub_cache_are_followed(saved: Saved, tmp_path: Path) -> 
     (snapshot / "note.txt").symlink_to(tmp_path / "outside.txt")
     (tmp_path / "outside.txt").write_text("secret")
     with pytest.raises(RegroupError, match="points out of it"):
-        regroup.convert_checkpoint(snapshot, tmp_path / "child2", kv_heads=2)
+        regroup.convert(snapshot, tmp_path / "child2", kv_heads=2)
 
 
 NUMBERS = st.one_of(st.integers(-9, 70), st.sampled_from([2**31, 2**63, 2**64, 10**30]))

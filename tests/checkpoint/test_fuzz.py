@@ -108,7 +108,7 @@ def attempt(root: Path, source: Path, **options: Any) -> None:
     with contextlib.suppress(RegroupError):
         summarize(str(source))
     with contextlib.suppress(RegroupError):
-        regroup.convert_checkpoint(source, root / "child", **options)
+        regroup.convert(source, root / "child", **options)
     after = [name for name in everything(root) if name.split("/")[0] != "child"]
     assert after == before
     if (root / "child").exists():

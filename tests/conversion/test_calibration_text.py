@@ -15,8 +15,9 @@ import texts
 from helpers import config_of, copy, refused
 from regroup import RegroupError
 from regroup.calibration import text as text_module
-from regroup.calibration.text import CalibrationText, calibration_batches
+from regroup.calibration.text import calibration_batches
 from regroup.data import document_windows, token_windows
+from regroup.plans import CalibrationText
 
 Saved = Callable[[str], Path]
 DECODER = {"model_type": "llama"}

@@ -17,17 +17,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import regroup
 import tiny
-from helpers import assert_same_tensors, config_of, everything, layout_of, refused, run, tensors
-from regroup.calibration.calibrate import calibrate
-from regroup.calibration.layer_converter import Settings
+from helpers import assert_same_tensors, carried_out, config_of, everything, layout_of, refused, run, tensors
+from helpers import on_text as as_asked
+from regroup.calibration.settings import Settings
 from regroup.checkpoint import open_checkpoint
 from regroup.layout import AttentionLayer
-from regroup.merge import error, low_rank, rotary_low_rank
+from regroup.merge.lowrank import low_rank
+from regroup.merge.rotary import rotary_low_rank
+from regroup.merge.sharing import error
 from regroup.plans import Plan, make_plan
 from regroup.solver import grouping
 from regroup.solver.heads import HeadWeights
-from regroup.solver.moments import weight_moments
-from regroup.writer import prepare, write
+from regroup.solver.residuals import LayerResiduals
+from regroup.solver.statistics import ungrouped_statistics
 
 Saved = Callable[[str], Path]
 Image = Callable[[AttentionLayer, str, torch.Generator], Tensor]
@@ -110,7 +112,7 @@ def llama(folder: Path, heads: int, kv_heads: int, *, layers: int = 1, D: int = 
 def searched(folder: Path, kv_heads: int | None, *, seed: int = 0, **options: Any) -> Plan:
     layout = layout_of(folder)
     plan = make_plan(layout, kv_heads, method=options.pop("method", "auto"), seed=seed, **options)
-    return grouping.search_plan(open_checkpoint(folder), layout, plan)
+    return grouping.group_by_weights(open_checkpoint(folder), layout, plan)
 
 
 def sets(order: Sequence[int] | None, groups: int) -> set[frozenset[int]] | None:
@@ -151,9 +153,9 @@ def test_hidden_pairs_are_found_and_cost_nothing(name: str, method: str, made: I
     plan = searched(parent, 3, method=method)
     assert [sets(layer.query_order, 3) for layer in plan.layers] == [as_sets(clusters)] * len(plan.layers)
     inputs = tiny.inputs(name, 2, 9, seed=99)
-    regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=3, method=method, grouping="search")
+    regroup.convert(parent, tmp_path / "child", kv_heads=3, method=method, grouping="search")
     assert_lossless(tmp_path / "child", parent, inputs)
-    regroup.convert_checkpoint(parent, tmp_path / "control", kv_heads=3, method=method, grouping="contiguous")
+    regroup.convert(parent, tmp_path / "control", kv_heads=3, method=method, grouping="contiguous")
     assert_lossy(tmp_path / "control", parent, inputs)
 
 
@@ -170,9 +172,9 @@ def test_pairs_among_many_heads(heads: int, clusters: Clusters, tmp_path: Path) 
     groups = len(clusters)
     plan = searched(parent, groups)
     assert sets(plan.layers[0].query_order, groups) == as_sets(clusters)
-    regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=groups, method="lowrank", grouping="search")
+    regroup.convert(parent, tmp_path / "child", kv_heads=groups, method="lowrank", grouping="search")
     assert_lossless(tmp_path / "child", parent, INPUTS)
-    regroup.convert_checkpoint(parent, tmp_path / "control", kv_heads=groups, method="lowrank")
+    regroup.convert(parent, tmp_path / "control", kv_heads=groups, method="lowrank")
     assert_lossy(tmp_path / "control", parent, INPUTS)
 
 
@@ -184,9 +186,9 @@ def test_cross_attention_has_an_order_of_its_own(name: str, tmp_path: Path) -> N
     for want, layer in zip(plan.layers, layout_of(parent).layers, strict=True):
         assert sets(want.query_order, 3) == as_sets(OTHER_PAIRS if layer.kind == "cross" else PAIRS)
     inputs = tiny.inputs(name, 2, 9, seed=99)
-    regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=3, method="lowrank", grouping="search")
+    regroup.convert(parent, tmp_path / "child", kv_heads=3, method="lowrank", grouping="search")
     assert_lossless(tmp_path / "child", parent, inputs)
-    regroup.convert_checkpoint(parent, tmp_path / "control", kv_heads=3, method="lowrank")
+    regroup.convert(parent, tmp_path / "control", kv_heads=3, method="lowrank")
     assert_lossy(tmp_path / "control", parent, inputs)
 
 
@@ -215,8 +217,8 @@ def test_layers_that_share_an_order_are_searched_together(saved: Saved, tmp_path
 def test_a_shared_order_comes_from_the_weights_and_others_from_the_text(saved: Saved) -> None:
     folder = saved("t5")
     layout = layout_of(folder)
-    plan = make_plan(layout, 3, method="auto")
-    found = grouping.search_plan(open_checkpoint(folder), layout, plan, shared_only=True)
+    plan = as_asked(make_plan(layout, 3, method="auto"))
+    found = grouping.group_by_weights(open_checkpoint(folder), layout, plan)
     for want, whole, layer in zip(found.layers, searched(folder, 3).layers, layout.layers, strict=True):
         assert want.query_order == (whole.query_order if layer.kind == "self" else None)
     assert found.layers[0].query_order is not None
@@ -229,8 +231,8 @@ def test_slopes_by_head_number_keep_the_order(name: str, tmp_path: Path) -> None
     clusters = TRIPLES if name == "bloom" else PAIRS
     parent = hide(tiny.save(name, tmp_path / "parent"), clusters)
     assert [layer.query_order for layer in searched(parent, groups).layers] == [None] * 2
-    regroup.convert_checkpoint(parent, tmp_path / "a", kv_heads=groups, method="lowrank", grouping="search")
-    regroup.convert_checkpoint(parent, tmp_path / "b", kv_heads=groups, method="lowrank", grouping="contiguous")
+    regroup.convert(parent, tmp_path / "a", kv_heads=groups, method="lowrank", grouping="search")
+    regroup.convert(parent, tmp_path / "b", kv_heads=groups, method="lowrank", grouping="contiguous")
     assert_same_tensors(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
     assert on_text(parent, name, groups, tmp_path, search=True)[0] == [None] * 2
     # Without slopes the same heads do find each other.
@@ -243,15 +245,13 @@ def on_text(
     parent: Path, name: str, groups: int, tmp_path: Path, *, search: bool, layers: str | None = None
 ) -> tuple[list[tuple[int, ...] | None], Path]:
     """Orders of the layers that calibration changed, and the child."""
-    checkpoint, layout = open_checkpoint(parent), layout_of(parent)
-    scratch = tmp_path / f"scratch-{search}"
-    scratch.mkdir()
     batches = [tiny.inputs(name, 2, 12, seed=seed) for seed in range(4)]
-    plan = make_plan(layout, None if layers else groups, layers=layers, method="lowrank")
-    solved = calibrate(checkpoint, layout, plan, batches, scratch, Settings(choose=False, search=search, repair="none"))
+    plan = make_plan(layout_of(parent), None if layers else groups, layers=layers, method="lowrank")
     child = tmp_path / f"child-{search}"
-    write(prepare(checkpoint, layout, solved.plan, given=solved.given), child)
-    return [layer.query_order for layer in solved.plan.layers if layer.changes], child
+    # No search by weights before it, which layers that share an order would have.
+    asked = as_asked(plan, choose=False, search=False)
+    done = carried_out(parent, asked, child, batches, settings=Settings(search=search, repair="none"), device="cpu")
+    return [layer.query_order for layer in done.result.plan.layers if layer.changes], child
 
 
 @pytest.mark.parametrize(
@@ -343,10 +343,9 @@ def residuals(folder: Path, layer: AttentionLayer, groups: int) -> Callable[[tup
     return ours(folder, layer, groups).cost
 
 
-def ours(folder: Path, layer: AttentionLayer, groups: int) -> grouping._Residuals:
+def ours(folder: Path, layer: AttentionLayer, groups: int) -> LayerResiduals:
     weights = HeadWeights.read(layer, open_checkpoint(folder).read)
-    moments = weight_moments(weights, tuple(range(layer.num_attention_heads)), 1)
-    return grouping._Residuals(layer, weights, moments, groups)
+    return LayerResiduals(layer, ungrouped_statistics(weights), groups)
 
 
 def ways(units: tuple[int, ...], size: int) -> list[list[tuple[int, ...]]]:
@@ -377,7 +376,7 @@ def test_costs_by_brute_force(name: str, groups: int, saved: Saved) -> None:
             assert found.cost(members) == pytest.approx(naive(members), rel=1e-6, abs=1e-12)
         assert found.cost((5,)) == pytest.approx(0, abs=1e-12)
         assert found.cost((0, 3)) > 1e-3
-        table = found.pair_table()
+        table = found.pair_costs()
         for a, b in ((0, 3), (1, 4), (2, 5), (4, 1)):
             assert float(table[a, b]) == pytest.approx(naive((min(a, b), max(a, b))), rel=1e-6)
         assert naive((0, 3)) != pytest.approx(naive((0, 4)), rel=1e-3)
@@ -424,10 +423,10 @@ def test_groups_that_split_kv_heads(tmp_path: Path) -> None:
         assert groups is not None
         for members in groups:
             assert {head // 2 for head in members} <= {0, 2, 5} or {head // 2 for head in members} <= {1, 3, 4}
-    regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=4, method="lowrank", grouping="search")
+    regroup.convert(parent, tmp_path / "child", kv_heads=4, method="lowrank", grouping="search")
     assert [layer.num_key_value_heads for layer in layout_of(tmp_path / "child").layers] == [4, 4]
     assert_lossless(tmp_path / "child", parent, INPUTS)
-    regroup.convert_checkpoint(parent, tmp_path / "control", kv_heads=4, method="lowrank")
+    regroup.convert(parent, tmp_path / "control", kv_heads=4, method="lowrank")
     assert_lossy(tmp_path / "control", parent, INPUTS)
 
 
@@ -448,9 +447,9 @@ def test_what_is_not_searched(saved: Saved) -> None:
     plan = make_plan(layout, 3, layers="1:6,2:1", method="auto")
     order = (5, 4, 3, 2, 1, 0)
     named = replace(plan, layers=(replace(plan.layers[0], query_order=order), *plan.layers[1:]))
-    assert grouping.search_plan(open_checkpoint(folder), layout, named) == named
+    assert grouping.group_by_weights(open_checkpoint(folder), layout, named) == named
     # Without the name that layer is searched, and only that one.
-    found = grouping.search_plan(open_checkpoint(folder), layout, plan)
+    found = grouping.group_by_weights(open_checkpoint(folder), layout, plan)
     assert found.layers[0].query_order not in (None, order)
     assert found.layers[1:] == plan.layers[1:]
 
@@ -466,12 +465,12 @@ def test_pooling_by_mean_of_heads_that_belong_together(tmp_path: Path) -> None:
     """The paper's mean has nothing to lose where the heads of a group are equal, and any method may be searched for."""
     parent = hide(tiny.save("llama", tmp_path / "parent"), PAIRS, equal)
     inputs = tiny.inputs("llama", 2, 9, seed=99)
-    regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=3, method="mean", grouping="search")
+    regroup.convert(parent, tmp_path / "child", kv_heads=3, method="mean", grouping="search")
     assert_lossless(tmp_path / "child", parent, inputs)
     # Neighbours are the default of every method but auto.
-    regroup.convert_checkpoint(parent, tmp_path / "control", kv_heads=3, method="mean")
+    regroup.convert(parent, tmp_path / "control", kv_heads=3, method="mean")
     assert_lossy(tmp_path / "control", parent, inputs)
-    regroup.convert_checkpoint(parent, tmp_path / "auto", kv_heads=3)
+    regroup.convert(parent, tmp_path / "auto", kv_heads=3)
     torch.testing.assert_close(logits(tmp_path / "auto", inputs), logits(parent, inputs), rtol=1e-4, atol=1e-4)
     assert config_of(tmp_path / "child") == config_of(tmp_path / "control")
 
@@ -519,9 +518,9 @@ def test_every_layer_is_reported_once(saved: Saved) -> None:
         folder = saved(name)
         layout, checkpoint = layout_of(folder), open_checkpoint(folder)
         for plan in (make_plan(layout, 3, method="auto"), make_plan(layout, layers="0:1", method="auto")):
-            for shared_only in (False, True):
+            for asked in (plan, as_asked(plan)):
                 told: list[int] = []
-                grouping.search_plan(checkpoint, layout, plan, shared_only=shared_only, progress=told.append)
+                grouping.group_by_weights(checkpoint, layout, asked, progress=told.append)
                 assert sum(told) == len(layout.layers)
 
 

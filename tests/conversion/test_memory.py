@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 import torch
 from regroup.checkpoint import open_checkpoint
-from regroup.calibration.layer_converter import Settings
+from regroup.calibration.settings import Settings
 from regroup.calibration.calibrate import calibrate
 from regroup.layout import detect
-from regroup.plans import make_plan
+from regroup.plans import CalibrationText, make_plan
+from regroup.solver.store import SolutionStore
 
 torch.set_num_threads(1)
 folder, scratch = Path(sys.argv[1]), Path(sys.argv[2])
@@ -41,9 +42,9 @@ thread = threading.Thread(target=watch)
 thread.start()
 checkpoint = open_checkpoint(folder)
 layout = detect(checkpoint.config, checkpoint.tensors)
-plan = make_plan(layout, 2, method="auto")
+plan = make_plan(layout, 2, method="auto", calibration=CalibrationText("random"))
 batches = [{"input_ids": torch.randint(64, (1, 64)), "attention_mask": torch.ones(1, 64, dtype=torch.long)}] * 3
-calibrate(checkpoint, layout, plan, batches, scratch, Settings())
+calibrate(checkpoint, layout, plan, batches, SolutionStore(scratch), Settings())
 running = False
 thread.join()
 print(json.dumps(peak))

@@ -21,11 +21,11 @@ import texts
 import tiny
 from helpers import everything, layout_of, logits, run
 from regroup import RegroupError
-from regroup.calibration.layer_converter import Settings
-from regroup.calibration.repair import DistillSettings, distill
+from regroup.calibration.repair import distill
+from regroup.calibration.settings import DistillSettings, Settings
 from regroup.plans import Plan, make_plan
 from regroup.processes import SINGLE_PROCESS, ProcessGroup
-from regroup.solver.moments import Moments
+from regroup.solver.statistics import Moments
 from teams import Crew
 
 Saved = Callable[[str], Path]
@@ -167,7 +167,7 @@ def test_distillation_of_a_layer_is_no_worse_than_its_repair(two: Crew, saved: S
     errors = {}
     for repair in ("output", "distill"):
         (tmp_path / repair).mkdir()
-        settings = Settings(choose=False, repair=repair)
+        settings = Settings(repair=repair)
         given = (folder, "llama", plan, tmp_path / repair, 32, settings)
         (_, ours, _, _), (_, theirs, _, _) = two(teams.joined, teams.solved, *given)
         assert ours == theirs
@@ -192,7 +192,9 @@ def test_a_launcher_converts_as_one_process_does(text: Path, parent: Path, tmp_p
     assert process.stderr.count("wrote ") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
     assert everything(tmp_path / "one") == everything(tmp_path / "two")
-    one, both = (json.loads((tmp_path / name / "regroup_calibration.json").read_text()) for name in ("one", "two"))
+    one, both = (
+        json.loads((tmp_path / name / "regroup_result.json").read_text())["calibration"] for name in ("one", "two")
+    )
     assert both["held_out_kl_nats_per_token"] == pytest.approx(one["held_out_kl_nats_per_token"], rel=1e-3)
     expected, made = (answers(tmp_path / name, "llama") for name in ("one", "two"))
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)

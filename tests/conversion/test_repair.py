@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from regroup.calibration.repair import DistillSettings, Regression, _Whitened, distill, refit_output
+from regroup.calibration.repair import Regression, _Whitened, distill, refit_output
+from regroup.calibration.settings import DistillSettings
 
 Inputs = dict[str, tuple[Tensor, int]]
 

@@ -18,20 +18,19 @@ from torch import Tensor
 import regroup
 import texts
 import tiny
-from helpers import config_of, copy, everything, layout_of, refused, run
+from helpers import carried_out, config_of, copy, everything, layout_of, on_text, refused, run
 from regroup.calibration import sensitivity
-from regroup.calibration.calibrate import calibrate
-from regroup.calibration.layer_converter import Settings
-from regroup.calibration.layer_runner import LayerStream
+from regroup.calibration import text as text_module
+from regroup.calibration.layer_runner import LayerRunner
 from regroup.calibration.sensitivity import Measured, measure
-from regroup.calibration.text import CalibrationText, calibration_batches
+from regroup.calibration.settings import Settings
+from regroup.calibration.text import calibration_batches
 from regroup.checkpoint import open_checkpoint
 from regroup.conversion import plan as planning
-from regroup.conversion.plan import plan_checkpoint
+from regroup.conversion.plan import plan as plan_checkpoint
 from regroup.errors import RegroupError
-from regroup.plans import Plan, make_plan
+from regroup.plans import CalibrationText, Plan, make_plan
 from regroup.solver.similarity import compare_heads
-from regroup.writer import prepare, write
 
 Saved = Callable[[str], Path]
 WORDS = "the cat sat on the mat; the hat is flat.\nnaïve café: 42 cats or a flat mat sat\n"
@@ -69,7 +68,7 @@ def measured_of(
     folder: Path, batches: list[dict[str, Tensor]], choices: tuple[int, ...] = CHOICES, **settings: Any
 ) -> dict[str, dict[int, Measured]]:
     layout = layout_of(folder)
-    plan = make_plan(layout, layers={}, method="auto")
+    plan = on_text(make_plan(layout, layers={}, method="auto"), choose=settings.pop("choose", True))
     every = {layer.name: choices for layer in layout.layers}
     return measure(open_checkpoint(folder), layout, plan, every, batches, Settings(**settings))
 
@@ -104,7 +103,7 @@ def divergence(parent: Path, child: Path, batches: list[dict[str, Tensor]]) -> f
 def test_logits_are_the_models_own(name: str, saved: Saved) -> None:
     """From hidden states after the last layer the stream makes what the model makes; from earlier ones it does not."""
     folder = saved(name)
-    stream = LayerStream(folder, layout_of(folder), [tiny.inputs(name, 2, 12, seed=seed) for seed in range(2)])
+    stream = LayerRunner(folder, layout_of(folder), [tiny.inputs(name, 2, 12, seed=seed) for seed in range(2)])
     model: Any = regroup.load(folder, dtype=torch.float32, attn_implementation="eager", progress=False)
     for batch, inputs in enumerate(stream.batches):
         last: list[Tensor] = []
@@ -124,7 +123,7 @@ def test_logits_are_the_models_own(name: str, saved: Saved) -> None:
 
 def test_the_models_layers_are_left_as_they_are(saved: Saved) -> None:
     """Asking for logits neither copies nor replaces the layers of the model."""
-    stream = LayerStream(saved("llama"), layout_of(saved("llama")), [tiny.inputs("llama", 2, 12)])
+    stream = LayerRunner(saved("llama"), layout_of(saved("llama")), [tiny.inputs("llama", 2, 12)])
     blocks = list(stream.blocks)
     with torch.no_grad():
         stream.logits(0, stream.hidden[0])
@@ -143,7 +142,7 @@ def test_costs_are_those_of_whole_models(
     for name, costs in measured.items():
         for heads in (1, 3):
             child = tmp_path / f"{name}-{heads}"
-            regroup.convert_checkpoint(llama, child, plan=alone(llama, costs[heads]), calibration=text)
+            regroup.convert(llama, child, plan=alone(llama, costs[heads]), calibration=text)
             layers = layout_of(child).layers
             assert [x.name for x in layers if x.num_key_value_heads == heads] == [name]
             assert costs[heads].kl == pytest.approx(divergence(llama, child, held_out), rel=1e-4)
@@ -151,7 +150,7 @@ def test_costs_are_those_of_whole_models(
             if heads == 3 and name.endswith("0.self_attn"):
                 # On other windows, and without text, it is another number.
                 assert costs[heads].kl != pytest.approx(divergence(llama, child, batches[:1]), rel=1e-2)
-                regroup.convert_checkpoint(llama, tmp_path / "weights", plan=alone(llama, costs[heads]))
+                regroup.convert(llama, tmp_path / "weights", plan=alone(llama, costs[heads]))
                 assert divergence(llama, tmp_path / "weights", held_out) != pytest.approx(costs[heads].kl, rel=1e-2)
     assert len(set(found)) == 6
     assert min(found) > 1e-3
@@ -161,13 +160,13 @@ def test_the_parents_own_number_costs_nothing_and_is_not_tried(
     llama: Path, batches: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[tuple[str, int]] = []
-    real = sensitivity.AttentionWorker.convert
+    real = sensitivity.LayerConverter.convert
 
     def spy(self: Any, pupil: Any, layers: Any, weights: Any, options: Any, *rest: Any) -> Any:
         tried.append((layers[-1].name, options[0].want.num_key_value_heads))
         return real(self, pupil, layers, weights, options, *rest)
 
-    monkeypatch.setattr(sensitivity.AttentionWorker, "convert", spy)
+    monkeypatch.setattr(sensitivity.LayerConverter, "convert", spy)
     found = measured_of(llama, batches[:4], (2, 6), choose=False, search=False)
     assert tried == [(layer.name, 2) for layer in layout_of(llama).layers]
     for costs in found.values():
@@ -191,16 +190,13 @@ def pairs(name: str) -> list[dict[str, Tensor]]:
 def test_encoder_decoders_with_padding(name: str, saved: Saved, tmp_path: Path) -> None:
     """Self- and cross-attention, against whole models; only positions that hold text count."""
     folder, data = saved(name), pairs(name)
-    settings: dict[str, Any] = {"choose": False, "search": False, "repair": "none"}
-    checkpoint, layout = open_checkpoint(folder), layout_of(folder)
-    found = measured_of(folder, data, (2, 6), **settings)
+    layout = layout_of(folder)
+    found = measured_of(folder, data, (2, 6), choose=False, search=False, repair="none")
     assert {layer.kind for layer in layout.layers} == {"self", "cross"}
     assert list(found) == [layer.name for layer in layout.layers]
     for name, costs in list(found.items())[-3:]:
-        scratch = tmp_path / f"{name}-solved"
-        scratch.mkdir()
-        solved = calibrate(checkpoint, layout, alone(folder, costs[2]), data, scratch, Settings(**settings))
-        write(prepare(checkpoint, layout, solved.plan, given=solved.given), tmp_path / name)
+        plan = on_text(alone(folder, costs[2]), choose=False, search=False)
+        carried_out(folder, plan, tmp_path / name, data, settings=Settings(search=False, repair="none"), device="cpu")
         assert costs[6].kl == 0
         assert costs[2].kl == pytest.approx(divergence(folder, tmp_path / name, data[-1:]), rel=1e-4, abs=1e-8)
         everywhere = [{k: v for k, v in data[-1].items() if k != "decoder_attention_mask"}]
@@ -216,7 +212,7 @@ def quick(llama: Path, batches: list[dict[str, Tensor]]) -> list[dict[int, float
     layout = layout_of(llama)
     plan = make_plan(layout, layers={}, method="lowrank")
     every = {layer.name: (1, 2, 3, 6) for layer in layout.layers}
-    settings = Settings(choose=False, search=False, repair="none")
+    settings = Settings(search=False, repair="none")
     found = measure(open_checkpoint(llama), layout, plan, every, batches, settings)
     return [{heads: one.kl for heads, one in by.items()} for by in found.values()]
 
@@ -342,8 +338,8 @@ def test_budgets_that_cannot_be(llama: Path, text: CalibrationText, monkeypatch:
         raise AssertionError("measured before it was checked")
 
     monkeypatch.setattr(sensitivity, "measure", never)
-    monkeypatch.setattr(sensitivity, "guess", never)
-    monkeypatch.setattr(planning, "calibration_batches", never)
+    monkeypatch.setattr(planning, "weight_losses", never)
+    monkeypatch.setattr(text_module, "calibration_batches", never)
     words = ("--calibration", text.data)
     cases: list[tuple[tuple[object, ...], tuple[str, ...]]] = [
         (("--kv-budget", "10%"), ("smaller than the smallest", "at least 120 bytes", "16.67%")),
@@ -388,7 +384,7 @@ def test_options_about_text_that_is_not_there(llama: Path, tmp_path: Path) -> No
             assert "needs calibration text" in message
             assert options[0] in message
     with pytest.raises(RegroupError, match="repair is not known"):
-        regroup.convert_checkpoint(llama, tmp_path / "x", kv_heads=2, repair="distil")
+        regroup.convert(llama, tmp_path / "x", kv_heads=2, repair="distil")
     assert everything(tmp_path) == []
 
 
@@ -416,7 +412,7 @@ def test_a_model_of_infinities_is_refused(llama: Path, text: CalibrationText, tm
 
 
 def test_repair_lowers_the_error_that_merging_left(llama: Path, text: CalibrationText, tmp_path: Path) -> None:
-    regroup.convert_checkpoint(llama, tmp_path / "x", kv_heads=1, calibration=text)
-    layers = json.loads((tmp_path / "x/regroup_calibration.json").read_text())["layers"]
+    regroup.convert(llama, tmp_path / "x", kv_heads=1, calibration=text)
+    layers = json.loads((tmp_path / "x/regroup_result.json").read_text())["calibration"]["layers"]
     assert all(layer["error"] <= layer["error_merged"] for layer in layers)
     assert any(layer["error"] < 0.99 * layer["error_merged"] for layer in layers)

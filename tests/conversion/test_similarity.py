@@ -106,7 +106,7 @@ def test_every_family_is_compared_or_says_why_not(name: str, saved: Saved) -> No
             # Fewer heads, greater loss.
             assert shares == sorted(shares)
             assert 0 < part.least <= part.median <= float(part.pairs.max()) <= 0.5
-            assert float(part.pairs[part.most_alike]) == part.least
+            assert float(part.pairs[part.most_similar]) == part.least
 
 
 def test_a_grouped_parent_counts_every_query_head(saved: Saved, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_copied_head_is_found(saved: Saved, tmp_path: Path) -> None:
     before, after = compared(saved("llama")), compared(folder)
     changed = after[1].both
     assert changed is not None
-    assert changed.most_alike == (0, 1)
+    assert changed.most_similar == (0, 1)
     assert changed.least < 1e-12
     others = changed.pairs[torch.triu(torch.ones(6, 6, dtype=torch.bool), 1)]
     assert float(others.sort().values[1]) > 1e-2

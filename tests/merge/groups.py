@@ -11,7 +11,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from regroup.merge import Sharing, low_rank, owners, procrustes, rotary_low_rank, rotary_procrustes
+from regroup.merge.lowrank import low_rank
+from regroup.merge.procrustes import procrustes
+from regroup.merge.rotary import rotary_low_rank, rotary_procrustes
+from regroup.merge.sharing import Sharing, owners
 
 Pairs = Literal["half", "interleaved"]
 Rule = Callable[[Tensor, Tensor, Sequence[int]], Sharing]

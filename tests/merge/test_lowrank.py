@@ -9,8 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from regroup.merge import Sharing, error, low_rank, owners, pooled, procrustes
-from regroup.merge.sharing import best_restore
+from regroup.merge.lowrank import low_rank
+from regroup.merge.procrustes import procrustes
+from regroup.merge.sharing import Sharing, best_restore, error, owners, pooled
 
 
 def lost(group: Group, sharing: Sharing) -> float:

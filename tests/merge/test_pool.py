@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import steps_apart
-from regroup.merge import first, mean, random
+from regroup.merge.pool import first, mean, random
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 

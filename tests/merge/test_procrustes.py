@@ -10,7 +10,8 @@ from groups import OWNERS, Group, awkward, draw, normal, orthogonal, related
 from hypothesis import given, settings
 from torch import Tensor
 
-from regroup.merge import Sharing, error, pooled, procrustes
+from regroup.merge.procrustes import procrustes
+from regroup.merge.sharing import Sharing, error, pooled
 
 
 def spread(sharing: Sharing, moments: Tensor, owner: list[int]) -> float:

@@ -11,20 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from regroup.merge import (
-    Sharing,
-    error,
-    linear_residual,
-    low_rank,
-    owners,
-    pair_residuals,
-    pooled,
-    procrustes,
-    residual,
-    rotary_low_rank,
-    rotary_procrustes,
-    rotary_residual,
-)
+from regroup.merge import residual
+from regroup.merge.lowrank import low_rank
+from regroup.merge.procrustes import procrustes
+from regroup.merge.residual import linear_residual, pair_residuals, rotary_residual
+from regroup.merge.rotary import rotary_low_rank, rotary_procrustes
+from regroup.merge.sharing import Sharing, error, owners, pooled
 
 # Head dimension and how much of it RoPE rotates.
 DIMS = [(2, 2), (6, 6), (6, 2), (7, 4)]

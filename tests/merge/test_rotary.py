@@ -26,8 +26,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from regroup.merge import Sharing, error, low_rank, owners, pooled, procrustes, rotary_low_rank, rotary_procrustes
-from regroup.merge.rotary import pair_indices
+from regroup.merge.lowrank import low_rank
+from regroup.merge.procrustes import procrustes
+from regroup.merge.rotary import pair_indices, rotary_low_rank, rotary_procrustes
+from regroup.merge.sharing import Sharing, error, owners, pooled
 
 RULES = [rotary_low_rank, rotary_procrustes]
 # Head dimension and how much of it RoPE rotates.

@@ -10,8 +10,9 @@ from groups import OWNERS, RULES, Group, awkward, draw, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regroup.merge import Sharing, error, low_rank, owners, pooled, procrustes
-from regroup.merge.sharing import best_restore, gaps
+from regroup.merge.lowrank import low_rank
+from regroup.merge.procrustes import procrustes
+from regroup.merge.sharing import Sharing, best_restore, error, gaps, owners, pooled
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 

@@ -69,7 +69,7 @@ def test_it_goes_on_where_it_was_broken_off(shop: Path, monkeypatch: pytest.Monk
     assert "begun and not finished" in message
     with monkeypatch.context() as patch:
         # What is converted is not converted again.
-        patch.setattr("regroup.conversion.convert.convert_checkpoint", broken)
+        patch.setattr("regroup.conversion.convert.convert", broken)
         status, _, message = run("convert", *options(shop))
     assert status == 0, message
     assert (shop / "dst/config.json").is_file()
@@ -98,7 +98,7 @@ def test_an_edited_plan_or_text_is_another_conversion(shop: Path, monkeypatch: p
         (shop / edited).write_text(before)
         # The same source by another name is no other conversion.
         patch.chdir(shop)
-        patch.setattr("regroup.conversion.convert.convert_checkpoint", lambda *_, **__: pytest.fail("converted again"))
+        patch.setattr("regroup.conversion.convert.convert", lambda *_, **__: pytest.fail("converted again"))
         status, _, message = run("convert", "parent", *asked[2:])
         assert status == 2
         assert "begun and not finished" not in message
@@ -122,7 +122,7 @@ def test_a_wrong_recipe_is_refused_before_anything_is_converted(
     with (shop / "recipe.yaml").open("a") as file:
         file.write(line + "\n")
     before = everything(shop)
-    monkeypatch.setattr("regroup.conversion.convert.convert_checkpoint", lambda *_, **__: pytest.fail("converted"))
+    monkeypatch.setattr("regroup.conversion.convert.convert", lambda *_, **__: pytest.fail("converted"))
     assert words in refused("convert", *options(shop, *more))
     assert everything(shop) == before
 

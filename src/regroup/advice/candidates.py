@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..bench.build import read_config
-from ..calibration.text import CalibrationText
-from ..conversion.plan import choose_plan, measured
+from ..conversion.plan import measured
 from ..layout import Layout, detect
 from ..listener import Listener
 from ..opening import Source, open_source
-from ..plans import Plan, allocate, allowed_kv_heads, layer_units, token_bytes
-from ..writer.config import child_config
+from ..plans import CalibrationText, Plan, allocate, allowed_kv_heads, layer_units, make_plan, spelled_out, token_bytes
+from ..writer.converted_config import converted_config
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,8 @@ def from_config(config: Mapping[str, Any], tensor_parallel: int) -> list[Candida
     layout = detect(config)
     found = [Candidate("the parent", dict(config), None)]
     for heads in _uniform(layout, tensor_parallel):
-        plan = choose_plan(
-            layout, None, kv_heads=heads, layers=None, method=None, tensor_parallel=tensor_parallel, seed=None
-        )
-        found.append(Candidate(f"G = {heads}", child_config(dict(config), layout, plan), plan))
+        plan = make_plan(layout, heads, method="auto", tensor_parallel=tensor_parallel)
+        found.append(Candidate(f"G = {heads}", converted_config(dict(config), layout, plan), plan))
     return found
 
 
@@ -67,24 +64,22 @@ def candidates(
 ) -> list[Candidate]:
     """The parent, each uniform G, and for each the plan by layer that loses least within the same cache."""
     layout = opened.layout
-    start = choose_plan(layout, None, kv_heads=None, layers={}, method=None, tensor_parallel=None, seed=None)
+    start = make_plan(layout, layers={}, method="auto", grouping="search", calibration=calibration, repair=repair)
     start = replace(start, tensor_parallel=tensor_parallel)
     units = [layer_units(layer, tensor_parallel=tensor_parallel) for layer in layout.layers]
     choices = {layer.name: sorted(unit) for layer, unit in zip(layout.layers, units, strict=True)}
     wants: list[dict[int, Any]]
     if calibration is None:
-        from ..calibration.sensitivity import guess
+        from ..solver.grouping import weight_losses
 
         with told.searching(len(layout.layers)) as count:
-            lost = guess(opened.checkpoint, layout, choices, progress=count)
+            lost = weight_losses(opened.checkpoint, layout, choices, progress=count)
         costs = [{heads: lost[layer.name][heads] for heads in choices[layer.name]} for layer in layout.layers]
         wants = [
             {heads: replace(want, num_key_value_heads=heads) for heads in choices[want.name]} for want in start.layers
         ]
     else:
-        one = measured(
-            opened, start, choices, calibration, told, method=None, repair=repair, search=True, device=device
-        )
+        one = measured(opened, start, choices, told, device=device)
         costs = [{heads: found.kl for heads, found in one[layer.name].items()} for layer in layout.layers]
         wants = [
             {heads: replace(found.want, predicted_kl=found.kl) for heads, found in one[layer.name].items()}
@@ -94,8 +89,8 @@ def candidates(
     def candidate(name: str, heads: Sequence[int]) -> Candidate:
         total = sum(cost[g] for cost, g in zip(costs, heads, strict=True))
         plan = replace(start, layers=tuple(want[g] for want, g in zip(wants, heads, strict=True)))
-        plan = plan if calibration is None else replace(plan, predicted_kl=total)
-        made = child_config(dict(config), layout, plan)
+        plan = plan if calibration is None else spelled_out(replace(plan, predicted_kl=total), layout)
+        made = converted_config(dict(config), layout, plan)
         if calibration is None:
             return Candidate(name, made, plan, energy=total / len(heads))
         return Candidate(name, made, plan, kl=total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..bench.build import Model
-from ..calibration.text import CalibrationText
+from ..plans import CalibrationText
 from .measured import Bench, Machine
 from .predict import Efficiency
 from .recovery import Recovery

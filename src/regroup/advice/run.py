@@ -12,14 +12,14 @@ import torch
 from ..bench.build import Model, describe, parameters_of, read_config
 from ..bench.roofline import Cost
 from ..bench.work import Work, check_positions, step_costs
-from ..calibration.text import CalibrationText
-from ..conversion.plan import check_text_options, grouped
+from ..conversion.request import check_asked, grouped
 from ..devices import USABLE, device_named, free_memory
 from ..errors import RegroupError
 from ..layout import detect
 from ..listener import Listener
 from ..opening import open_source
-from ..plans import Plan
+from ..plans import CalibrationText, Plan
+from ..processes import SINGLE_PROCESS
 from ..record import record
 from . import hardware
 from .candidates import Candidate, candidates, from_config
@@ -106,7 +106,7 @@ def advise(
         RegroupError: anything that cannot be read or predicted; nothing keeps to the limits.
     """
     told = listener or Listener()
-    check_text_options(repair, device, calibration)
+    check_asked({"repair": repair, "calibration": calibration}, device, SINGLE_PROCESS)
     if max_loss is not None and calibration is None:
         raise RegroupError(
             "a limit of loss needs text to measure it on",

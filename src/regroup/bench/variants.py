@@ -13,7 +13,7 @@ from ..layout.families import family_for
 from ..layout.spelling import as_known
 from ..modeling.expected import default_class
 from ..plans import make_plan
-from ..writer.config import child_config
+from ..writer.converted_config import converted_config
 
 
 def variant(config: Mapping[str, Any], *, kv_heads: int | None = None, layers: int | None = None) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def variant(config: Mapping[str, Any], *, kv_heads: int | None = None, layers: i
     if kv_heads > min(layer.num_key_value_heads for layer in layout.layers):
         made = _multi_head(made, layout)
         layout = detect(made)
-    return child_config(made, layout, make_plan(layout, kv_heads=kv_heads, method="first"))
+    return converted_config(made, layout, make_plan(layout, kv_heads=kv_heads, method="first"))
 
 
 def decoder_layers(config: Mapping[str, Any]) -> int:

@@ -1,7 +1,8 @@
-"""Conversion with text: a layer at a time, measure, share, choose by held-out error, repair, and move on.
+"""Convert on text, one layer after the other: measure, share, choose by held-out error, repair, and move on.
 
-Two streams of hidden states run side by side, the parent's and the child's. Moments are taken where the parent is;
-what is chosen and repaired is judged where the child is, on text that was not fitted.
+Two streams of hidden states run side by side, the original model's and the converted model's. Statistics are taken
+where the original model is; what is chosen and repaired is judged where the converted model is, on text that was not
+fitted.
 """
 
 from __future__ import annotations
@@ -9,40 +10,41 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.dtypes import TORCH_DTYPES
-from ..checkpoint.writer import save_tensors
 from ..errors import RegroupError
 from ..layout.types import AttentionLayer, Layout
 from ..plans import LayerPlan, Plan
 from ..processes import SINGLE_PROCESS, ProcessGroup
-from ..solver.grouping import Groupings
-from ..solver.heads import HeadWeights, load_into, projection_tensors
-from ..writer.rewrite import Given
+from ..solver.heads import load_into, projection_tensors
+from ..solver.solve import LayerOutcome, LayerSolution
+from ..solver.store import SolutionStore
 from .decoder_layer import DecoderLayer
-from .layer_converter import AttentionWorker, LayerOutcome, Settings
-from .layer_runner import LayerStream
+from .install import install
+from .layer_converter import LayerConverter
+from .layer_runner import LayerRunner
+from .settings import Settings
+from .sweep import LayerVisit, sweep
 
 K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The outcome: a plan that says what was chosen, tensors on the disk, and what was lost.
+    """What calibration found; the solutions themselves are in the store.
 
     Attributes:
-        plan, given, outcomes: see there.
-        kl: KL divergence of the parent's predictions from the child's on the held-out text, nats a token. Methods were
-            chosen on that text, so it may be a little low.
+        plan: with the methods and the orders that were chosen.
+        outcomes: for each layer that was converted, how good it is.
+        kl: KL divergence of the original model's predictions from the converted model's on the held-out text, in nats
+            per token. Methods were chosen on that text, so it may be a little low.
     """
 
     plan: Plan
-    given: dict[str, Given]
     outcomes: list[LayerOutcome]
     kl: float
 
@@ -61,7 +63,7 @@ def calibrate(
     layout: Layout,
     plan: Plan,
     batches: Sequence[dict[str, torch.Tensor]],
-    scratch: Path | None,
+    store: SolutionStore | None,
     settings: Settings,
     *,
     device: str = "cpu",
@@ -71,140 +73,184 @@ def calibrate(
     """Convert every layer that the plan changes, on calibration text.
 
     Args:
-        checkpoint, layout, plan: of the parent. Methods in the plan count where ``settings.choose`` is off.
+        checkpoint, layout, plan: of the original model. A method that the plan names is used; ``"auto"`` is chosen.
         batches: model inputs, of which the last ones are held out.
-        scratch: folder for the solved tensors, a file a layer; None in processes that only help another.
+        store: keeps the solution of each layer. Layers that it has already, from a run that was killed, are not solved
+            again. None in processes that only help another.
         settings: see there.
         device: where layers run.
         progress: called with 1 after each decoder layer.
-        processes: those that do this together, each called with the same arguments but those two. Each keeps hidden
-            states of its own batches alone.
+        processes: those that do this together, each called with the same arguments but the store and these two. Each
+            keeps hidden states of its own batches alone.
 
     Raises:
-        RegroupError: a method that a layer does not allow, a parent that transformers cannot load, or fewer batches
-            than processes.
+        RegroupError: a model that transformers cannot load, numbers that are not finite, or fewer batches than
+            processes.
     """
-    stream = LayerStream(checkpoint.folder, layout, processes.shard(batches), device=device)
-    loop = _Loop(checkpoint, plan, stream, scratch, AttentionWorker(checkpoint, stream, settings, processes))
-    for index in range(len(stream)):
-        loop.layer(index)
+    runner = LayerRunner(checkpoint.folder, layout, processes.shard(batches), device=device)
+    converter = LayerConverter(checkpoint, runner, settings, processes)
+    run = _Run(converter, plan, store)
+    run.resume()
+    if progress is not None:
+        progress(run.done)
+    for visit in sweep(converter, run.wanted, run.original, start=run.done):
+        run.convert(visit)
         if progress is not None:
             progress(1)
-    chosen = tuple(loop.chosen.get(layer.name, layer) for layer in plan.layers)
-    held_out = [loop.child[batch] for batch in loop.worker.held_out]
-    kl = divergences(stream, loop.worker, loop.parent, {"child": held_out})["child"]
+    chosen = tuple(run.solved[layer.name].want if layer.name in run.solved else layer for layer in plan.layers)
+    held_out = [run.converted[batch] for batch in converter.held_out]
+    kl = divergences(converter, run.original, {"converted": held_out})["converted"]
     if not math.isfinite(kl):
         raise RegroupError(
-            "the parent's predictions are not finite numbers",
+            "the original model's predictions are not finite numbers",
             file=checkpoint.folder,
             got="NaN or infinity in the final norm or the output embedding",
             remedy="download the checkpoint again, or look for the training step that broke it",
         )
-    return Calibrated(replace(plan, layers=chosen), loop.given, loop.outcomes, kl)
+    outcomes = [solution.outcome for solution in run.solved.values() if solution.outcome is not None]
+    return Calibrated(replace(plan, layers=chosen), outcomes, kl)
 
 
-class _Loop:
-    """Both streams, and what has been found so far."""
+class _Run:
+    """Both streams of hidden states, and what has been solved.
 
-    def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, stream: LayerStream, scratch: Path | None, worker: AttentionWorker
-    ) -> None:
-        self.checkpoint, self.stream, self.scratch, self.worker = checkpoint, stream, scratch, worker
-        self.settings = worker.settings
-        self.wants = {layer.name: layer for layer in plan.layers}
-        self.chosen: dict[str, LayerPlan] = {}
-        self.given: dict[str, Given] = {}
-        self.outcomes: list[LayerOutcome] = []
-        self.parent, self.child = list(stream.hidden), list(stream.hidden)
-        # The lists are as large as all the text: what is not needed any more is let go.
-        stream.hidden.clear()
+    Attributes:
+        original, converted: hidden states of each batch after ``done`` decoder layers.
+        solved: by attention layer; without their tensors, which the store keeps.
+    """
 
-    def layer(self, index: int) -> None:
+    def __init__(self, converter: LayerConverter, plan: Plan, store: SolutionStore | None) -> None:
+        self.converter, self.runner, self.processes, self.store = (
+            converter,
+            converter.runner,
+            converter.processes,
+            store,
+        )
+        self.plans = {want.name: want for want in plan.layers}
+        self.solved: dict[str, LayerSolution] = {}
+        self.done = 0
+        self.original, self.converted = list(self.runner.hidden), list(self.runner.hidden)
+        # These lists are as large as all the text: what is not needed any more is let go.
+        self.runner.hidden.clear()
+
+    def wanted(self, layer: AttentionLayer) -> list[LayerPlan]:
+        """The plan of a layer that is to be solved."""
+        want = self.plans[layer.name]
+        return [want] if want.changes else []
+
+    def convert(self, visit: LayerVisit) -> None:
         """Convert one decoder layer and advance both streams through it."""
-        layers = self.stream.attention_layers(index)
-        teacher = self.stream.layer(index)
-        changing = [layer for layer in layers if self.wants[layer.name].changes]
-        groupings = {
-            layer.name: Groupings(
-                layer,
-                HeadWeights.read(layer, self.checkpoint.read),
-                [self.wants[layer.name]],
-                search=self.settings.search,
-                seed=self.settings.seed,
-            )
-            for layer in changing
-        }
-        outputs, after = self.worker.observe(teacher, layers, self.parent, list(groupings.values()))
-        pupil = teacher.copy()
-        for number, layer in enumerate(layers):
-            if layer not in changing:
+        student = visit.teacher.copy()
+        for number, layer in enumerate(visit.layers):
+            if layer.name not in visit.groupings:
                 continue
-            add_lack(layer, outputs[layer.name], self.parent, self.child)
-            want, outcome = self.worker.convert(
-                pupil,
-                layers[: number + 1],
-                groupings[layer.name].weights,
-                groupings[layer.name].options(self.wants[layer.name].num_key_value_heads),
-                outputs.pop(layer.name),
-                self.child,
+            targets = visit.outputs.pop(layer.name)
+            add_residual_gap(layer, targets, visit.before, self.converted)
+            want = self.plans[layer.name]
+            solvers = visit.groupings[layer.name].solvers(want.num_key_value_heads)
+            chosen, outcome = self.converter.convert(
+                student, visit.layers[: number + 1], solvers, targets, self.converted
             )
-            self._keep(pupil, layer)
-            self.chosen[layer.name] = want
-            self.outcomes.append(outcome)
-        for batch, hidden in enumerate(self.child):
-            self.child[batch] = pupil.forward(batch, hidden).cpu()
-        self.parent = after
+            solution = LayerSolution(chosen, self._stored(student, layer), outcome)
+            if self.store is not None:
+                self.store.keep(layer.name, solution)
+            self.solved[layer.name] = replace(solution, tensors={})
+        self._advance(student, visit.after)
 
-    def _keep(self, pupil: DecoderLayer, layer: AttentionLayer) -> None:
-        """Write the converted tensors to the scratch folder, in the parent's dtypes."""
-        attention = pupil.attention(layer)
-        entries = self.checkpoint.tensors
+    def resume(self) -> None:
+        """Go past the decoder layers that the store has solutions for.
+
+        One process alone reads the hidden states that were kept last, and runs the layers after them again, as they
+        were run before; several processes run all of them again.
+        """
+        names = self.processes.from_first(lambda: [] if self.store is None else self.store.names())
+        if not names:
+            return
+        todo = [layer.index for layer in self.runner.layout.layers if self.wanted(layer) and layer.name not in names]
+        stop = min(todo, default=len(self.runner))
+        if self.store is not None and self.processes.size == 1:
+            kept = self.store.load_states(len(self.original))
+            if kept is not None and kept[0] <= stop:
+                self.done, self.original, self.converted = kept
+                before = [layer.name for layer in self.runner.layout.layers if layer.index < self.done]
+                self.solved = {name: self.store.facts(name) for name in before if name in names}
+        while self.done < stop:
+            self._replay(self.done)
+
+    def _replay(self, index: int) -> None:
+        teacher = self.runner.layer(index)
+        student = teacher.copy()
+        for name, solution in self._load(index).items():
+            layer = next(layer for layer in self.runner.attention_layers(index) if layer.name == name)
+            install(student, layer, solution.want, solution.tensors, self.converter.checkpoint)
+            self.solved[name] = replace(solution, tensors={})
+        # As when it was observed, for the same bits.
+        after = [teacher.forward(b, hidden, weights=True).cpu() for b, hidden in enumerate(self.original)]
+        self._advance(student, after, keep=False)
+
+    def _load(self, index: int) -> dict[str, LayerSolution]:
+        """The kept solutions of one decoder layer, in all processes."""
+        names = [layer.name for layer in self.runner.attention_layers(index) if self.wanted(layer)]
+        store = self.store
+        return self.processes.from_first(lambda: {} if store is None else {name: store.load(name) for name in names})
+
+    def _advance(self, student: DecoderLayer, after: list[torch.Tensor], *, keep: bool = True) -> None:
+        for batch, hidden in enumerate(self.converted):
+            self.converted[batch] = student.forward(batch, hidden).cpu()
+        self.original = after
+        self.done += 1
+        if keep and self.store is not None and self.processes.size == 1:
+            self.store.keep_states(self.done, self.original, self.converted)
+
+    def _stored(self, student: DecoderLayer, layer: AttentionLayer) -> dict[str, torch.Tensor]:
+        """The converted tensors in the dtypes that are stored; the student goes on with these."""
+        attention = student.attention(layer)
+        infos = self.converter.checkpoint.tensors
         tensors = {}
         for name in projection_tensors(layer):
             value = attention.get_parameter(name.removeprefix(layer.name + ".")).detach().cpu()
-            tensors[name] = value.to(TORCH_DTYPES[entries[name].dtype]).contiguous()
-        if self.scratch is not None:
-            path = self.scratch / f"{layer.name}.safetensors"
-            save_tensors(tensors, path)
-            for name, value in tensors.items():
-                self.given[name] = Given(tuple(value.shape), entries[name].dtype, path)
-        # What stays in the pupil is what was written.
+            tensors[name] = value.to(TORCH_DTYPES[infos[name].dtype]).contiguous()
         load_into(attention, layer, {name: value.float() for name, value in tensors.items()})
+        return tensors
 
 
-def add_lack(
-    layer: AttentionLayer, outputs: list[torch.Tensor], parent: list[torch.Tensor], child: list[torch.Tensor]
+def add_residual_gap(
+    layer: AttentionLayer, outputs: list[torch.Tensor], original: list[torch.Tensor], converted: list[torch.Tensor]
 ) -> None:
-    """Add to what the parent's output projection gave what the child's stream lacks before it, in place."""
+    """Add to the original output projection's results what the converted model's stream lacks before it, in place."""
     if layer.residual_scale is not None:
-        for output, p, c in zip(outputs, parent, child, strict=True):
+        for output, o, c in zip(outputs, original, converted, strict=True):
             # In units of the output projection's result.
-            output += (p - c) / layer.residual_scale
+            output += (o - c) / layer.residual_scale
 
 
 def divergences(
-    stream: LayerStream,
-    worker: AttentionWorker,
-    parent: list[torch.Tensor],
-    alive: Mapping[K, list[torch.Tensor]],
+    converter: LayerConverter, original: list[torch.Tensor], converted: Mapping[K, list[torch.Tensor]]
 ) -> dict[K, float]:
-    """Mean KL divergence from the parent of every choice, from hidden states after the last layer."""
-    totals = dict.fromkeys(alive, 0.0)
+    """Mean KL divergence from the original model's predictions on held-out text, in nats per token.
+
+    Args:
+        converter: of the original model on its text.
+        original: its hidden states after the last layer, for each batch.
+        converted: those of converted models, for each held-out batch.
+    """
+    runner, processes = converter.runner, converter.processes
+    totals = dict.fromkeys(converted, 0.0)
     tokens = 0
-    for place, batch in enumerate(worker.held_out):
+    for place, batch in enumerate(converter.held_out):
         # With attention masks, only positions that hold text count.
-        rows, _ = stream.masks(batch, stream.layout.layers[0])
-        expected = stream.logits(batch, parent[batch])
-        keep = torch.ones(expected.shape[:2], dtype=torch.bool) if rows is None else rows.bool()
-        keep = keep.to(expected.device)
+        mask, _ = runner.masks(batch, runner.layout.layers[0])
+        keep = torch.ones(original[batch].shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
         tokens += int(keep.sum())
-        for key, states in alive.items():
-            got = stream.logits(batch, states[place])
-            # A row at a time: copies of all logits would take several times the layer.
-            apart = torch.stack([_divergence(*pair) for pair in zip(expected, got, strict=True)])
-            totals[key] += float(apart[keep].double().sum())
-    tokens = worker.processes.sum(tokens)
-    return {key: max(worker.processes.sum(total) / tokens, 0.0) for key, total in totals.items()}
+        rows: dict[K, list[torch.Tensor]] = {key: [] for key in converted}
+        for row in range(len(keep)):
+            expected = runner.logits(batch, original[batch], row)
+            for key, states in converted.items():
+                rows[key].append(_divergence(expected, runner.logits(batch, states[place], row)).cpu())
+        for key, parts in rows.items():
+            totals[key] += float(torch.stack(parts)[keep].double().sum())
+    tokens = processes.sum(tokens)
+    return {key: max(processes.sum(total) / tokens, 0.0) for key, total in totals.items()}
 
 
 def _divergence(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:

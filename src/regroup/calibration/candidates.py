@@ -1,45 +1,35 @@
-"""How one attention layer may be converted: groupings and methods, each installed in the child and judged there."""
+"""The ways to convert one attention layer, each installed in the converted model and judged there."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from ..checkpoint import Checkpoint
-from ..checkpoint.dtypes import TORCH_DTYPES
-from ..merge import Sharing
-from ..modeling.modeling_regroup import regroup_attention
+from ..merge.registry import METHODS
 from ..plans import LayerPlan
-from ..solver.grouping import Option
-from ..solver.heads import HeadWeights, load_into, share
-from ..solver.solve import solve_keys, solve_values
-from ..writer.rewrite import rewrites
-from .layer_regression import Lesson
-
-_KEY_METHODS = ("lowrank", "procrustes")
-_VALUE_METHODS = ("lowrank", "procrustes")
-# One layer's held-out error is not the model's loss: Procrustes has to be better by more than chance to be taken.
-_MARGIN = 1.05
+from ..solver.heads import HeadWeights
+from ..solver.solve import LayerSolver
+from .install import install
+from .layer_regression import LayerRegression
 
 
 class Candidate(NamedTuple):
     """The number of a grouping, and the methods for keys and values."""
 
-    option: int
-    key: str
-    value: str
+    grouping: int
+    key_method: str
+    value_method: str
 
 
 class Candidates:
     """The ways to convert one attention layer.
 
     Args:
-        checkpoint: the parent.
-        lesson: the layer in the child, as the parent has it.
-        weights: of the parent's attention.
-        options: ways to group the heads.
+        checkpoint: the original model.
+        regression: of the layer, which the converted model still has as the original one has it.
+        solvers: one for each grouping that is tried, the plan's own first.
         fit: numbers of the batches that the output projection is solved again on before a candidate is judged; None
             judges it as it is merged.
     """
@@ -47,85 +37,62 @@ class Candidates:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        lesson: Lesson,
-        weights: HeadWeights,
-        options: Sequence[Option],
+        regression: LayerRegression,
+        solvers: Sequence[LayerSolver],
         fit: Sequence[int] | None,
     ) -> None:
-        self.checkpoint, self.lesson, self.weights, self.options, self.fit = checkpoint, lesson, weights, options, fit
-        self._stock = lesson.attention
-        self._solved: dict[tuple[str, int, str], list[Sharing]] = {}
+        self.checkpoint, self.regression, self.solvers, self.fit = checkpoint, regression, solvers, fit
+        self._stock = regression.attention
         self._errors: dict[Candidate, float] = {}
 
-    def best(self, *, methods: bool) -> Candidate:
-        """The candidate of the least held-out error.
-
-        Args:
-            methods: try every method that the layer allows; else each grouping with the plan's.
-        """
-        planned = self.options[0].want
-        if not methods:
-            candidates = [Candidate(at, planned.key_method, planned.value_method) for at in range(len(self.options))]
-            return min(candidates, key=self.error) if len(candidates) > 1 else candidates[0]
-        keys = _KEY_METHODS if self.lesson.layer.key_obstacle is None else ("mean",)
-        values = _VALUE_METHODS if self.lesson.layer.value_obstacle is None else ("mean",)
-        for at in range(len(self.options)):
+    def best(self) -> Candidate:
+        """The candidate of the least held-out error. A method that the plan names is the only one."""
+        layer, want = self.regression.layer, self.solvers[0].want
+        keys = _methods(want.key_method, layer.key_obstacle, rotated=layer.rotary is not None)
+        values = _methods(want.value_method, layer.value_obstacle, rotated=False)
+        if len(self.solvers) * len(keys) * len(values) == 1:
+            return Candidate(0, keys[0], values[0])
+        for grouping in range(len(self.solvers)):
             # Keys first, with the values' likely choice; then values. All pairs would cost as many passes again.
-            first = min((Candidate(at, key, values[0]) for key in keys), key=self._handicapped)
+            first = min((Candidate(grouping, key, values[0]) for key in keys), key=self._handicapped)
             for value in values:
-                self.error(first._replace(value=value))
+                self.error(first._replace(value_method=value))
         return min(self._errors, key=self._handicapped)
 
     def error(self, candidate: Candidate) -> float:
         """The share of the targets' energy that it misses on held-out text. It is installed when first asked for."""
         if candidate not in self._errors:
             output = self.install(candidate).output.flatten(0, 1)
-            self._errors[candidate] = self.lesson.refit(output, self.fit)[0].error
+            self._errors[candidate] = self.regression.refit(output, self.fit)[0].error
         return self._errors[candidate]
 
     def install(self, candidate: Candidate) -> HeadWeights:
-        """Put a candidate into the child, and return its heads."""
-        want = self.options[candidate.option].want
-        made = self.lesson.processes.from_first(
-            lambda: share(
-                self.weights, want.order, self._sharings("key", candidate), self._sharings("value", candidate)
-            )
-        )
-        self.put(want, made)
+        """Put a candidate into the converted model, and return its heads."""
+        solver = self.solvers[candidate.grouping]
+        made = self.regression.processes.from_first(lambda: solver.heads(candidate.key_method, candidate.value_method))
+        self.put(self.want(candidate), made)
         return made
 
     def put(self, want: LayerPlan, made: HeadWeights) -> None:
-        """Put grouped attention with these heads into the child, rounded as it will be stored."""
-        lesson, layer = self.lesson, self.lesson.layer
-        module = copy.deepcopy(self._stock)
-        regroup_attention(module, want.num_key_value_heads, layer.name)
-        tensors = self.checkpoint.tensors
-        moves, _ = rewrites(layer, want, tensors, std=0.0, seed=0)
-        made_tensors = made.tensors(layer.with_kv_heads(want.num_key_value_heads))
-        extras = {name: how.run(name, self.checkpoint.read) for name, how in moves.items() if name not in made_tensors}
-        rounded = {
-            name: value.to(TORCH_DTYPES[tensors[name].dtype]).float() for name, value in (extras | made_tensors).items()
-        }
-        load_into(module, layer, rounded)
-        parent_path, _, name = lesson.pupil.stream.inside(layer).rpartition(".")
-        setattr(lesson.pupil.module.get_submodule(parent_path), name, module)
+        """Put grouped attention with these heads into the converted model, rounded as it will be stored."""
+        layer = self.regression.layer
+        tensors = made.tensors(layer.with_kv_heads(want.num_key_value_heads))
+        install(self.regression.student, layer, want, tensors, self.checkpoint, stock=self._stock)
 
     def want(self, candidate: Candidate) -> LayerPlan:
         """The plan of the layer that a candidate stands for."""
-        return replace(self.options[candidate.option].want, key_method=candidate.key, value_method=candidate.value)
-
-    def _sharings(self, part: str, candidate: Candidate) -> list[Sharing]:
-        """How the heads of each group share their keys or values, solved once."""
-        method = candidate.key if part == "key" else candidate.value
-        place = (part, candidate.option, method)
-        if place not in self._solved:
-            option, layer = self.options[candidate.option], self.lesson.layer
-            order, groups = option.want.order, option.want.num_key_value_heads
-            if part == "key":
-                self._solved[place] = solve_keys(method, layer, option.moments, order, groups)
-            else:
-                self._solved[place] = solve_values(method, layer, self.weights, option.moments, order, groups)
-        return self._solved[place]
+        grouping, key_method, value_method = candidate
+        return replace(self.solvers[grouping].want, key_method=key_method, value_method=value_method)
 
     def _handicapped(self, candidate: Candidate) -> float:
-        return self.error(candidate) * _MARGIN ** [candidate.key, candidate.value].count("procrustes")
+        methods = METHODS[candidate.key_method], METHODS[candidate.value_method]
+        return self.error(candidate) * (methods[0].handicap * methods[1].handicap)
+
+
+def _methods(wanted: str, obstacle: str | None, *, rotated: bool) -> list[str]:
+    """The methods to try for the keys or the values of a layer."""
+    if wanted != "auto":
+        return [wanted]
+    if obstacle is not None:
+        return ["mean"]
+    return [m.name for m in METHODS.values() if m.candidate and (m.share_rotary is not None or not rotated)]

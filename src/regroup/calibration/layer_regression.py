@@ -1,4 +1,4 @@
-"""One attention layer that is to give on text what another one does: judged, solved again and distilled in place."""
+"""Fit one attention layer to what another one gives on text: its error, its output projection, and distillation."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ import torch
 from ..layout.types import AttentionLayer
 from ..processes import SINGLE_PROCESS, ProcessGroup
 from ..solver.heads import projection_tensors
-from .decoder_layer import DecoderLayer, Seen
-from .repair import DistillSettings, Refit, Regression, distill, refit_output
+from .decoder_layer import AttentionTrace, DecoderLayer
+from .repair import Refit, Regression, distill, refit_output
+from .settings import DistillSettings
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What an attention layer sees, and what it should make of it.
+class LayerRegression:
+    """An attention layer with its inputs and targets.
 
     Attributes:
-        pupil: the decoder layer; what is learnt changes it in place.
-        layers: its attention layers up to the one that learns, in the order of the forward pass.
+        student: the decoder layer, which is changed in place.
+        layers: its attention layers up to the one that is fitted, in the order of the forward pass.
         targets: for each batch what the output projection of that one should give, (B, T, hidden).
         hidden: hidden states before the decoder layer, for each batch, (B, T, hidden).
         held_out: numbers of the batches that are judged on and never fitted.
-        processes: the processes that do this together, each on its own batches.
+        processes: those that do this together, each on its own batches.
     """
 
-    pupil: DecoderLayer
+    student: DecoderLayer
     layers: Sequence[AttentionLayer]
     targets: Sequence[torch.Tensor]
     hidden: Sequence[torch.Tensor]
@@ -36,22 +37,22 @@ class Lesson:
 
     @property
     def layer(self) -> AttentionLayer:
-        """The one that learns."""
+        """The one that is fitted."""
         return self.layers[-1]
 
     @property
     def attention(self) -> torch.nn.Module:
         """Its module, as it is now."""
-        return self.pupil.attention(self.layer)
+        return self.student.attention(self.layer)
 
-    def look(self, batch: int) -> Seen:
-        """What the attention does on a batch."""
-        seen, _ = self.pupil.observe(batch, self.hidden[batch], self.layers, whole=False)
-        return seen[self.layer.name]
+    def trace(self, batch: int) -> AttentionTrace:
+        """What the attention computes on a batch."""
+        traces, _ = self.student.observe(batch, self.hidden[batch], self.layers, whole=False)
+        return traces[self.layer.name]
 
     def target(self, batch: int) -> torch.Tensor:
-        """What it should give where there is text, (rows, hidden)."""
-        return self._rows(self.targets[batch].to(self.pupil.stream.device), batch)
+        """What the output projection should give where there is text, (rows, hidden)."""
+        return self._rows(self.targets[batch].to(self.student.caller.device), batch)
 
     def refit(self, output: torch.Tensor, fit: Sequence[int] | None) -> tuple[Refit, torch.Tensor | None]:
         """Held-out error of the layer, with the output projection solved again where it may be.
@@ -61,8 +62,7 @@ class Lesson:
             fit: numbers of the batches to solve it on; None leaves it as it is.
 
         Returns:
-            The projection (F, hidden) with errors, and the second moment of what it is given (F, F) where text was
-            fitted.
+            The projection (F, hidden) with errors, and the second moment of its inputs (F, F) where text was fitted.
         """
         fitted = None if fit is None else self._sums(fit)
         held_out = self._sums(self.held_out).merged(self.processes)
@@ -93,7 +93,7 @@ class Lesson:
         power = self.processes.sum(energy) / self.processes.sum(len(self.held_out))
 
         def loss_of(batch: int) -> torch.Tensor:
-            return (self._rows(self.look(batch).output, batch) - self.target(batch)).square().sum() / power
+            return (self._rows(self.trace(batch).output, batch) - self.target(batch)).square().sum() / power
 
         names = [name.removeprefix(self.layer.name + ".") for name in projection_tensors(self.layer)]
         with torch.enable_grad():
@@ -102,16 +102,16 @@ class Lesson:
     def input_moments(
         self, batches: Sequence[int], attended: torch.Tensor | None
     ) -> dict[str, tuple[torch.Tensor, int]]:
-        """For each projection's weight: the second moment of what it multiplies (F, F), and the axis that lies along.
+        """For each projection's weight: the second moment of its inputs (F, F), and the axis of its inputs.
 
         Args:
-            batches: numbers of those to look at.
-            attended: the second moment of what the output projection is given, where it is known.
+            batches: numbers of the batches to sum over.
+            attended: the second moment of the output projection's inputs, where it is known.
         """
         sums: dict[str, torch.Tensor] = {}
         for batch in batches:
-            seen = self.look(batch)
-            for name, states in (("query", seen.query_input), ("memory", seen.memory)):
+            trace = self.trace(batch)
+            for name, states in (("query", trace.query_input), ("memory", trace.memory)):
                 flat = states.flatten(0, 1)
                 gram = (flat.T @ flat).double()
                 sums[name] = sums[name] + gram if name in sums else gram
@@ -129,17 +129,17 @@ class Lesson:
         return found
 
     def _sums(self, batches: Sequence[int]) -> Regression:
-        """Of this process's batches: what the output projection is given, and what it should make of that."""
+        """The regression of targets on inputs of the output projection, summed over batches of this process."""
         name = self.layer.output.weight.tensor.removeprefix(self.layer.name + ".").removesuffix(".weight")
         bias = getattr(self.attention.get_submodule(name), "bias", None)
         sums = Regression()
         for batch in batches:
-            mixed, target = self._rows(self.look(batch).mixed, batch), self.target(batch)
+            mixed, target = self._rows(self.trace(batch).mixed, batch), self.target(batch)
             sums.add(mixed, target if bias is None else target - bias)
         return sums
 
     def _rows(self, states: torch.Tensor, batch: int) -> torch.Tensor:
         """Positions that hold text: (B, T, F) to (rows, F)."""
-        rows, _ = self.pupil.stream.masks(batch, self.layer)
+        rows, _ = self.student.caller.masks(batch, self.layer)
         flat = states.flatten(0, 1)
         return flat if rows is None else flat[rows.flatten().bool().to(flat.device)]

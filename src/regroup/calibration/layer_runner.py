@@ -1,7 +1,7 @@
-"""The parent's decoder layers, one at a time, run on calibration text as the model itself would run them.
+"""The decoder layers of a checkpoint, one at a time, run on calibration text as the model itself would run them.
 
-The parent is loaded by transformers, which maps safetensors files rather than reading them: a page is in memory while
-it is used, and only one layer at a time is copied out, in float32. Hidden states of all batches lie beside it.
+The model is loaded by transformers, which maps safetensors files rather than reading them: a page is in memory while
+it is used, and only one layer at a time is copied out, in float32, next to the hidden states of all batches.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from .decoder_layer import DecoderLayer, StopError
 Inputs = dict[str, torch.Tensor]
 
 
-class LayerStream:
+class LayerRunner:
     """Decoder layers of a checkpoint in order, and how the model calls each of them.
 
     Args:
-        folder: the parent.
-        layout: of the parent.
+        folder: of the checkpoint.
+        layout: of the checkpoint.
         batches: model inputs; every batch of a decoder-only model holds full windows of one length.
         device: where layers run; hidden states stay on the CPU.
 
     Raises:
-        RegroupError: transformers cannot load the parent, or it has no output head.
+        RegroupError: transformers cannot load the model, or it has no output head.
     """
 
     def __init__(self, folder: Path, layout: Layout, batches: Sequence[Inputs], *, device: str = "cpu") -> None:
@@ -46,8 +46,7 @@ class LayerStream:
         self.blocks: nn.ModuleList = self.model.base_model.get_submodule(path)
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self.hidden: list[torch.Tensor] = []
-        # How many things a layer returns, as the model unpacks them; None for hidden states alone.
-        self.items: int | None = None
+        self.returned_items: int | None = None
         self._shell: Any = None
         self._capture()
         # Attention without its weights runs several times as fast in one operation, where that means the same.
@@ -57,7 +56,7 @@ class LayerStream:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def inside(self, layer: AttentionLayer) -> str:
+    def path_of(self, layer: AttentionLayer) -> str:
         """Path of an attention module below its decoder layer."""
         return layer.module.removeprefix(f"{self._path}.{layer.index}.")
 
@@ -77,7 +76,7 @@ class LayerStream:
         return decoder, inputs.get("attention_mask") if layer.kind == "cross" else decoder
 
     def arguments(self, batch: int, index: int, hidden: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the model would call a layer with, for these hidden states."""
+        """The arguments that the model would call a layer with, for these hidden states."""
         args, kwargs = self._calls[self._call_of(batch)][index]
         place = _to(hidden, self.device)
         rest = {name: _to(value, self.device) for name, value in kwargs.items()}
@@ -85,24 +84,36 @@ class LayerStream:
             return tuple(_to(value, self.device) for value in args), {**rest, "hidden_states": place}
         return (place, *(_to(value, self.device) for value in args[1:])), rest
 
-    def logits(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What the model makes of hidden states after its last layer, (B, T, vocabulary) in float32."""
+    def logits(self, batch: int, hidden: torch.Tensor, row: int) -> torch.Tensor:
+        """What the model makes of hidden states after its last layer.
+
+        One row at a time: over a large vocabulary the logits of a batch are larger than all its hidden states.
+
+        Args:
+            batch: number of the batch.
+            hidden: of the whole batch, (B, T, hidden).
+            row: of the batch.
+
+        Returns:
+            (T, vocabulary) in float32.
+        """
         if self._shell is None:
             # Everything but the layers, in float32; the layers' own weights are not copied.
-            given = _Given(self.blocks[0], self)
+            stand_in = _StandIn(self.blocks[0], self)
             encoder = getattr(self.model.base_model, "encoder", None)
-            left_out: dict[int, Any] = {id(self.blocks): nn.ModuleList([given])}
+            left_out: dict[int, Any] = {id(self.blocks): nn.ModuleList([stand_in])}
             if encoder is not None:
                 left_out[id(encoder)] = nn.Identity()
             self._shell = copy.deepcopy(self.model, left_out).to(device=self.device, dtype=torch.float32)
-        self._shell_given().hidden = _to(hidden, self.device)
-        inputs = {name: value.to(self.device) for name, value in self.batches[batch].items()}
+        rows = slice(row, row + 1)
+        self._shell.base_model.get_submodule(self._path)[0].hidden = _to(hidden[rows], self.device)
+        inputs = {name: value[rows].to(self.device) for name, value in self.batches[batch].items()}
         if self.model.config.is_encoder_decoder:
             # The decoder's layers are not run, so nothing looks at what the encoder gave.
             source = inputs.pop(self.model.main_input_name)
             empty = torch.zeros(*source.shape[:2], self.layout.hidden_size, device=self.device)
             inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=empty)  # pyright: ignore[reportArgumentType]
-        return self._shell(**inputs, use_cache=False).logits
+        return self._shell(**inputs, use_cache=False).logits[0]
 
     @torch.no_grad()
     def _fused_is_right(self) -> bool:
@@ -114,9 +125,6 @@ class LayerStream:
         own = first.forward(0, hidden, weights=True)
         self.fused = True
         return torch.allclose(first.forward(0, hidden), own, rtol=1e-3, atol=1e-4 * float(own.abs().max()))
-
-    def _shell_given(self) -> _Given:
-        return self._shell.base_model.get_submodule(self._path)[0]
 
     def _call_of(self, batch: int) -> int:
         """Masks and positions of a decoder-only model depend on the shape of a batch alone."""
@@ -143,7 +151,8 @@ class LayerStream:
                     first = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
                     self.hidden.append(first.detach().float().cpu())
                 calls.append((args, kwargs))
-                if not needed:
+                # The rest of the model, its output embedding above all, has nothing to tell.
+                if not needed or len(calls) == len(self.blocks):
                     raise StopError
 
             handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in self.blocks]
@@ -158,16 +167,16 @@ class LayerStream:
                 self._calls[number] = [(_without_hidden(a), _without_hidden(k)) for a, k in calls]
 
 
-class _Given(nn.Module):
-    """Stands where a model's layers stood, and returns what it was given instead of running them."""
+class _StandIn(nn.Module):
+    """Takes the place of a model's layers, and returns the hidden states that it was given."""
 
-    def __init__(self, block: nn.Module, stream: LayerStream) -> None:
+    def __init__(self, block: nn.Module, runner: LayerRunner) -> None:
         super().__init__()
         # Not submodules: neither is to be copied or moved with this one.
-        self.__dict__["of"] = (block, stream)
+        self.__dict__["of"] = (block, runner)
         self.hidden = torch.empty(0)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Given:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _StandIn:
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -178,7 +187,7 @@ class _Given(nn.Module):
             return getattr(self.__dict__["of"][0], name)
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        items = self.__dict__["of"][1].items
+        items = self.__dict__["of"][1].returned_items
         return self.hidden if items is None else (self.hidden, *(None,) * (items - 1))
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..processes import SINGLE_PROCESS, ProcessGroup
+from .settings import DistillSettings
 
 # Strengths of the ridge that are tried, relative to the mean square of the inputs; held-out text chooses.
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -91,27 +92,6 @@ def refit_output(fit: Regression, held_out: Regression, given: torch.Tensor) -> 
         if error < best.error:
             best = Refit(weights, error, before)
     return best
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """How a layer is distilled.
-
-    Attributes:
-        learning_rate: of Adam, relative to the root mean square of each matrix.
-        warmup: share of the steps.
-        checks: how often held-out text is looked at; distillation ends when it stops getting better.
-        patience: checks without progress that are borne.
-        whitening: what is added to the eigenvalues of the inputs' second moment, relative to their mean, before its
-            root is taken.
-    """
-
-    learning_rate: float = 0.04
-    warmup: float = 0.02
-    checks: int = 8
-    patience: int = 2
-    betas: tuple[float, float] = (0.9, 0.99)
-    whitening: float = 0.01
 
 
 class _Whitened(nn.Module):

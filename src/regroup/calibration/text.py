@@ -1,11 +1,9 @@
-"""Calibration text: which file, how much of it, and the batches that it becomes."""
+"""Calibration text as model inputs."""
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -15,46 +13,12 @@ import torch
 from ..data import causal_batches, document_windows, pair_batches, read_pairs, read_texts, token_windows
 from ..data.text import check_window
 from ..errors import RegroupError
-from ..files import as_named
 from ..layout.families import slow_output
 from ..modeling import load_tokenizer
+from ..plans import CalibrationText
 
-# What the command line calls ``CalibrationText.window``.
+# The command line's name for ``CalibrationText.window``.
 _WINDOW = "--calibration-window"
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """What to calibrate on.
-
-    Attributes:
-        data: a file of text or JSON lines, for encoder-decoders of pairs (see ``regroup.data``).
-        tokens: how many at most; for pairs, of the targets about.
-        window: tokens a window of a decoder-only model.
-        batch: windows or pairs that run together.
-        document_starts: begin windows where documents begin (see ``regroup.data.document_windows``).
-        seed: of the sample of pairs, and of the order of windows that begin where documents do.
-    """
-
-    data: str | Path
-    tokens: int = 65_536
-    window: int = 512
-    batch: int = 4
-    document_starts: bool = False
-    seed: int = 0
-
-    def describe(self) -> dict[str, Any]:
-        """For the record: a file by name and content, never by place; anything else by name."""
-        path = as_named(self.data)
-        found: dict[str, Any] = {"data": path.name if path.exists() else str(self.data)}
-        if path.is_file():
-            with path.open("rb") as file:
-                found["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-        return found | {
-            "tokens": self.tokens,
-            "window": self.window,
-            "document_starts": self.document_starts,
-        }
 
 
 def calibration_batches(text: CalibrationText, folder: Path, config: dict[str, Any]) -> list[dict[str, torch.Tensor]]:

@@ -23,16 +23,22 @@ from ..errors import RegroupError
 
 
 @contextlib.contextmanager
-def staged_folder(destination: Path, *, adopt: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+def staged_folder(
+    destination: Path,
+    *,
+    adopt: Callable[[Path], bool] | None = None,
+    keep: Callable[[], bool] | None = None,
+) -> Iterator[Path]:
     """A hidden folder beside ``destination`` that becomes it, by one rename, when the block ends well.
 
-    Whatever goes wrong, Ctrl-C included, removes it. A run that was killed outright leaves the hidden folder behind;
-    the next run to the same destination goes on with it or removes it.
+    Whatever goes wrong, Ctrl-C included, removes it, unless it is worth keeping. A run that was killed outright leaves
+    the hidden folder behind; the next run to the same destination resumes in it or removes it.
 
     Args:
         destination: does not exist yet.
         adopt: asked about each folder that a killed run left, until it says True: that one is the stage then, with
             whatever ``adopt`` left in it.
+        keep: asked on Ctrl-C whether what is in the folder is worth keeping for the next run.
 
     Raises:
         RegroupError: the disk is full, or the system refuses to read or to write.
@@ -60,8 +66,9 @@ def staged_folder(destination: Path, *, adopt: Callable[[Path], bool] | None = N
             raise _appeared(destination) from error
     except BaseException as error:
         with _undisturbed():
-            shutil.rmtree(stage, ignore_errors=True)
-            _remove_empty(made)
+            if not (keep is not None and isinstance(error, KeyboardInterrupt) and keep()):
+                shutil.rmtree(stage, ignore_errors=True)
+                _remove_empty(made)
         if isinstance(error, OSError):
             raise _refusal(error, destination) from error
         raise

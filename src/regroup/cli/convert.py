@@ -51,7 +51,7 @@ def convert(
 ) -> None:
     """Convert a checkpoint: fewer KV heads, everything else bit for bit."""
     from ..console import Told, err, human_bytes, show_forecast
-    from ..conversion.convert import convert_checkpoint
+    from ..conversion.convert import convert
     from ..processes import launched
 
     with launched() as processes:
@@ -68,7 +68,7 @@ def convert(
             "seed": seed,
             "plan": plan,
             "calibration": text,
-            "repair": calibration.repair or "output",
+            "repair": calibration.repair,
             "revision": revision,
             "allow_pickle": allow_pickle,
         }
@@ -77,7 +77,7 @@ def convert(
         score = command("evaluate", destination, teacher=source, data="FILE")
 
         def run(target: Path) -> Any:
-            return convert_checkpoint(source, target, **options, **rest, listener=Told())
+            return convert(source, target, **options, **rest, listener=Told())
 
         if uptrain is not None and processes.size > 1:
             raise RegroupError(
@@ -101,7 +101,7 @@ def convert(
         started = time.perf_counter()
         done = run(destination)
         if done.destination is None:
-            show_forecast(done.forecast, calibrated=text is not None)
+            show_forecast(done.estimate, calibrated=done.result.plan.calibration is not None)
             return
         rate = (done.preview.bytes_before + done.preview.bytes_after) / done.seconds
         whole = time.perf_counter() - started

@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 from ..errors import RegroupError
 
 if TYPE_CHECKING:
-    from ..calibration.text import CalibrationText
+    from ..plans import CalibrationText
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder or a hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
@@ -83,10 +83,10 @@ class Calibration:
         Raises:
             RegroupError: options about text that is not there, or an unknown repair.
         """
-        from ..calibration.text import CalibrationText
-        from ..conversion.plan import check_repair
+        from ..plans import REPAIRS, CalibrationText
 
-        check_repair(self.repair or "output")
+        if self.repair not in (None, *REPAIRS):
+            raise RegroupError("the repair is not known", expected=", ".join(REPAIRS), got=self.repair)
         given = {
             "--calibration-tokens": self.calibration_tokens,
             "--calibration-window": self.calibration_window,
@@ -110,8 +110,8 @@ class Calibration:
         }
         return CalibrationText(
             self.calibration,
-            **{name: size for name, size in sizes.items() if size is not None},
             document_starts=self.document_starts,
+            **{name: size for name, size in sizes.items() if size is not None},  # pyright: ignore[reportArgumentType]
         )
 
 

@@ -50,7 +50,7 @@ def plan(
 ) -> None:
     """Write down what a conversion should do, as JSON that you can edit; with --kv-budget, find G for each layer."""
     from ..console import Told, err, show_plan
-    from ..conversion.plan import plan_checkpoint
+    from ..conversion.plan import plan as plan_checkpoint
     from ..processes import launched
     from ..record import write_whole
 
@@ -71,7 +71,7 @@ def plan(
             tensor_parallel=tensor_parallel,
             seed=seed,
             calibration=text,
-            repair=calibration.repair or "output",
+            repair=calibration.repair,
             device=calibration.device,
             revision=revision,
             allow_pickle=allow_pickle,

@@ -1,1 +1,1 @@
-"""Carry out requests: plan a conversion, and convert."""
+"""Carry out requests: find a plan within a KV budget, and convert."""

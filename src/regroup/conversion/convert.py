@@ -2,43 +2,59 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import hashlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
-from ..calibration.text import CalibrationText, calibration_batches
-from ..checkpoint import scratch_folder
+from ..calibration.settings import Settings
+from ..checkpoint import staged_folder
 from ..checkpoint.writer import check_destination, existing_parent
 from ..files import as_named
 from ..listener import Listener
 from ..opening import Source, open_source
-from ..plans import Plan
+from ..plans import Plan, Result, spelled_out
 from ..processes import SINGLE_PROCESS, ProcessGroup
-from ..writer import Conversion, foretell, prepare, write
-from ..writer.journal import earlier_plan
-from .plan import along, check_for_text, check_text_options, choose_plan, grouped, searches, settings_for
+from ..solver.solve import solve_by_weights
+from ..solver.store import SolutionStore
+from ..writer.estimate import Estimate, estimate
+from ..writer.journal import Journal
+from ..writer.preview import Prepared, Preview, prepare
+from ..writer.write import write
+from .request import Asked, asked_plan, check_asked, grouped
 
 if TYPE_CHECKING:
     import torch
 
     from ..calibration.calibrate import Calibrated
-    from ..calibration.layer_converter import Settings
 
 
-def convert_checkpoint(
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion wrote.
+
+    Attributes:
+        destination: the converted model; None after a dry run.
+        preview: what was, or would be, written.
+        result: the plan with everything that was found; after a dry run as far as the weights tell.
+        seconds: that it took.
+        estimate: of a dry run, what it would take.
+    """
+
+    destination: Path | None
+    preview: Preview
+    result: Result
+    seconds: float = 0.0
+    estimate: Estimate | None = None
+
+
+def convert(
     source: str | Path,
     destination: str | Path,
     *,
-    kv_heads: int | None = None,
-    layers: str | None = None,
-    method: str | None = None,
-    grouping: str | None = None,
-    tensor_parallel: int | None = None,
-    seed: int | None = None,
-    plan: Plan | str | Path | None = None,
-    calibration: CalibrationText | None = None,
-    repair: str = "output",
     device: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
@@ -46,28 +62,24 @@ def convert_checkpoint(
     dry_run: bool = False,
     listener: Listener | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
+    **asked: Unpack[Asked],
 ) -> Conversion:
     """Convert a multi-head checkpoint to grouped-query attention.
 
     Args:
         source: a checkpoint folder or a hub id.
         destination: a folder that does not exist yet; it appears when it is complete. A conversion to it that was
-            killed is gone on with where it had the same source and plan.
-        kv_heads, layers, method, tensor_parallel, seed: what is wanted, as for ``make_plan``, but that the method is
-            ``"auto"`` by default. Not beside ``plan``.
-        grouping: ``"contiguous"`` or ``"search"`` for heads that belong together; by default the search with the method
-            ``"auto"``, neighbours with any other.
-        plan: what is wanted, in the place of all these: a Plan, or the path of one.
-        calibration: text to convert on; without it only the weights are looked at.
-        repair: with calibration, ``"none"``, ``"output"`` or ``"distill"`` (see ``convert.attention.Settings``).
-        device: where calibration runs; a GPU where there is one.
+            killed is resumed if it had the same source, plan and text.
+        device: where calibration runs; by default a GPU where there is one.
         revision: branch, tag or commit of a hub repository.
-        allow_pickle: read pickled weights, with torch's restricted unpickler, where there is nothing else.
-        workers: threads that write.
-        dry_run: check everything, write nothing, and foretell time and disk.
-        listener: told how it goes on.
-        processes: the processes that share the calibration text, which this one leads; the others ``assist`` (see
+        allow_pickle: read pickled weights, with torch's restricted unpickler, where there are no others.
+        workers: threads that solve and write.
+        dry_run: check everything, write nothing, and estimate time and disk.
+        listener: told of the progress.
+        processes: those that share the calibration text, of which this one is the first; the others ``assist`` (see
             ``processes.launched``). They read the source from the same path.
+        asked: ``kv_heads``, ``layers``, ``method``, ``grouping``, ``tensor_parallel``, ``seed``, ``calibration`` and
+            ``repair``, or a ``plan``: see ``Asked``.
 
     Returns:
         What was written, or would be.
@@ -76,114 +88,147 @@ def convert_checkpoint(
         RegroupError: anything that keeps the conversion from being right; nothing is left behind.
 
     Example:
-        >>> regroup.convert_checkpoint("meta-llama/Llama-2-7b-hf", "llama-2-7b-gqa8", kv_heads=8)  # doctest: +SKIP
+        >>> regroup.convert("meta-llama/Llama-2-7b-hf", "llama-2-7b-gqa8", kv_heads=8)  # doctest: +SKIP
     """
     target, told = as_named(destination), listener or Listener()
-    check_text_options(repair, device, calibration, processes)
+    check_asked(asked, device, processes)
     existing_parent(target)  # refuses what can have no folder
-    scratch = target.absolute().parent
-    with contextlib.ExitStack() as stack:
-        opened = stack.enter_context(
-            open_source(str(source), revision=revision, allow_pickle=allow_pickle, scratch=scratch)
-        )
-        checkpoint, layout = opened.checkpoint, opened.layout
-        chosen = choose_plan(
-            layout,
-            plan,
-            kv_heads=kv_heads,
-            layers=layers,
-            method=method,
-            tensor_parallel=tensor_parallel,
-            seed=seed,
-        )
-        if calibration is not None:
-            check_for_text(chosen)
-        search = searches(grouping, method, plan)
+    with open_source(
+        str(source), revision=revision, allow_pickle=allow_pickle, scratch=target.absolute().parent
+    ) as opened:
+        plan = asked_plan(opened.layout, asked, processes)
+        prepared = prepare(opened.checkpoint, opened.layout, plan)
         # What can be wrong with the destination or the text is said before weights are looked at.
-        ready = prepare(checkpoint, layout, chosen, parent=opened.name)
-        check_destination(target, opened.folder, ready.nbytes)
-        batches = []
-        if calibration is not None:
-            batches = calibration_batches(calibration, checkpoint.folder, checkpoint.config)
+        check_destination(target, opened.folder, prepared.nbytes + prepared.solved_bytes)
+        batches: list[dict[str, torch.Tensor]] = []
+        if plan.calibration is not None:
+            from ..calibration.text import calibration_batches
+
+            batches = calibration_batches(plan.calibration, opened.checkpoint.folder, opened.checkpoint.config)
             processes.shard(batches)  # refuses too many processes
-        asked = chosen.digest() if search else None
-        earlier = earlier_plan(target, checkpoint, asked) if asked is not None and calibration is None else None
-        if earlier is not None:
-            chosen = earlier
-            ready = prepare(checkpoint, layout, chosen, parent=opened.name)
-        elif search:
-            # Text groups heads better than weights do, where layers may be grouped one at a time.
-            chosen = grouped(opened, chosen, told, shared_only=calibration is not None)
-            ready = prepare(checkpoint, layout, chosen, parent=opened.name)
-        told.planned(opened, chosen, ready.preview)
-        if calibration is not None:
-            settings = settings_for(chosen, repair, choose=plan is None and method in (None, "auto"), search=search)
-            if not dry_run:
-                with told.calibrating(layout.layers[-1].index + 1) as count:
-                    solved = stack.enter_context(
-                        calibrated(
-                            opened,
-                            chosen,
-                            batches,
-                            settings,
-                            scratch=scratch,
-                            device=device,
-                            progress=count,
-                            processes=processes,
-                        )
-                    )
-                told.calibrated(solved)
-                record = {**calibration.describe(), "repair": repair, **solved.to_json()}
-                ready = prepare(
-                    checkpoint, layout, solved.plan, parent=opened.name, given=solved.given, calibration=record
-                )
         if dry_run:
-            return Conversion(None, ready.preview, ready.plan.digest(), 0.0, foretell(ready, target))
-        progress = stack.enter_context(told.writing(ready.preview.bytes_after))
-        return write(ready, target, workers=workers, progress=progress, asked=asked, notice=told.notice)
+            found = grouped(opened, plan, told)
+            told.planned(opened, found, prepared.preview)
+            time_and_disk = estimate(prepare(opened.checkpoint, opened.layout, found), target)
+            return Conversion(None, prepared.preview, Result(found), estimate=time_and_disk)
+        return carry_out(
+            opened, prepared, target, batches, device=device, workers=workers, listener=told, processes=processes
+        )
 
 
-@contextlib.contextmanager
-def calibrated(
+def carry_out(
     opened: Source,
-    plan: Plan,
-    batches: list[dict[str, torch.Tensor]],
-    settings: Settings,
+    prepared: Prepared,
+    destination: Path,
+    batches: Sequence[dict[str, torch.Tensor]] = (),
     *,
-    scratch: Path,
+    settings: Settings | None = None,
     device: str | None = None,
-    progress: Callable[[int], None] | None = None,
+    workers: int = 2,
+    listener: Listener | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
-) -> Iterator[Calibrated]:
-    """Carry out a plan on calibration text; the solved tensors lie in a scratch folder while the block lasts.
+) -> Conversion:
+    """Solve what has to be solved, then write; or resume where a run that was killed stopped.
 
     Args:
-        opened: the parent.
-        plan: what is wanted of it; the methods in it count unless ``settings.choose``.
-        batches, settings: what to calibrate on, and how.
-        scratch: a folder on a disk with room for the attention weights.
-        device: where layers run; a GPU where there is one.
-        progress: called with 1 after each decoder layer.
-        processes: see ``convert_checkpoint``.
+        opened: the original model.
+        prepared: the plan that is carried out, checked.
+        destination: a folder that does not exist yet. It appears when everything in it is on the disk.
+        batches: model inputs to calibrate on, if the plan asks for calibration.
+        settings: of calibration; by default those that the plan asks for.
+        device, workers, listener, processes: see ``convert``.
 
     Raises:
-        RegroupError: see ``calibrate``.
+        RegroupError: bad destination, a source that changes, or a full disk; nothing is left behind.
     """
-    # Running the parent takes transformers, which a conversion without text does not need.
+    started, told, plan = time.perf_counter(), listener or Listener(), prepared.plan
+    text = _digest(batches) if batches else None
+    journal = Journal(opened.checkpoint, plan, prepared.preview.shards, text=text, notice=told.notice)
+
+    def worth_keeping() -> bool:
+        kept = plan.calibration is not None and journal.has_solutions
+        if kept:
+            told.notice("the layers that are solved are kept, and the same command resumes after them")
+        return kept
+
+    check_destination(destination, opened.folder, prepared.nbytes + prepared.solved_bytes)
+    with staged_folder(destination, adopt=journal.adopt, keep=worth_keeping) as stage:
+        journal.begin(stage)
+        if journal.found is None:
+            journal.find(grouped(opened, plan, told))
+        assert journal.found is not None
+        told.planned(opened, journal.found, prepared.preview)
+        result = Result(journal.found)
+        if plan.calibration is not None:
+            asked = settings or Settings.of(plan)
+            solved = _calibrate(opened, journal.found, batches, journal.store, asked, told, device, processes)
+            record = {**plan.calibration.to_json(), "repair": plan.repair, **solved.to_json()}
+            result = Result(spelled_out(solved.plan, opened.layout), record)
+        elif prepared.solved:
+            _solve(prepared, journal.found, journal.store, told, workers)
+        with told.writing(prepared.preview.bytes_after) as count:
+            write(prepared, result, stage, journal, name=opened.name, workers=workers, progress=count)
+    return Conversion(destination, prepared.preview, result, time.perf_counter() - started)
+
+
+def _solve(prepared: Prepared, plan: Plan, store: SolutionStore, told: Listener, workers: int) -> None:
+    """Solve layers from their weights; those that a killed run solved are there already."""
+    checkpoint, tensors = prepared.checkpoint, prepared.checkpoint.tensors
+    wants = {want.name: want for want in plan.layers}
+    done = store.names()
+
+    def work(name: str) -> None:
+        if name not in done:
+            store.keep(name, solve_by_weights(prepared.solved[name], wants[name], checkpoint.read, tensors))
+
+    executor = ThreadPoolExecutor(max_workers=workers)
+    try:
+        with told.stage("solving", len(prepared.solved), "layers") as count:
+            for _ in executor.map(work, list(prepared.solved)):
+                count(1)
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _calibrate(
+    opened: Source,
+    plan: Plan,
+    batches: Sequence[dict[str, torch.Tensor]],
+    store: SolutionStore,
+    settings: Settings,
+    told: Listener,
+    device: str | None,
+    processes: ProcessGroup,
+) -> Calibrated:
+    # Running the model takes transformers' classes, which a conversion without text does not need.
     from ..calibration.calibrate import calibrate
     from ..devices import device_named
+    from .assist import run_alongside
 
+    folder, layers = opened.checkpoint.folder, opened.layout.layers[-1].index + 1
     place = device_named(processes.device(device))
-    with scratch_folder(scratch, ".regroup-solved-") as folder:
-        processes.call(along, opened.checkpoint.folder, device, calibrate, plan, batches, None, settings)
-        yield calibrate(
+    processes.call(run_alongside, folder, device, calibrate, plan, batches, None, settings)
+    with told.calibrating(layers) as count:
+        solved = calibrate(
             opened.checkpoint,
             opened.layout,
             plan,
             batches,
-            folder,
+            store,
             settings,
             device=place,
-            progress=progress,
+            progress=count,
             processes=processes,
         )
+    told.calibrated(solved)
+    return solved
+
+
+def _digest(batches: Sequence[dict[str, torch.Tensor]]) -> str:
+    """Hash of model inputs, whatever file or data set they were read from."""
+    found = hashlib.sha256()
+    for batch in batches:
+        for name, value in sorted(batch.items()):
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.contiguous().numpy().tobytes())
+    return found.hexdigest()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..calibration.text import CalibrationText
 from ..console import human_bytes, out
-from ..conversion.convert import convert_checkpoint
+from ..conversion.convert import convert
 from ..data import token_windows
 from ..evaluation import Score, causal_batches, score
 from ..evaluation.run import load_for_scoring
@@ -93,7 +93,7 @@ class Story:
         shutil.rmtree(folder, ignore_errors=True)
         on_text = method.endswith("text")
         text = CalibrationText(self.texts.calibration, tokens=CALIBRATION_TOKENS, window=WINDOW, batch=8)
-        convert_checkpoint(
+        convert(
             PARENT,
             folder,
             kv_heads=heads,

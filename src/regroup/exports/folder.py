@@ -13,14 +13,12 @@ from ..checkpoint.reader import INDEX_FILE
 from ..checkpoint.writer import copy_file, write_text
 from ..errors import RegroupError
 from ..modeling import MODELING_FILE
-from ..writer.journal import PLAN_FILE
-from ..writer.rewrite import Change
-from ..writer.shards import ShardWriter, Spec, child_index
-from ..writer.write import CALIBRATION_FILE
+from ..solver.rewrite import Change
+from ..writer.preview import OWN_RECORDS
+from ..writer.shards import ShardWriter, Spec, converted_index
 
 CONFIGURATION_FILE = Path(__file__).with_name("configuration_nemotron_nas.py")
 # They describe the conversion, and no longer what lies beside them once heads are repeated.
-_RECORDS = (PLAN_FILE, CALIBRATION_FILE)
 
 
 def write_folder(
@@ -43,7 +41,7 @@ def write_folder(
         progress: called with the number of bytes just written.
     """
     for path in checkpoint.companions():
-        if changed and path.as_posix() in _RECORDS:
+        if changed and path.as_posix() in OWN_RECORDS:
             continue
         copy_file(checkpoint.folder / path, stage / path)
     shards = {
@@ -52,7 +50,7 @@ def write_folder(
     }
     ShardWriter(checkpoint, shards, changed, stage, progress=progress).run()
     if checkpoint.index is not None:
-        write_text(stage / INDEX_FILE, json.dumps(child_index(checkpoint.index, shards), indent=2) + "\n")
+        write_text(stage / INDEX_FILE, json.dumps(converted_index(checkpoint.index, shards), indent=2) + "\n")
     asked = {str(reference).partition(".")[0] for reference in config.get("auto_map", {}).values()}
     for file in (MODELING_FILE, CONFIGURATION_FILE):
         if file.stem in asked:

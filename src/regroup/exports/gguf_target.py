@@ -19,7 +19,7 @@ from ..listener import Listener
 from ..modeling import load_tokenizer
 from ..modeling.lm_head import require_head
 from ..opening import Source
-from ..writer.rewrite import Change
+from ..solver.rewrite import Change
 from .gguf_check import check_gguf
 from .gguf_models import rounded
 from .gguf_tokenizer import Vocabulary, vocabulary

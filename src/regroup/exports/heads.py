@@ -14,8 +14,8 @@ from ..layout.families import slow_output
 from ..layout.nemotron_nas import to_blocks
 from ..layout.types import TensorInfo
 from ..plans import LayerPlan, Plan
-from ..writer.config import child_config, is_stock
-from ..writer.rewrite import Change, Move, rewrite_of
+from ..solver.rewrite import Change, Move, rewrite_of
+from ..writer.converted_config import converted_config, is_stock
 
 # Families whose layers are Llama's, tensor for tensor, so that Llama's code in another program runs them.
 LLAMA_LAYERS = ("llama", "mistral")
@@ -79,7 +79,7 @@ def holds(layout: Layout, heads: Sequence[int]) -> bool:
 
 def config_with(config: Mapping[str, Any], layout: Layout, heads: Sequence[int]) -> dict[str, Any]:
     """The config that transformers, or regroup on top of it, loads these KV heads by."""
-    return child_config(dict(config), layout, plan_of(layout, heads))
+    return converted_config(dict(config), layout, plan_of(layout, heads))
 
 
 def stock_heads(layout: Layout) -> int:

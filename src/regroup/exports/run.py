@@ -16,7 +16,7 @@ from ..files import as_named
 from ..listener import Listener
 from ..modeling.expected import check_loadable
 from ..opening import Source, open_source
-from ..writer.rewrite import Change
+from ..solver.rewrite import Change
 from .folder import CONFIGURATION_FILE, write_folder
 from .heads import (
     FOREIGN,

@@ -76,6 +76,13 @@ def pooled(n: int, m: int, D: int, owner: Sequence[int]) -> Sharing:
     return Sharing(torch.cat([weight * eye for weight in weights], dim=1), eye.expand(n, D, D).clone())
 
 
+def mean_sharing(grams: torch.Tensor, moments: torch.Tensor, owner: Sequence[int], **rotation: object) -> Sharing:
+    """``pooled`` in the form of a registered method; of the statistics (see ``low_rank``) only the shapes are used."""
+    del rotation  # a mean is the same in any basis
+    n, D, _ = grams.shape
+    return pooled(n, moments.shape[-1] // D, D, owner)
+
+
 def best_restore(reduce: torch.Tensor, moments: torch.Tensor, owner: Sequence[int]) -> torch.Tensor:
     """The N that is optimal for a given R: least squares, whatever Γ is.
 

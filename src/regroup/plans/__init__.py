@@ -1,21 +1,27 @@
-"""What is wanted: for each layer how many KV heads, which query heads share one, and the rule that merges them."""
+"""What is asked of a checkpoint: for each layer how many KV heads, which query heads share one, and how they merge."""
 
 from .budget import allocate, layer_units, parse_budget, token_bytes
+from .calibration import CalibrationText
 from .check import allowed_kv_heads
 from .grouping import group_members, key_value_sources
-from .make import make_plan, parse_layers
-from .plan import ASKED_METHODS, BLIND_METHODS, LINEAR_METHODS, METHODS, LayerPlan, Plan
+from .make import make_plan, parse_layers, spelled_out
+from .plan import ASKED_METHODS, DEFAULT_REPAIR, REPAIRS, LayerPlan, Plan
+from .result import PLAN_FILE, RESULT_FILE, Result, found_plan
 from .search import query_order, search_groups
 
 __all__ = [
     "ASKED_METHODS",
-    "BLIND_METHODS",
-    "LINEAR_METHODS",
-    "METHODS",
+    "DEFAULT_REPAIR",
+    "PLAN_FILE",
+    "REPAIRS",
+    "RESULT_FILE",
+    "CalibrationText",
     "LayerPlan",
     "Plan",
+    "Result",
     "allocate",
     "allowed_kv_heads",
+    "found_plan",
     "group_members",
     "key_value_sources",
     "layer_units",
@@ -24,5 +30,6 @@ __all__ = [
     "parse_layers",
     "query_order",
     "search_groups",
+    "spelled_out",
     "token_bytes",
 ]

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 from ..errors import RegroupError
 from ..layout.types import AttentionLayer
-from .plan import BLIND_METHODS, LINEAR_METHODS, METHODS, LayerPlan
+from ..merge.registry import METHODS
+
+if TYPE_CHECKING:
+    from .plan import LayerPlan
 
 
-def check_layers(wanted: Sequence[LayerPlan], layers: Sequence[AttentionLayer], tensor_parallel: int) -> None:
+def check_layers(
+    wanted: Sequence[LayerPlan], layers: Sequence[AttentionLayer], tensor_parallel: int, *, calibrated: bool
+) -> None:
     """Check the layers' names, every layer's heads, methods and order, and the orders against each other.
+
+    Args:
+        wanted, layers: of the plan and of the layout.
+        tensor_parallel: the number of devices that will share each layer.
+        calibrated: whether there is calibration text, on which methods may be chosen.
 
     Raises:
         RegroupError: naming the layer and the remedy.
@@ -20,7 +31,7 @@ def check_layers(wanted: Sequence[LayerPlan], layers: Sequence[AttentionLayer], 
     orders: dict[str, tuple[int, ...]] = {}
     for want, layer in zip(wanted, layers, strict=True):
         _check_heads(want, layer, tensor_parallel)
-        _check_methods(want, layer)
+        _check_methods(want, layer, calibrated)
         _check_order(want, layer, orders)
 
 
@@ -97,35 +108,51 @@ def _check_heads(want: LayerPlan, layer: AttentionLayer, tensor_parallel: int) -
         )
 
 
-def _check_methods(want: LayerPlan, layer: AttentionLayer) -> None:
+def _check_methods(want: LayerPlan, layer: AttentionLayer, calibrated: bool) -> None:
     both = (want.key_method, want.value_method)
-    for method in both:
-        if method not in METHODS:
+    for name in both:
+        if name not in METHODS and not (name == "auto" and calibrated):
             raise RegroupError(
-                "the merge method is not known",
+                "the merge method is not known" if name != "auto" else "there is no text to choose the method on",
                 layer=want.name,
                 expected=" or ".join(METHODS),
-                got=repr(method),
-                remedy="mean is the paper's",
+                got=repr(name),
+                remedy="mean is the paper's" if name != "auto" else "pass --calibration, or name a method",
             )
     if not want.changes:
         return
-    if set(both) & set(LINEAR_METHODS) and set(both) & set(BLIND_METHODS):
+    methods = [METHODS[name] for name in both if name != "auto"]
+    pooled = [method.name for method in methods if method.share is None]
+    if calibrated and pooled:
+        raise RegroupError(
+            "calibration text was given, and a method that does not look at it",
+            layer=want.name,
+            expected=" or ".join(["auto", *(name for name, method in METHODS.items() if method.share is not None)]),
+            got=" and ".join(sorted(set(pooled))),
+            remedy="leave out --calibration, or choose another method",
+        )
+    if pooled and any(method.linear_only for method in methods):
         raise RegroupError(
             "these methods for keys and values cannot be combined",
             layer=want.name,
-            expected=f"two of mean, {', '.join(LINEAR_METHODS)}",
+            expected=f"two of {', '.join(name for name, method in METHODS.items() if method.share is not None)}",
             got=" and ".join(both),
             remedy="use the same method for both",
         )
-    obstacles = (("keys", want.key_method, layer.key_obstacle), ("values", want.value_method, layer.value_obstacle))
-    for what, method, obstacle in obstacles:
-        if method in LINEAR_METHODS and obstacle is not None:
+    rotated = None
+    if layer.rotary is not None and want.key_method != "auto" and METHODS[want.key_method].share_rotary is None:
+        rotated = f"{want.key_method} has no form for keys that RoPE rotates"
+    obstacles = (
+        ("keys", want.key_method, layer.key_obstacle or rotated),
+        ("values", want.value_method, layer.value_obstacle),
+    )
+    for what, name, obstacle in obstacles:
+        if name != "auto" and METHODS[name].linear_only and obstacle is not None:
             raise RegroupError(
                 f"the {what} of this layer cannot be shared by a linear map: {obstacle}",
                 layer=layer.name,
-                expected=" or ".join(m for m in METHODS if m not in LINEAR_METHODS),
-                got=method,
+                expected=" or ".join(name for name, method in METHODS.items() if not method.linear_only),
+                got=name,
                 remedy="use --method auto, which pools them by mean and solves what can be solved",
             )
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ..errors import RegroupError
 from ..layout.types import AttentionLayer, Layout
-from .plan import ASKED_METHODS, LayerPlan, Plan
+from .calibration import CalibrationText
+from .plan import ASKED_METHODS, DEFAULT_REPAIR, LayerPlan, Plan
 
 
 def make_plan(
@@ -18,18 +20,24 @@ def make_plan(
     method: str = "mean",
     tensor_parallel: int = 1,
     seed: int = 0,
+    grouping: str | None = None,
+    calibration: CalibrationText | None = None,
+    repair: str | None = None,
 ) -> Plan:
-    """Plan a conversion with contiguous groups.
+    """Plan a conversion.
 
     Args:
-        layout: of the parent.
+        layout: of the original model.
         kv_heads: KV heads of every layer that ``layers`` does not name; None leaves those as they are.
         layers: for example ``"0-3:8,4-31:4"``; ``"self.0-5:4,cross.0-5:2"`` names one kind of an encoder-decoder. Or KV
             heads by the layer's name.
-        method: the rule for keys and values: ``"mean"`` (the paper's, section 2.1), ``"first"``, ``"random"``,
-            ``"lowrank"``, ``"procrustes"``, or ``"auto"``: what does best for each layer where no text is at hand.
+        method: for keys and values: ``"mean"`` (the paper's, section 2.1), ``"first"``, ``"random"``, ``"lowrank"``,
+            ``"procrustes"``, or ``"auto"``: what does best for each layer, by held-out error where there is text.
         tensor_parallel: number of devices that will share each layer; KV heads must divide evenly over them.
-        seed: of the ``random`` rule.
+        seed: of the method ``random``, and of the search for groups.
+        grouping: ``"search"`` to look for heads that belong together; None keeps neighbouring heads together.
+        calibration: text to calibrate on.
+        repair: what calibration does after merging: ``"none"``, ``"output"`` (the default) or ``"distill"``.
 
     Returns:
         A checked plan.
@@ -47,6 +55,7 @@ def make_plan(
             remedy="mean is the paper's",
         )
     chosen = parse_layers(layers, layout) if isinstance(layers, str) else dict(layers or {})
+    on_text = method == "auto" and calibration is not None
     plan = Plan(
         family=layout.family,
         fingerprint=layout.fingerprint(),
@@ -56,16 +65,30 @@ def make_plan(
                 num_attention_heads=layer.num_attention_heads,
                 parent_num_key_value_heads=layer.num_key_value_heads,
                 num_key_value_heads=chosen.get(layer.name, layer.num_key_value_heads if kv_heads is None else kv_heads),
-                key_method=_key_method(method, layer),
-                value_method=_value_method(method, layer),
+                key_method=method if on_text else _key_method(method, layer),
+                value_method=method if on_text else _value_method(method, layer),
             )
             for layer in layout.layers
         ),
         tensor_parallel=tensor_parallel,
         seed=seed,
+        grouping=grouping,
+        calibration=calibration,
+        repair=(repair or DEFAULT_REPAIR) if calibration is not None else None,
     )
     plan.check(layout)
     return plan
+
+
+def spelled_out(plan: Plan, layout: Layout) -> Plan:
+    """The plan without calibration: what is still open in it, as in layers that keep their heads, as weights decide."""
+    layers = (
+        replace(
+            want, key_method=_key_method(want.key_method, layer), value_method=_value_method(want.value_method, layer)
+        )
+        for want, layer in zip(plan.layers, layout.layers, strict=True)
+    )
+    return replace(plan, layers=tuple(layers), grouping=None, calibration=None, repair=None)
 
 
 def _key_method(method: str, layer: AttentionLayer) -> str:

@@ -1,4 +1,9 @@
-"""The plan: frozen, readable, editable JSON, made and checked before any tensor is read."""
+"""The plan: what is asked of a checkpoint, as frozen data and as readable, editable JSON.
+
+A plan reproduces its result: it names the methods, the calibration text with its hash, the repair and the seed. What a
+conversion finds on the way (groupings, methods chosen on text, losses) is a plan of its own, all of it spelled out, in
+the result (``plans.result``).
+"""
 
 from __future__ import annotations
 
@@ -14,29 +19,30 @@ from typing import Any
 from ..errors import RegroupError
 from ..files import parse_json, read_once
 from ..layout.types import Layout
+from ..merge.registry import METHODS
+from .calibration import CalibrationText
+from .check import check_layers
 
 FORMAT = "regroup-plan/1"
-# Linear maps that queries and outputs absorb (``regroup.merge.sharing``); the paper's rules need no such thing.
-LINEAR_METHODS = ("lowrank", "procrustes")
-METHODS = ("mean", "first", "random", *LINEAR_METHODS)
-# What may be asked of ``make_plan``, which chooses among these for each layer where it is told "auto".
+# What may be asked for: a method, or "auto" for the one that does best for each layer.
 ASKED_METHODS = ("auto", *METHODS)
-# Those that look at nothing but places: text has nothing to say about them.
-BLIND_METHODS = ("first", "random")
+REPAIRS = ("none", "output", "distill")
+DEFAULT_REPAIR = "output"
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What is wanted of one attention layer.
+    """What is asked of one attention layer.
 
     Attributes:
         name: the attention module, as the layout names it.
         num_attention_heads: H, unchanged; here so that a person can read the plan alone.
         parent_num_key_value_heads, num_key_value_heads: KV heads before and after.
-        key_method, value_method: the rule that merges the keys and values of a group.
-        query_order: the parent's query heads in the child's order; None leaves them as they are.
-        predicted_kl: KL to the parent on held-out text, in nats a token, that is expected from converting this layer
-            alone; None where nobody measured it.
+        key_method, value_method: the methods that merge the keys and the values of a group (``merge.registry``), or
+            ``"auto"`` where calibration is to choose them.
+        query_order: the original query heads in their new order; None leaves them as they are.
+        predicted_kl: KL divergence from the original model that converting this layer alone is expected to cost, in
+            nats per token of held-out text; None where it was not measured.
     """
 
     name: str
@@ -68,16 +74,20 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is wanted of a checkpoint.
+    """What is asked of a checkpoint.
 
     Attributes:
         family: the layout's family.
         fingerprint: the layout's fingerprint; the plan fits no other.
         layers: one entry for each attention layer of the layout, in its order.
         tensor_parallel: the degree that every layer's KV heads were checked against.
-        seed: of the ``random`` rule.
-        kv_budget: the KV cache that was asked for, in the words of the one who asked; None where G was given.
-        predicted_kl: the layers' predictions added up, in nats a token; None where nobody measured them.
+        seed: of the method ``random``, and of the search for groups.
+        kv_budget: the KV cache that was asked for, as the user wrote it; None where numbers of KV heads were given.
+        predicted_kl: the sum of the layers' predictions, in nats per token; None where they were not measured.
+        grouping: ``"search"`` if layers without a ``query_order`` are to have their heads grouped by a search; None
+            leaves neighbouring heads together.
+        calibration: the text to calibrate on; None uses the weights alone.
+        repair: what calibration does after merging (see ``calibration.Settings``); None without calibration.
     """
 
     family: str
@@ -87,6 +97,9 @@ class Plan:
     seed: int = 0
     kv_budget: str | None = None
     predicted_kl: float | None = None
+    grouping: str | None = None
+    calibration: CalibrationText | None = None
+    repair: str | None = None
 
     @property
     def uniform(self) -> int | None:
@@ -95,12 +108,14 @@ class Plan:
         return counts.pop() if len(counts) == 1 else None
 
     def digest(self) -> str:
-        """Hash of the plan, recorded in what is made from it."""
+        """Hash of the plan, recorded in what is made by it."""
         return hashlib.sha256(self.dumps().encode()).hexdigest()[:16]
 
     def dumps(self) -> str:
-        """The plan as JSON, a line a layer."""
+        """The plan as JSON, one line per layer."""
         head = {"format": FORMAT, **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}}
+        if self.calibration is not None:
+            head["calibration"] = self.calibration.to_json()
         lines = ",\n    ".join(json.dumps(_said(asdict(layer))) for layer in self.layers)
         return json.dumps(_said(head), indent=2)[:-2] + f',\n  "layers": [\n    {lines}\n  ]\n}}\n'
 
@@ -117,25 +132,38 @@ class Plan:
             raise RegroupError("the plan cannot be read", file=path, got=error.strerror or str(error)) from error
         except (ValueError, RecursionError) as error:
             raise RegroupError("the plan cannot be read", file=path, got=str(error)[:200]) from error
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+        return cls.from_json(data, path)
+
+    @classmethod
+    def from_json(cls, data: Any, path: Path) -> Plan:
+        """A plan from parsed JSON; ``path`` is where it was read, for messages.
+
+        Raises:
+            RegroupError: as ``load``.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise RegroupError(
                 "this is not a plan that this version understands",
                 file=path,
                 expected=f'"format": "{FORMAT}"',
                 remedy="make one with `regroup plan`",
             )
-        layers = data.pop("layers", None)
+        values = {name: value for name, value in data.items() if name != "format"}
+        layers = values.get("layers")
         if not isinstance(layers, list) or not layers:
             raise RegroupError("the plan has no layers", file=path, expected='"layers": [{…}, …]')
-        built = tuple(_build(LayerPlan, layer, path) for layer in layers)
-        return _build(cls, {**data, "layers": built}, path)
+        values["layers"] = tuple(_build(LayerPlan, layer, path) for layer in layers)
+        if values.get("calibration") is not None:
+            values["calibration"] = _build(CalibrationText, values["calibration"], path)
+        return _build(cls, values, path)
 
     def check(self, layout: Layout) -> None:
-        """Check every constraint of the plan against the layout that it is to be used on.
+        """Check the plan against the layout that it is to be used on.
 
         Raises:
             RegroupError: naming the layer and the remedy.
         """
+        self._check_request()
         if self.fingerprint != layout.fingerprint():
             raise RegroupError(
                 "the plan was made for another checkpoint",
@@ -143,14 +171,29 @@ class Plan:
                 got=f"{layout.family}, {len(layout.layers)} attention layers, fingerprint {layout.fingerprint()}",
                 remedy="make a plan for this checkpoint with `regroup plan`",
             )
-        # The checks read these classes, so their module imports this one.
-        from .check import check_layers
+        check_layers(self.layers, layout.layers, self.tensor_parallel, calibrated=self.calibration is not None)
 
-        check_layers(self.layers, layout.layers, self.tensor_parallel)
+    def _check_request(self) -> None:
+        choices = (("grouping", self.grouping, (None, "search")), ("repair", self.repair, (None, *REPAIRS)))
+        for name, value, allowed in choices:
+            if value not in allowed:
+                raise RegroupError(
+                    f"the {name} of the plan is not known",
+                    expected=" or ".join("null" if choice is None else repr(choice) for choice in allowed),
+                    got=repr(value),
+                )
+        if (self.repair is None) != (self.calibration is None):
+            raise RegroupError(
+                "calibration and repair of the plan do not go together",
+                expected="both or neither",
+                got=f"calibration: {self.calibration and self.calibration.data}, repair: {self.repair}",
+                remedy=f"give both; the usual repair is {DEFAULT_REPAIR!r}",
+            )
 
 
-# Fields that are left out of the JSON while nothing is known: they came later, and a plan without them keeps its hash.
-_LATER = ("kv_budget", "predicted_kl")
+# Fields that are left out of the JSON while they have no value: they were added later, and a plan without them keeps
+# its hash.
+_LATER = ("kv_budget", "predicted_kl", "grouping", "calibration", "repair")
 
 
 def _said(values: dict[str, Any]) -> dict[str, Any]:
@@ -159,9 +202,11 @@ def _said(values: dict[str, Any]) -> dict[str, Any]:
 
 # Types that a hand-edited field must have, by annotation.
 _TYPES: dict[str, tuple[type, ...]] = {
+    "bool": (),
     "str": (str,),
     "int": (int,),
     "str | None": (str, NoneType),
+    "str | Path": (str,),
     "float | None": (float, int, NoneType),
 }
 
@@ -179,6 +224,8 @@ def _build(cls: type, data: object, path: Path) -> Any:
         if name not in values:
             continue
         value, wanted = values[name], _TYPES.get(str(spec.type))
+        if spec.type == "bool" and isinstance(value, bool):
+            continue
         if wanted is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
             raise RegroupError(
                 "a field of the plan has the wrong type", file=path, expected=f"{name}: {spec.type}", got=repr(value)
@@ -208,7 +255,7 @@ def _nats(name: str, value: float, path: Path) -> float:
         raise RegroupError(
             "a field of the plan is negative" if finite else "a field of the plan is not a finite number",
             file=path,
-            expected=f"{name}: nats a token, 0 or more",
+            expected=f"{name}: nats per token, 0 or more",
             got=str(number),
             remedy="correct it or leave it out",
         )

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import RegroupError
 from ..layout.types import AttentionLayer, HeadSlot
-from ..merge import Sharing, owners
+from ..merge.sharing import Sharing, owners
 from ..plans import group_members
 
 Read = Callable[[str], torch.Tensor]

@@ -1,4 +1,4 @@
-"""How alike a layer's KV heads are: what any two of them, or neighbouring groups, lose when they share one.
+"""How similar a layer's KV heads are: what any two of them, or neighbouring groups, lose when they share one.
 
 From the weights alone, as if inputs were white. Losses are residual energies (``regroup.merge.residual``), each as a
 share of the energy of the heads that share: a bound on what linear sharing can keep, not the model's loss.
@@ -15,14 +15,13 @@ import torch
 from ..checkpoint import Checkpoint
 from ..errors import RegroupError
 from ..layout.types import AttentionLayer, Kind, Layout
-from ..merge import linear_residual, pair_residuals, rotary_residual
-from ..merge.rotary import Pairs
 from .heads import HeadWeights
-from .moments import weight_moments
+from .residuals import LayerResiduals, PartResiduals
+from .statistics import ungrouped_statistics
 
 
 @dataclass(frozen=True)
-class Alikeness:
+class HeadSimilarity:
     """Keys, values or both of one layer.
 
     Attributes:
@@ -46,11 +45,11 @@ class Alikeness:
 
     @property
     def least(self) -> float:
-        """What the most alike pair loses."""
+        """What the most similar pair loses."""
         return float(self.upper.min())
 
     @property
-    def most_alike(self) -> tuple[int, int]:
+    def most_similar(self) -> tuple[int, int]:
         """The pair that loses least, by KV head numbers; the first of several."""
         first, second = torch.triu_indices(len(self.pairs), len(self.pairs), 1)
         best = int(self.upper.argmin())
@@ -62,7 +61,7 @@ class Alikeness:
             "pairs": self.pairs.tolist(),
             "median": self.median,
             "least": self.least,
-            "most_alike": list(self.most_alike),
+            "most_alike": list(self.most_similar),
             "contiguous": {str(groups): share for groups, share in self.contiguous.items()},
         }
 
@@ -81,21 +80,21 @@ class LayerSimilarity:
     kind: Kind
     index: int
     num_key_value_heads: int
-    key: Alikeness | None
-    value: Alikeness | None
+    key: HeadSimilarity | None
+    value: HeadSimilarity | None
     key_obstacle: str | None = None
     value_obstacle: str | None = None
 
     @property
-    def both(self) -> Alikeness | None:
+    def both(self) -> HeadSimilarity | None:
         """The mean of keys and values; None unless both are there."""
         if self.key is None or self.value is None:
             return None
         shares = {g: (share + self.value.contiguous[g]) / 2 for g, share in self.key.contiguous.items()}
-        return Alikeness((self.key.pairs + self.value.pairs) / 2, shares)
+        return HeadSimilarity((self.key.pairs + self.value.pairs) / 2, shares)
 
     @property
-    def overall(self) -> Alikeness | None:
+    def overall(self) -> HeadSimilarity | None:
         """Both together, or the one of them that can be compared."""
         return self.both or self.key or self.value
 
@@ -144,34 +143,28 @@ def compare_heads(
 
 
 def _compare(layer: AttentionLayer, checkpoint: Checkpoint) -> LayerSimilarity:
-    weights = HeadWeights.read(layer, checkpoint.read)
-    H, G, D = layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim
-    moments = weight_moments(weights, tuple(range(H)), 1)
+    statistics = ungrouped_statistics(HeadWeights.read(layer, checkpoint.read))
     # Query heads that have a KV head in common weigh it together.
-    rotary = None if layer.rotary is None else (layer.rotary.pairs, layer.rotary.dim)
-    output = weights.output.double()
-    key = value = None
-    if layer.key_obstacle is None:
-        key = _alikeness(moments.query.view(G, H // G, D, D).sum(1), moments.key[0], rotary)
-    if layer.value_obstacle is None:
-        value = _alikeness((output @ output.mT).view(G, H // G, D, D).sum(1), moments.value[0], None)
-    return LayerSimilarity(layer.name, layer.kind, layer.index, G, key, value, layer.key_obstacle, layer.value_obstacle)
+    residuals = LayerResiduals(layer, statistics, layer.num_key_value_heads)
+    key, value = (None if part is None else _similarity(part) for part in (residuals.key, residuals.value))
+    return LayerSimilarity(
+        name=layer.name,
+        kind=layer.kind,
+        index=layer.index,
+        num_key_value_heads=layer.num_key_value_heads,
+        key=key,
+        value=value,
+        key_obstacle=layer.key_obstacle,
+        value_obstacle=layer.value_obstacle,
+    )
 
 
-def _alikeness(grams: torch.Tensor, moments: torch.Tensor, rotary: tuple[Pairs, int] | None) -> Alikeness:
-    """From Γ of each KV head (G, D, D) and K of all of them (G·D, G·D)."""
-    G, D, _ = grams.shape
+def _similarity(part: PartResiduals) -> HeadSimilarity:
+    heads = len(part.grams)
     contiguous = {}
-    for groups in (g for g in range(G - 1, 0, -1) if G % g == 0):
-        m = G // groups
-        lost = total = 0.0
-        for g in range(groups):
-            own = moments[g * m * D : (g + 1) * m * D, g * m * D : (g + 1) * m * D].contiguous()
-            members = grams[g * m : (g + 1) * m]
-            if rotary is None:
-                found = linear_residual(members, own, range(m))
-            else:
-                found = rotary_residual(members, own, range(m), pairs=rotary[0], dim=rotary[1])
-            lost, total = lost + found[0], total + found[1]
+    for groups in (g for g in range(heads - 1, 0, -1) if heads % g == 0):
+        size = heads // groups
+        found = [part.of(tuple(range(g * size, (g + 1) * size))) for g in range(groups)]
+        lost, total = (sum(column) for column in zip(*found, strict=True))
         contiguous[groups] = lost / total if total > 0 else 0.0
-    return Alikeness(pair_residuals(grams, moments, rotary), contiguous)
+    return HeadSimilarity(part.pairs(), contiguous)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.calibrate import add_lack
-from ..calibration.layer_regression import Lesson
-from ..calibration.layer_runner import LayerStream
-from ..calibration.repair import DistillSettings
+from ..calibration.calibrate import add_residual_gap
+from ..calibration.layer_regression import LayerRegression
+from ..calibration.layer_runner import LayerRunner
+from ..calibration.settings import DistillSettings
 from ..checkpoint import staged_folder
 from ..modeling import load
 from ..opening import open_source
@@ -101,7 +101,7 @@ def distill_layers(
     with open_source(str(child_folder)) as own, open_source(str(parent_folder)) as other:
         layouts = own.layout, other.layout
     child, parent = (
-        LayerStream(folder, layout, given, device=device)
+        LayerRunner(folder, layout, given, device=device)
         for folder, layout in zip((child_folder, parent_folder), layouts, strict=True)
     )
     kept = max(1, round(len(given) * _HELD_OUT))
@@ -123,8 +123,8 @@ def distill_layers(
         for number, (layer, its) in enumerate(zip(layers, taught, strict=True)):
             if layer.num_key_value_heads == its.num_key_value_heads:
                 continue
-            add_lack(layer, outputs[its.name], upper, lower)
-            lesson = Lesson(pupil, layers[: number + 1], outputs.pop(its.name), lower, held_out)
+            add_residual_gap(layer, outputs[its.name], upper, lower)
+            lesson = LayerRegression(pupil, layers[: number + 1], outputs.pop(its.name), lower, held_out)
             errors[layer.name] = lesson.distill(fit, DistillSettings())
             trained = pupil.attention(layer).state_dict()
             student.base_model.get_submodule(layer.module).load_state_dict(trained)

@@ -1,6 +1,1 @@
-"""Layout and plan in, checkpoint out: ``stream`` is the one place where reader, plan and writer meet."""
-
-from .estimate import Forecast, foretell
-from .write import Conversion, Preview, Ready, convert, prepare, preview, write
-
-__all__ = ["Conversion", "Forecast", "Preview", "Ready", "convert", "foretell", "prepare", "preview", "write"]
+"""Write converted checkpoints: what will be written, how each tensor comes about, and how a killed run resumes."""

@@ -1,7 +1,8 @@
-"""Going on with a conversion that was killed: which of its weight files are on the disk for good, and for which plan.
+"""Resume a conversion that was killed: what is on the disk for good, and for which request.
 
 The hidden folder in which a conversion grows holds a journal until it is complete. A run to the same destination reads
-the journals of folders that nobody works on, and keeps the finished files if plan, source and version are the same.
+the journals of folders that nobody works on. If plan, text, source and version are the same, it keeps what was found,
+the layers that were solved and the weight files that were finished.
 """
 
 from __future__ import annotations
@@ -17,26 +18,33 @@ from typing import Any
 
 from ..checkpoint import Checkpoint, fingerprint, read_header
 from ..checkpoint.reader import read_json
-from ..checkpoint.stage import left_behind, sync
+from ..checkpoint.stage import sync
 from ..checkpoint.writer import write_text
 from ..errors import RegroupError
 from ..plans import Plan
+from ..solver.store import SolutionStore
 
 JOURNAL_FILE = ".regroup-journal.json"
-PLAN_FILE = "regroup_plan.json"
+SOLVED_FOLDER = ".regroup-solved"
 
 
 class Journal:
-    """What a stage folder was begun for, and its finished weight files.
+    """What a stage folder was begun for, and how far the work in it has come.
 
     Args:
-        checkpoint: the parent.
-        plan: what is carried out.
-        asked: digest of the plan before heads were grouped, where a search made this plan of it; else None.
+        checkpoint: the original model.
+        plan: what is asked for.
         shards: file name to what the file holds (tensor name to dtype and shape).
-        calibrated: whether tensors were solved on text, which the next run does anew.
-        notice: told in words of a killed run's folder that is used or cannot be.
+        text: hash of the calibration batches; None without text.
+        notice: called with a sentence about the folder of a killed run that is used or cannot be.
+
+    Attributes:
+        found: the plan with the groups that a search found; None before it has.
+        finished: weight files that are complete and flushed.
+        store: solved layers; there from ``begin`` on.
     """
+
+    store: SolutionStore
 
     def __init__(
         self,
@@ -44,41 +52,65 @@ class Journal:
         plan: Plan,
         shards: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]],
         *,
-        asked: str | None = None,
-        calibrated: bool = False,
+        text: str | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> None:
+        self.found: Plan | None = None
         self.finished: list[str] = []
-        self._facts = _facts(checkpoint, plan, asked, calibrated)
-        self._shards, self._metadata, self._plan = shards, checkpoint.metadata, plan
+        # What all later work depends on.
+        self._facts = {
+            "version": importlib.metadata.version("regroup-gqa"),
+            "source": {file: list(stamp) for file, stamp in checkpoint.stamps.items()},
+            # Archives and package managers give all files one time, and two models of one kind have the same sizes.
+            "content": fingerprint(checkpoint.folder),
+            "plan": plan.digest(),
+            "text": text,
+        }
+        self._shards, self._metadata = shards, checkpoint.metadata
         self._notice = notice or (lambda text: None)
         self._stage: Path | None = None
         self._lock = threading.Lock()
 
+    @property
+    def has_solutions(self) -> bool:
+        """Whether a layer is solved that the next run could take over."""
+        return self._stage is not None and bool(self.store.names())
+
     def adopt(self, stage: Path) -> bool:
-        """Whether to go on in a folder that a killed run left; if so, all but its finished files are removed."""
+        """Whether to continue in a folder that a killed run left; if so, all that is not complete is removed."""
         try:
             found = read_json(stage / JOURNAL_FILE)
+            plan = found.get("found")
+            earlier = None if plan is None else Plan.from_json(plan, stage / JOURNAL_FILE)
         except RegroupError:
             return False  # killed before it had begun
-        if obstacle := _obstacle(found, self._facts):
+        if obstacle := self._obstacle(found):
             self._notice(f"a conversion to this destination was cut short; {obstacle}, so it starts anew")
             return False
-        said = found.get("finished")
-        done = said if isinstance(said, list) else []
-        self.finished = [name for name in self._shards if name in done and self._whole(stage, name)]
+        self.found = earlier
+        names = found.get("finished")
+        listed = names if isinstance(names, list) else []
+        self.finished = [name for name in listed if name in self._shards and self._whole(stage, name)]
         for path in stage.iterdir():
-            if path.name not in (*self.finished, JOURNAL_FILE, PLAN_FILE):
+            if path.name not in (*self.finished, JOURNAL_FILE, SOLVED_FOLDER):
                 with contextlib.suppress(OSError):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        solved = len(SolutionStore(stage / SOLVED_FOLDER).names())
+        layers = f"{solved} attention layers are solved and " if solved else ""
         count = f"{len(self.finished)} of {len(self._shards)} weight files are finished"
-        self._notice(f"a conversion to this destination was cut short; {count}, and it goes on from there")
+        self._notice(f"a conversion to this destination was cut short; {layers}{count}, and it resumes from there")
         return True
 
     def begin(self, stage: Path) -> None:
-        """Write plan and journal into a stage that is new or was adopted."""
+        """Write the journal into a stage that is new or was adopted."""
         self._stage = stage
-        write_text(stage / PLAN_FILE, self._plan.dumps())
+        self._write()
+        (stage / SOLVED_FOLDER).mkdir(exist_ok=True)
+        self.store = SolutionStore(stage / SOLVED_FOLDER)
+
+    def find(self, plan: Plan) -> None:
+        """Note the plan with the groups that a search found."""
+        self.found = plan
         self._write()
 
     def finish(self, file: str) -> None:
@@ -88,14 +120,16 @@ class Journal:
             self._write()
 
     def end(self) -> None:
-        """Remove the journal: everything is complete."""
+        """Remove the journal and the solved layers: everything is complete."""
         assert self._stage is not None
+        shutil.rmtree(self._stage / SOLVED_FOLDER)
         (self._stage / JOURNAL_FILE).unlink()
 
     def _write(self) -> None:
         assert self._stage is not None
         part = self._stage / f"{JOURNAL_FILE}.part"
-        write_text(part, json.dumps({**self._facts, "finished": self.finished}) + "\n")
+        found = None if self.found is None else json.loads(self.found.dumps())
+        write_text(part, json.dumps({**self._facts, "found": found, "finished": self.finished}) + "\n")
         part.replace(self._stage / JOURNAL_FILE)
         sync(self._stage)
 
@@ -107,40 +141,13 @@ class Journal:
         same = {name: (entry.dtype, entry.shape) for name, entry in entries.items()} == dict(self._shards[file])
         return same and metadata == dict(self._metadata[file])
 
-
-def earlier_plan(destination: Path, checkpoint: Checkpoint, asked: str) -> Plan | None:
-    """The plan that a killed run to this destination had found for the same question, by a search that takes long."""
-    for stage in left_behind(destination):
-        with contextlib.suppress(RegroupError):
-            found = read_json(stage / JOURNAL_FILE)
-            plan = Plan.load(stage / PLAN_FILE)
-            if _obstacle(found, _facts(checkpoint, plan, asked, False)) is None:
-                return plan
-    return None
-
-
-def _facts(checkpoint: Checkpoint, plan: Plan, asked: str | None, calibrated: bool) -> dict[str, Any]:
-    """What finished files depend on."""
-    return {
-        "version": importlib.metadata.version("regroup-gqa"),
-        "source": {file: list(stamp) for file, stamp in checkpoint.stamps.items()},
-        # Archives and package managers give all files one time, and two models of one kind have the same sizes.
-        "content": fingerprint(checkpoint.folder),
-        "plan": plan.digest(),
-        "asked": asked,
-        "calibrated": calibrated,
-    }
-
-
-def _obstacle(found: Mapping[str, Any], facts: Mapping[str, Any]) -> str | None:
-    """Why finished files cannot be used."""
-    if found.get("calibrated") or facts["calibrated"]:
-        return "what is solved on text is solved again"
-    reasons = {
-        "version": "another version of regroup wrote it",
-        "source": "the source has changed since",
-        "content": "the source has changed since",
-        "plan": "it had another plan",
-        "asked": "it had another plan",
-    }
-    return next((reason for key, reason in reasons.items() if found.get(key) != facts[key]), None)
+    def _obstacle(self, found: Mapping[str, Any]) -> str | None:
+        """Why what a killed run left cannot be used."""
+        reasons = {
+            "version": "another version of regroup wrote it",
+            "source": "the source has changed since",
+            "content": "the source has changed since",
+            "plan": "it had another plan",
+            "text": "it had other calibration text",
+        }
+        return next((reason for key, reason in reasons.items() if found.get(key) != self._facts[key]), None)

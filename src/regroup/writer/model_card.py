@@ -9,46 +9,43 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
-from ..layout.types import Layout
-from ..plans import Plan
+from ..plans import PLAN_FILE, RESULT_FILE, Result
 from ..safe_text import code_span, visible
+from .preview import Prepared
 
 # Names that Markdown shows as they are.
 _PLAIN = re.compile(r"[A-Za-z0-9]([\w./ -]*[A-Za-z0-9])?", re.ASCII)
 _KEPT = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 
 
-def model_card(
-    parent: str, layout: Layout, plan: Plan, *, stock: bool, parent_card: Path | None, calibrated: bool = False
-) -> str:
-    """Markdown with metadata: the parent, what was merged and how, the plan's hash, versions, how to load it.
+def model_card(source: str, prepared: Prepared, result: Result) -> str:
+    """Markdown with metadata: the original, what was merged and how, the plan's hash, versions, how to load it.
 
     Args:
-        parent: what the user named as the source.
-        layout: of the parent.
-        plan: that was carried out.
-        stock: whether stock transformers classes load the result.
-        calibrated: whether text was used, of which a record lies beside the card.
-        parent_card: the parent's README.md, whose licence and language are kept; None if it has none.
+        source: what the user named as the original model.
+        prepared: what is written. The licence and the language of the original README.md are kept.
+        result: the plan with everything that was found.
     """
     from huggingface_hub import ModelCardData
 
-    hub_id = parent if not Path(parent).exists() else None
+    layout, folder = prepared.layout, prepared.checkpoint.folder
+    card = next((folder / path for path in prepared.companions if path.as_posix() == "README.md"), None)
+    hub_id = source if not Path(source).exists() else None
     data = ModelCardData(
         base_model=hub_id,
         library_name="transformers",
         tags=["grouped-query-attention", "regroup"],
-        **_kept(parent_card),
+        **_kept(card),
     )
     counts = Counter(
-        (layer.parent_num_key_value_heads, layer.num_key_value_heads, *layer.methods) for layer in plan.layers
+        (layer.parent_num_key_value_heads, layer.num_key_value_heads, *layer.methods) for layer in result.plan.layers
     )
     rows = "\n".join(
         f"| {number} | {before} | {after} | {key} | {value} |" for (before, after, key, value), number in counts.items()
     )
-    name = visible(hub_id or Path(parent).resolve().name)
-    text = "On calibration text: `regroup_calibration.json`." if calibrated else "From the weights alone."
-    load = "" if stock else ", trust_remote_code=True"
+    name = visible(hub_id or Path(source).resolve().name)
+    text = f"On calibration text: `{RESULT_FILE}`." if result.calibration is not None else "From the weights alone."
+    load = "" if prepared.preview.stock else ", trust_remote_code=True"
     versions = ", ".join(
         f"{package} {importlib.metadata.version(package)}" for package in ("regroup-gqa", "torch", "transformers")
     )
@@ -66,7 +63,7 @@ EMNLP 2023). **Merging alone costs quality; continue training before use.**
 | --- | --- | --- | --- | --- |
 {rows}
 
-- Family: {layout.family}. Plan: `regroup_plan.json`, hash `{plan.digest()}`. {text}
+- Family: {layout.family}. Plan: `{PLAN_FILE}`, hash `{prepared.plan.digest()}`. {text}
 - Written by {versions}.
 - Load with `AutoModel….from_pretrained(path{load})` or `regroup.load(path)`.
 """
@@ -85,6 +82,9 @@ def _kept(card: Path | None) -> dict[str, Any]:
         data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, YAMLError) as error:
         raise RegroupError(
-            "the parent's model card cannot be read", file=card, got=str(error)[:200], remedy="correct or remove it"
+            "the model card of the original cannot be read",
+            file=card,
+            got=str(error)[:200],
+            remedy="correct or remove it",
         ) from error
     return {key: data[key] for key in _KEPT if key in data}

@@ -1,7 +1,7 @@
-"""Write the weight files of a child: a few threads share one queue of pieces.
+"""Write the weight files of a converted model: a few threads share one queue of pieces.
 
-Untouched byte ranges are copied inside the kernel; tensors that change are read, merged and written one at a time.
-Reading, merging and writing overlap so, for one large file too.
+Byte ranges that do not change, or that were solved before, are copied inside the kernel; tensors that are pooled are
+read, merged and written one at a time. Reading, merging and writing overlap so, for one large file too.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 from ..checkpoint import Checkpoint, ShardFile
 from ..checkpoint.header import nbytes_of
-from .rewrite import Change, Solved, Solver
+from ..solver.rewrite import Change
+from .changes import StoredTensor
 
-# One piece of untouched data: long enough for disk speed, short enough to stop and to share among workers.
+# One piece of copied data: long enough for disk speed, short enough to stop and to share among workers.
 _PIECE = 64 << 20
-# Files at work: the next one's pieces keep the workers busy while one is finished.
-_FLYING = 2
+# Files that are written at a time: the next one's pieces keep the workers busy while one is finished.
+_OPEN_FILES = 2
 
 
 class Spec(NamedTuple):
@@ -37,9 +38,6 @@ Shards = Mapping[str, Mapping[str, Spec]]
 class ShardWriter:
     """Writes the weight files that a killed run did not finish.
 
-    A layer that is solved as a whole may lie in several files, and two runs need not round alike, nor choose the same
-    basis: where one of its files is finished and another is not, its tensors in the finished one are written again.
-
     Args:
         checkpoint: where tensors that do not change are copied from, byte for byte.
         shards: what to write, in the order of the data.
@@ -55,7 +53,7 @@ class ShardWriter:
         self,
         checkpoint: Checkpoint,
         shards: Shards,
-        changed: Mapping[str, Change],
+        changed: Mapping[str, Change | StoredTensor],
         stage: Path,
         *,
         finished: Iterable[str] = (),
@@ -67,48 +65,38 @@ class ShardWriter:
         self.done, self.progress = done or (lambda file: None), progress or (lambda count: None)
         self.finished = tuple(finished)
         self.executor = ThreadPoolExecutor(max_workers=workers)
-        self.straddling = self._straddling()
         self.files: list[ShardFile] = []
-        self.reopened: dict[str, ShardFile] = {}
-        self.flying: deque[tuple[str, ShardFile, list[Future[None]]]] = deque()
+        self.open: deque[tuple[str, ShardFile, list[Future[None]]]] = deque()
         self.syncs: list[Future[None]] = []
 
     def run(self) -> None:
         """Write, flush and note every file that is not finished."""
         try:
-            for name in {name for places in self.straddling.values() for name, _ in places}:
-                self.reopened[name] = self._file(name, again=True)
             for name, tensors in self.shards.items():
                 if name in self.finished:
                     self.progress(sum(nbytes_of(*spec) for spec in tensors.values()))
                     continue
-                if len(self.flying) == _FLYING:
-                    self._next_lands()
-                target = self._file(name)
+                if len(self.open) == _OPEN_FILES:
+                    self._finish_next()
+                target = ShardFile(self.stage / name, self.shards[name], self.checkpoint.metadata[name])
+                self.files.append(target)
                 work = [self.executor.submit(self._piece, *piece) for piece in self._pieces(name, target)]
-                self.flying.append((name, target, work))
-            while self.flying:
-                self._next_lands()
+                self.open.append((name, target, work))
+            while self.open:
+                self._finish_next()
             _finish(self.syncs)
         finally:
             self.executor.shutdown(wait=True, cancel_futures=True)
             for target in self.files:
                 target.close(sync=False)
 
-    def _file(self, name: str, *, again: bool = False) -> ShardFile:
-        file = ShardFile(self.stage / name, self.shards[name], self.checkpoint.metadata[name], again=again)
-        self.files.append(file)
-        return file
-
-    def _next_lands(self) -> None:
-        name, target, work = self.flying.popleft()
+    def _finish_next(self) -> None:
+        name, target, work = self.open.popleft()
         _finish([*work, *(sync for sync in self.syncs if sync.done())])
         # The disk works on this file while the next one is being made.
-        self.syncs.append(self.executor.submit(self._land, name, target))
+        self.syncs.append(self.executor.submit(self._complete, name, target))
 
-    def _land(self, name: str, target: ShardFile) -> None:
-        for file in self.reopened.values():
-            file.sync()
+    def _complete(self, name: str, target: ShardFile) -> None:
         target.close()
         self.checkpoint.check_unchanged(name)
         self.done(name)
@@ -120,44 +108,32 @@ class ShardWriter:
     def _pieces(self, file: str, target: ShardFile) -> Iterator[tuple[int, Callable[[], None]]]:
         """The work of one file: (bytes written, what writes them)."""
         entries, path = self.checkpoint.shards[file], self.checkpoint.folder / file
-
-        def rewrite(name: str, target: ShardFile) -> Callable[[], None]:
-            return lambda: target.write(name, self.changed[name].run(name, self.checkpoint.read))
-
-        def copy(start: int, end: int, to: int) -> Callable[[], None]:
-            return lambda: target.copy(path, start, end, to)
-
-        runs: list[list[int]] = []
+        copies: list[list[Any]] = []
         for name in self.shards[file]:
             start, end = target.ranges[name]
             change = self.changed.get(name)
-            if change is not None:
-                if isinstance(change, Solved):
-                    for finished, tensor in self.straddling.pop(change.solver, ()):
-                        yield 0, rewrite(tensor, self.reopened[finished])
-                yield end - start, rewrite(name, target)
-                continue
-            entry = entries[name]
-            # Neighbours in both files are one run.
-            if runs and runs[-1][1] == entry.start and runs[-1][2] + runs[-1][1] - runs[-1][0] == start:
-                runs[-1][1] = entry.end
+            if change is None:
+                source, first, last = path, entries[name].start, entries[name].end
+            elif isinstance(change, StoredTensor):
+                source, first, last = change.path, change.start, change.end
             else:
-                runs.append([entry.start, entry.end, start])
-        for first, last, to in runs:
+                yield end - start, lambda name=name, how=change: target.write(name, how.run(name, self.checkpoint.read))
+                continue
+            # Neighbours in both files are one copy.
+            before = copies[-1] if copies else None
+            if before and before[0] == source and before[2] == first and before[3] + before[2] - before[1] == start:
+                before[2] = last
+            else:
+                copies.append([source, first, last, start])
+        for source, first, last, to in copies:
             for begin in range(first, last, _PIECE):
                 end = min(begin + _PIECE, last)
-                yield end - begin, copy(begin, end, to + begin - first)
-
-    def _straddling(self) -> dict[Solver, list[tuple[str, str]]]:
-        """Solvers with tensors in finished and in unfinished files: the (file, tensor) of those in finished ones."""
-        places: dict[Solver, list[tuple[str, str]]] = {}
-        for file, names in self.shards.items():
-            for name in names:
-                change = self.changed.get(name)
-                if isinstance(change, Solved):
-                    places.setdefault(change.solver, []).append((file, name))
-        split = {solver: [place for place in found if place[0] in self.finished] for solver, found in places.items()}
-        return {solver: done for solver, done in split.items() if 0 < len(done) < len(places[solver])}
+                yield (
+                    end - begin,
+                    lambda source=source, begin=begin, end=end, to=to + begin - first: target.copy(
+                        source, begin, end, to
+                    ),
+                )
 
 
 def _finish(futures: list[Future[None]]) -> None:
@@ -167,8 +143,8 @@ def _finish(futures: list[Future[None]]) -> None:
         future.result()
 
 
-def child_index(index: Mapping[str, Any], shards: Shards) -> dict[str, Any]:
-    """A parent's index with the sizes and places of what was written."""
+def converted_index(index: Mapping[str, Any], shards: Shards) -> dict[str, Any]:
+    """The original index with the sizes and places of what was written."""
     old = index.get("metadata")
     metadata = dict(old) if isinstance(old, dict) else {}
     metadata["total_size"] = sum(nbytes_of(*spec) for names in shards.values() for spec in names.values())

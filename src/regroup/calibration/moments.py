@@ -1,60 +1,25 @@
-"""Second moments of what one attention layer computes: from its weights alone, or from text that runs through it."""
+"""Second moments of what one attention layer computes on text, summed over batches."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
-from ..calibration.decoder_layer import Seen
 from ..layout.types import AttentionLayer
 from ..processes import ProcessGroup
-from .heads import HeadWeights, group_owners
+from ..solver.heads import HeadWeights, group_owners
+from ..solver.statistics import Moments
+from .decoder_layer import AttentionTrace
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Second moments of what one layer computes, for one way to group its heads.
-
-    Attributes:
-        query: E[q_h q_hᵀ], (H, D, D), before any rotation.
-        key, value: of the KV heads of each group stacked: for each group (m·D, m·D).
-        attended: per query head, of the values of its group's KV heads as the head's own attention mixes them: for each
-            group (n, m·D, m·D); None where no text was seen.
-    """
-
-    query: torch.Tensor
-    key: list[torch.Tensor]
-    value: list[torch.Tensor]
-    attended: list[torch.Tensor] | None = None
-
-
-def weight_moments(weights: HeadWeights, order: tuple[int, ...], groups: int) -> Moments:
-    """What the moments would be if inputs were white: no text is needed (C = I). A bias is one more input of 1."""
-
-    def augmented(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        wide = weight.double()
-        return wide if bias is None else torch.cat([wide, bias.double().unsqueeze(-1)], dim=-1)
-
-    query = augmented(weights.query, weights.query_bias)
-    found: dict[str, list[torch.Tensor]] = {"key": [], "value": []}
-    for _, distinct, _ in group_owners(order, len(weights.key), groups):
-        index = torch.tensor(distinct)
-        for name, parts in found.items():
-            bias = getattr(weights, f"{name}_bias")
-            stack = augmented(getattr(weights, name)[index], None if bias is None else bias[index]).flatten(0, 1)
-            parts.append(stack @ stack.T)
-    return Moments(query @ query.mT, found["key"], found["value"])
-
-
-class Gatherer:
-    """Accumulates the moments of one attention layer of the parent over batches, in float64.
+class MomentSums:
+    """Accumulates the moments of one original attention layer over batches, in float64.
 
     Args:
-        layer, weights: of the parent.
+        layer, weights: of the original model.
         order, groups: how heads are grouped.
-        attended: whether to gather what each head's attention mixes, which needs its attention weights.
+        attended: whether to sum what each head's attention mixes, which needs its attention weights.
     """
 
     def __init__(
@@ -65,17 +30,17 @@ class Gatherer:
         self._rows = {"query": 0, "memory": 0}
         self._groups = group_owners(order, layer.num_key_value_heads, groups)
 
-    def add(self, seen: Seen, query_mask: torch.Tensor | None, memory_mask: torch.Tensor | None) -> None:
+    def add(self, trace: AttentionTrace, query_mask: torch.Tensor | None, memory_mask: torch.Tensor | None) -> None:
         """Count one batch; the masks (B, T) and (B, S) say which positions hold text, None that all do."""
-        if "heads" not in seen.derived:
+        if "heads" not in trace.derived:
             # The same for every way to group them.
-            seen.derived["heads"] = (
-                _project(seen.query_input, self.weights.query, self.weights.query_bias),
-                _project(seen.memory, self.weights.key, self.weights.key_bias),
-                _project(seen.memory, self.weights.value, self.weights.value_bias),
+            trace.derived["heads"] = (
+                _project(trace.query_input, self.weights.query, self.weights.query_bias),
+                _project(trace.memory, self.weights.key, self.weights.key_bias),
+                _project(trace.memory, self.weights.value, self.weights.value_bias),
             )
-        query, key, value = seen.derived["heads"]
-        rows, columns = _selected(query_mask, seen.query_input), _selected(memory_mask, seen.memory)
+        query, key, value = trace.derived["heads"]
+        rows, columns = _selected(query_mask, trace.query_input), _selected(memory_mask, trace.memory)
         q = query.flatten(0, 1)[rows].double()
         self._count("query", torch.einsum("thd,the->hde", q, q))
         for number, (members, distinct, _) in enumerate(self._groups):
@@ -84,11 +49,11 @@ class Gatherer:
                 self._count(f"{name}.{number}", flat.T @ flat)
             if not self.attended:
                 continue
-            assert seen.weights is not None
+            assert trace.weights is not None
             stacked = value[:, :, distinct].flatten(2)
             moments = []
             for head in members:
-                mixed = _mixed(seen, head, stacked).flatten(0, 1)[rows].double()
+                mixed = _mixed(trace, head, stacked).flatten(0, 1)[rows].double()
                 moments.append(mixed.T @ mixed)
             self._count(f"attended.{number}", torch.stack(moments))
         self._rows["query"] += int(rows.sum())
@@ -123,13 +88,13 @@ def _project(states: torch.Tensor, heads: torch.Tensor, bias: torch.Tensor | Non
     return out if bias is None else out + bias.to(states)
 
 
-def _mixed(seen: Seen, head: int, values: torch.Tensor) -> torch.Tensor:
+def _mixed(trace: AttentionTrace, head: int, values: torch.Tensor) -> torch.Tensor:
     """What a head's attention makes of values (B, S, F): (B, T, F). Leaves out what attention never reaches."""
-    assert seen.weights is not None
-    if "reach" not in seen.derived:
-        seen.derived["reach"] = _reach(seen.weights)
+    assert trace.weights is not None
+    if "reach" not in trace.derived:
+        trace.derived["reach"] = _reach(trace.weights)
     parts = [
-        seen.weights[:, head, rows, columns].float() @ values[:, columns] for rows, columns in seen.derived["reach"]
+        trace.weights[:, head, rows, columns].float() @ values[:, columns] for rows, columns in trace.derived["reach"]
     ]
     return torch.cat(parts, dim=1)
 

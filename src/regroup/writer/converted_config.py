@@ -1,4 +1,4 @@
-"""The child's config.json."""
+"""The converted model's config.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..plans import Plan
 
 
 def is_stock(layout: Layout, plan: Plan) -> bool:
-    """True if the transformers class of the family loads the child by itself."""
+    """True if the transformers class of the family loads the converted model by itself."""
     heads = {layer.num_attention_heads for layer in layout.layers}
     if plan.uniform is None:
         return False
@@ -24,50 +24,50 @@ def is_stock(layout: Layout, plan: Plan) -> bool:
     return plan.uniform in allowed
 
 
-def child_config(config: dict[str, Any], layout: Layout, plan: Plan) -> dict[str, Any]:
-    """The parent's config with the child's KV heads.
+def converted_config(config: dict[str, Any], layout: Layout, plan: Plan) -> dict[str, Any]:
+    """The original config with the converted model's KV heads.
 
-    A stock child names them where the family does. Any other carries them module by module, together with the class
-    that reads them (see ``regroup.modeling``). Remote code of the parent is not carried along.
+    A model that the stock class loads names them where the family does. Any other carries them module by module,
+    together with the class that reads them (see ``regroup.modeling``). Remote code of the original is not copied.
     """
-    child = copy.deepcopy(dict(as_llama(as_known(config))))
-    config = child.copy()
+    made = copy.deepcopy(dict(as_llama(as_known(config))))
+    config = made.copy()
     family = family_for(config)
     assert family is not None
-    child["model_type"] = layout.family
-    child.pop("auto_map", None)
-    if child.pop("num_key_value_heads_per_layer", None) is not None or config["model_type"] == "deci":
-        child["architectures"] = ["LlamaForCausalLM"]
+    made["model_type"] = layout.family
+    made.pop("auto_map", None)
+    if made.pop("num_key_value_heads_per_layer", None) is not None or config["model_type"] == "deci":
+        made["architectures"] = ["LlamaForCausalLM"]
     if not layout.tied_embeddings and ties(config, family) and len(family.tied) == 1:
         # transformers keeps the stored head either way; other engines would put the embedding in its place. In
         # encoder-decoders the key also ties the embeddings of the two sides, which may not be stored one by one.
-        child["tie_word_embeddings"] = False
+        made["tie_word_embeddings"] = False
     most = max(layer.num_key_value_heads for layer in plan.layers)
     for key in family.kv_heads:
-        child[key] = most
+        made[key] = most
 
     if not is_stock(layout, plan):
         if layout.native_kv_heads == "mqa":
-            child["multi_query"] = False
+            made["multi_query"] = False
         if config["model_type"] == "falcon" and config.get("new_decoder_architecture"):
             raise RegroupError(
                 "Falcon's new decoder architecture holds one number of KV heads for all layers",
                 expected="the same number in every layer",
                 remedy="plan it with --kv-heads alone",
             )
-        return grouped_config(child, {x.module: p.num_key_value_heads for x, p in _pairs(layout, plan)})
+        return grouped_config(made, {x.module: p.num_key_value_heads for x, p in _pairs(layout, plan)})
 
-    child.pop(CONFIG_KEY, None)
-    if child.get("architectures"):
-        stock_architecture(child, "config.json")  # refuses what is no list of names
-        child["architectures"] = [str(name).removeprefix("Regroup") for name in child["architectures"]]
+    made.pop(CONFIG_KEY, None)
+    if made.get("architectures"):
+        stock_architecture(made, "config.json")  # refuses what is no list of names
+        made["architectures"] = [str(name).removeprefix("Regroup") for name in made["architectures"]]
     if layout.native_kv_heads == "mqa":
-        if "num_key_value_heads" in child:
-            child["num_key_value_heads"] = plan.uniform
-        child["multi_query"] = plan.uniform == 1 and layout.layers[0].num_attention_heads > 1
+        if "num_key_value_heads" in made:
+            made["num_key_value_heads"] = plan.uniform
+        made["multi_query"] = plan.uniform == 1 and layout.layers[0].num_attention_heads > 1
         if config["model_type"] == "falcon":
-            child["num_kv_heads"] = plan.uniform
-    return child
+            made["num_kv_heads"] = plan.uniform
+    return made
 
 
 def _pairs(layout: Layout, plan: Plan) -> zip[tuple[Any, Any]]:

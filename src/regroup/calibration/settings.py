@@ -1,0 +1,57 @@
+"""How to calibrate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..plans import DEFAULT_REPAIR, Plan
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """How a layer is distilled.
+
+    Attributes:
+        learning_rate: of Adam, relative to the root mean square of each matrix.
+        warmup: share of the steps.
+        checks: how often held-out text is looked at; distillation ends when it stops getting better.
+        patience: checks without progress that are borne.
+        whitening: what is added to the eigenvalues of the inputs' second moment, relative to their mean, before its
+            root is taken.
+    """
+
+    learning_rate: float = 0.04
+    warmup: float = 0.02
+    checks: int = 8
+    patience: int = 2
+    betas: tuple[float, float] = (0.9, 0.99)
+    whitening: float = 0.01
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to calibrate, beyond the methods that the plan names for each layer.
+
+    Attributes:
+        search: look for heads that belong together, where the plan names no order and the family allows one.
+        repair: ``"none"``, ``"output"`` (solve the output projection again) or ``"distill"`` (train the layer's
+            attention).
+        held_out: share of the batches that is judged on and never fitted,
+        held_out_tokens: and how many tokens of them at most, at one batch at least.
+        judged_on: tokens to fit candidates on; what is chosen is fitted on all of the text.
+        distillation: see there.
+        seed: of the search.
+    """
+
+    search: bool = True
+    repair: str = DEFAULT_REPAIR
+    held_out: float = 0.125
+    held_out_tokens: int = 16_384
+    judged_on: int = 16_384
+    distillation: DistillSettings = field(default_factory=DistillSettings)
+    seed: int = 0
+
+    @classmethod
+    def of(cls, plan: Plan) -> Settings:
+        """The settings that a plan asks for."""
+        return cls(search=plan.grouping == "search", repair=plan.repair or DEFAULT_REPAIR, seed=plan.seed)

@@ -1,0 +1,147 @@
+"""From what a user asks for to a plan, checked before anything is read that takes long."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict
+
+from ..errors import RegroupError
+from ..files import as_named
+from ..layout import Layout
+from ..listener import Listener
+from ..opening import Source
+from ..plans import DEFAULT_REPAIR, REPAIRS, CalibrationText, Plan, make_plan, spelled_out
+from ..processes import ProcessGroup
+
+GROUPINGS = ("contiguous", "search")
+
+
+class Asked(TypedDict, total=False):
+    """What may be asked of a conversion: a plan, or what it is made from.
+
+    Attributes:
+        kv_heads: KV heads of every layer that ``layers`` does not name.
+        layers: KV heads of ranges of layers, such as ``"0-3:8,4-31:4"`` (see ``plans.make_plan``).
+        method: ``"auto"`` (the default), ``"mean"``, ``"first"``, ``"random"``, ``"lowrank"`` or ``"procrustes"``.
+        grouping: ``"contiguous"``, or ``"search"`` for heads that belong together; by default the search with the
+            method ``"auto"``, neighbours with any other.
+        tensor_parallel: number of devices that will share each layer.
+        seed: of the method ``"random"``, and of the search.
+        plan: a Plan or the path of one, in the place of all these. Calibration text may be given with it: where the
+            plan names text, as the place of that text.
+        calibration: text to convert on; without it only the weights are used.
+        repair: with calibration ``"none"``, ``"output"`` (the default) or ``"distill"`` (see ``calibration.Settings``).
+    """
+
+    kv_heads: int | None
+    layers: str | Mapping[str, int] | None
+    method: str | None
+    grouping: str | None
+    tensor_parallel: int | None
+    seed: int | None
+    plan: Plan | str | Path | None
+    calibration: CalibrationText | None
+    repair: str | None
+
+
+def check_asked(asked: Asked, device: str | None, processes: ProcessGroup) -> None:
+    """Refuse what contradicts itself or cannot be, before anything is read.
+
+    Raises:
+        RegroupError: an unknown grouping, a plan and its parts, a device that is not there, or several processes and no
+            text for them.
+    """
+    grouping, plan = asked.get("grouping"), asked.get("plan")
+    if grouping not in (None, *GROUPINGS):
+        raise RegroupError("the grouping is not known", expected=" or ".join(GROUPINGS), got=grouping)
+    parts = ("kv_heads", "layers", "method", "grouping", "tensor_parallel", "seed")
+    if plan is not None and any(asked.get(part) is not None for part in parts):
+        raise RegroupError(
+            "a plan and its parts were both given", remedy="give a plan, or KV heads, layers, method and the like"
+        )
+    repair = asked.get("repair")
+    if repair not in (None, *REPAIRS):
+        raise RegroupError("the repair is not known", expected=", ".join(REPAIRS), got=repair)
+    if asked.get("calibration") is not None:
+        from ..devices import device_named
+
+        device_named(processes.device(device))
+    elif processes.size > 1 and plan is None:
+        raise _needless(processes)
+
+
+def asked_plan(layout: Layout, asked: Asked, processes: ProcessGroup) -> Plan:
+    """The plan that was given, or one made from the rest; checked against the layout either way.
+
+    Raises:
+        RegroupError: the file is no plan, the layout does not allow it, or the text is not the plan's.
+    """
+    given, text, repair = asked.get("plan"), asked.get("calibration"), asked.get("repair")
+    if given is None:
+        method, grouping = asked.get("method") or "auto", asked.get("grouping")
+        search = method == "auto" if grouping is None else grouping == "search"
+        degree = asked.get("tensor_parallel")
+        return make_plan(
+            layout,
+            asked.get("kv_heads"),
+            layers=asked.get("layers"),
+            method=method,
+            tensor_parallel=1 if degree is None else degree,
+            seed=asked.get("seed") or 0,
+            grouping="search" if search else None,
+            calibration=None if text is None else text.hashed(),
+            repair=repair,
+        )
+    plan = given if isinstance(given, Plan) else Plan.load(Path(given))
+    if plan.calibration is not None:
+        text = _found_text(plan.calibration, text, given)
+        plan = replace(plan, calibration=text, repair=repair or plan.repair)
+    elif text is not None:
+        plan = replace(plan, calibration=text.hashed(), repair=repair or DEFAULT_REPAIR)
+    elif processes.size > 1:
+        raise _needless(processes)
+    plan.check(layout)
+    return plan
+
+
+def grouped(opened: Source, plan: Plan, listener: Listener) -> Plan:
+    """The plan with the groups that a search by weights finds, if it asks for one.
+
+    With calibration text, layers with an order of their own are still to be searched on it; otherwise the plan that is
+    returned asks for no search.
+    """
+    if plan.grouping != "search":
+        return plan
+    from ..solver.grouping import group_by_weights
+
+    with listener.searching(len(plan.layers)) as count:
+        found = group_by_weights(opened.checkpoint, opened.layout, plan, progress=count)
+    return found if plan.calibration is not None else spelled_out(found, opened.layout)
+
+
+def _found_text(wanted: CalibrationText, given: CalibrationText | None, plan: object) -> CalibrationText:
+    """The text that a plan names: where the user says it is, next to the plan, or where its name leads."""
+    if given is not None:
+        return replace(wanted, data=given.data).hashed()
+    beside = Path(str(plan)).parent / str(wanted.data) if not isinstance(plan, Plan) else None
+    if beside is not None and beside.is_file():
+        return replace(wanted, data=beside).hashed()
+    if wanted.sha256 is not None and not as_named(wanted.data).is_file():
+        raise RegroupError(
+            "the calibration text of the plan is not here",
+            file=wanted.data,
+            expected=f"a file with sha256 {wanted.sha256}",
+            remedy="pass it by --calibration FILE, with the plan",
+        )
+    return wanted.hashed()
+
+
+def _needless(processes: ProcessGroup) -> RegroupError:
+    return RegroupError(
+        "several processes were started, and there is no calibration text for them to share",
+        expected="--calibration, or one process",
+        got=f"{processes.size} processes",
+        remedy="run the command without a launcher",
+    )
