@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.mkldnn import to_mkldnn
 
-from regroup.attention.cpu import linear as cpu_linear
+from regroup.attention.cpu import build as cpu_build
 from regroup.attention.cpu.linear_layers import DirectLinear, PackedLinear, fast_layer, unavailable
 from regroup.record import record, write_record
 
@@ -39,10 +39,10 @@ def alternatives(weights: list[Tensor], states: Tensor) -> dict[str, list[Callab
     found: dict[str, list[Callable[[Tensor], Tensor]]] = {
         "linear": [lambda x, w=weight: linear(x, w) for weight in weights],
     }
-    if unavailable(weights[0].dtype) is None:
+    if packed_unsupported_reason(weights[0].dtype) is None:
         found["to_mkldnn"] = [_public(weight) for weight in weights]
         found["packed"] = [PackedLinear(weight, None) for weight in weights]
-    if cpu_linear.missing() is None:
+    if cpu_build.unsupported_reason() is None:
         found["direct"] = [DirectLinear(weight, None) for weight in weights]
     if weights[0].dtype == torch.float32:  # what torch.compile with freezing takes
         ops, rows = torch.ops.mkl, states.shape[0]

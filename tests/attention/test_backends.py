@@ -16,7 +16,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import regroup
-from regroup.attention import BACKENDS, explain, flex, grouped, grouped_query_attention, make_call, packed
+from regroup.attention import BACKENDS, explain, grouped, grouped_query_attention, make_call, registry
+from regroup.attention.backends import cpu, flex, packed
+from regroup.attention.cpu import build as cpu_build
+from regroup.attention.registry import Backend, Preference, register
 from regroup.errors import RegroupError
 
 
@@ -37,7 +40,7 @@ def test_it_is_exported() -> None:
 
 @pytest.fixture
 def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped._MODULES["cpu"], "_missing", lambda: "there is no compiler")
+    monkeypatch.setattr(cpu_build, "unsupported_reason", lambda: "there is no compiler")
 
 
 @pytest.mark.usefixtures("_no_compiler")
@@ -69,11 +72,11 @@ def test_what_auto_takes(shape: dict[str, int], arguments: dict[str, Any], backe
 
 def test_the_compiled_kernel_is_taken_for_decoding_where_it_is_there() -> None:
     query, key, value = tensors(keys=900, groups=4)
-    why_not = grouped._MODULES["cpu"].reason(make_call(query, key, value))
-    assert explain(query, key, value).backend == ("packed" if why_not else "cpu")
+    reason = cpu.unsupported_reason(make_call(query, key, value))
+    assert explain(query, key, value).backend == ("packed" if reason else "cpu")
     assert explain(query.requires_grad_(), key, value).backend == "packed"
     with torch.no_grad():
-        assert explain(query, key, value).backend == ("packed" if why_not else "cpu")
+        assert explain(query, key, value).backend == ("packed" if reason else "cpu")
     assert explain(*tensors(keys=2)).backend == "packed"
 
 
@@ -87,13 +90,71 @@ def test_short_vectors_leave_arithmetic_to_pytorch(monkeypatch: pytest.MonkeyPat
         (True, 4, 64, {"softcap": 3.0}, False),
     ]
     for short, queries, batch, arguments, wanted in cases:
-        monkeypatch.setattr(grouped, "has_short_vectors", lambda short=short: short)
+        monkeypatch.setattr(packed, "has_short_vectors", lambda short=short: short)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         given = tensors(batch=batch, groups=1, queries=queries, keys=1000)
-        call = make_call(*given, **arguments)
-        assert grouped._preferred(call)[0][0] == ("packed" if wanted else "cpu")
         choice = explain(*given, **arguments)
         assert ("arithmetic binds" in choice.why) is wanted
+
+
+def the_backend(name: str, **changes: Any) -> Backend:
+    parts: dict[str, Any] = {
+        "preferences": (Preference(70, lambda call: call.query_length == 3, "three queries"),),
+        "unsupported_reason": lambda call: "no windows" if call.window else None,
+        "run": lambda call: torch.full_like(call.query, 7.0),
+        "not_preferred": "it is for three queries",
+    }
+    return Backend(name=name, **(parts | changes))
+
+
+@pytest.fixture
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_name, in_order = dict(registry.BY_NAME), list(registry.IN_ORDER)
+    for module in (registry, grouped):
+        monkeypatch.setattr(module, "BY_NAME", by_name)
+        monkeypatch.setattr(module, "IN_ORDER", in_order)
+
+
+@pytest.mark.usefixtures("_own_registry")
+def test_registering_is_all_that_a_backend_needs() -> None:
+    register(the_backend("sevens"))
+    few, more = tensors(queries=3), tensors(queries=4)
+    assert (grouped_query_attention(*few) == 7).all()
+    assert explain(*few).why == "three queries"
+    assert explain(*few, window=2).others["sevens"] == "no windows"
+    assert explain(*more).others["sevens"] == "it is for three queries"
+    assert (grouped_query_attention(*more, backend="sevens") == 7).all()
+    with pytest.raises(RegroupError, match="no windows"):
+        grouped_query_attention(*more, window=2, backend="sevens")
+
+
+@pytest.mark.usefixtures("_own_registry")
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"run": None}, TypeError),
+        ({"unsupported_reason": "never"}, TypeError),
+        ({"not_preferred": ""}, TypeError),
+        ({"preferences": (Preference(1, lambda call: True, ""),)}, TypeError),
+        ({"preferences": (Preference("first", lambda call: True, "why"),)}, TypeError),  # pyright: ignore[reportArgumentType]
+        ({"name": "packed"}, ValueError),
+        ({"name": "auto"}, ValueError),
+    ],
+)
+def test_an_incomplete_backend_is_not_registered(changes: dict[str, Any], error: type[Exception]) -> None:
+    before = list(registry.BY_NAME), list(registry.IN_ORDER)
+    with pytest.raises(error, match="attention backend"):
+        register(the_backend(**({"name": "incomplete"} | changes)))
+    assert (list(registry.BY_NAME), list(registry.IN_ORDER)) == before
+    with pytest.raises(TypeError, match="run"):
+        Backend("incomplete", (), lambda call: None, not_preferred="")  # pyright: ignore[reportCallIssue]
+
+
+def test_priorities_decide() -> None:
+    priorities = [preference.priority for preference, _ in registry.IN_ORDER]
+    assert priorities == sorted(priorities, reverse=True)
+    assert {backend.name for _, backend in registry.IN_ORDER} == set(registry.BY_NAME)
+    assert registry.IN_ORDER[-1][1].name == "reference"
 
 
 def test_a_named_backend_that_cannot_serve_says_why() -> None:
@@ -344,7 +405,7 @@ def test_flex_compiled() -> None:
 
 def test_the_page_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The snippets of docs/attention.md, one after the other; what follows ``# prints`` is printed."""
-    monkeypatch.setattr(grouped._MODULES["cpu"], "_missing", lambda: "no C++ compiler")
+    monkeypatch.setattr(cpu_build, "unsupported_reason", lambda: "no C++ compiler")
     page = (Path(__file__).parents[2] / "docs" / "attention.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import RegroupError
 from .autocast import autocast_dtype, lowered
 from .checks import check_each, check_together, checked_number, is_finite, whole_number
-from .sizes import is_certain, is_fixed, is_traced, untraced
+from .sizes import is_certain, is_exported, is_fixed, is_traced, untraced
 
 # A window as wide as any context, and as kernels count.
 _WIDEST = 1 << 62
@@ -61,6 +61,11 @@ class Call:
         """Whether there are no queries, no keys, or no numbers in them."""
         # An open size is not taken for 0.
         return not self.is_open and (0 in self.query.shape or 0 in self.key.shape or 0 in self.value.shape)
+
+    @property
+    def any_size(self) -> bool:
+        """Whether the call becomes part of a graph that serves other sizes, or leaves this process."""
+        return self.is_open or is_exported()
 
     @property
     def batch(self) -> int:

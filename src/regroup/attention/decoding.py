@@ -1,4 +1,4 @@
-"""What the kernels for decoding share: calls that none of them serves, and the form of their operators."""
+"""What the kernels for decoding share: the calls that are theirs, and the signature of their operators."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import torch
 from torch import Tensor
 
 from .call import Call
+from .sizes import is_exported, is_fixed
 
-# Query positions: beyond them attention is a matrix product for which there are better kernels.
+# With more queries attention is bound by arithmetic, not by reading the KV heads: prefill.
 MAX_QUERIES = 64
+# Bytes of keys and values below which a compiled CPU kernel gains nothing.
+_CPU_BYTES = 1 << 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool, float, int | None, float | None]
 
 
-def unserved(call: Call) -> str | None:
+def unsupported_reason(call: Call) -> str | None:
     """Why no kernel for decoding can serve a call, or None."""
     if call.query.dtype not in _DTYPES:
         return f"{call.query.dtype} is not served"
@@ -25,6 +28,25 @@ def unserved(call: Call) -> str | None:
     if call.query_length > MAX_QUERIES:
         return f"{call.query_length} queries are more than {MAX_QUERIES}: it decodes"
     return None
+
+
+def decodes(call: Call) -> bool:
+    """Whether a call of known sizes has few queries."""
+    return not call.any_size and call.query_length <= MAX_QUERIES
+
+
+def decodes_without_grad(call: Call, device: str) -> bool:
+    """Whether it is decoding on a device, and large enough there for a kernel."""
+    if not decodes(call) or call.query.device.type != device or call.needs_grad:
+        return False
+    heads = call.batch * call.num_key_value_heads
+    nbytes = heads * call.context * (call.head_dim + call.value_dim) * call.key.element_size()
+    return device != "cpu" or nbytes >= _CPU_BYTES
+
+
+def decodes_any_length(call: Call) -> bool:
+    """Whether a graph for any length, which stays in this process, has few queries."""
+    return call.any_size and not is_exported() and is_fixed(call.query_length) and not call.needs_grad
 
 
 def arguments(call: Call) -> Arguments:

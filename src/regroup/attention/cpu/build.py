@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from ..tracing import constant
+
 _SOURCES = ("decode.cpp", "linear.cpp", "vectors.h")
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared")
 _SECONDS = 120
@@ -35,7 +37,7 @@ class Built:
     """The loaded library, or why there is none."""
 
     library: ctypes.CDLL | None
-    reason: str | None
+    unsupported_reason: str | None
 
 
 def find_compiler() -> list[str] | None:
@@ -169,11 +171,23 @@ def build() -> Built:
         return Built(None, f"it could not be built: {error}; {_INSTALL}")
 
 
+@constant
+def unsupported_reason() -> str | None:
+    """Why the kernels are not there, or None. Builds them, if that was not done before."""
+    return build().unsupported_reason
+
+
+@constant
 def features() -> int:
     """What the built kernels can use: a sum of :data:`HALVES` (float16) and :data:`AVX2` (that, and nothing wider); 0
     where there are no kernels."""
     library = build().library
     return 0 if library is None else library.regroup_features()
+
+
+def has_short_vectors() -> bool:
+    """Whether this processor has AVX2 and nothing wider."""
+    return bool(features() & AVX2)
 
 
 @functools.cache

@@ -12,32 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..onlookers import constant, hidden_from_kernels, is_recorded
-from .build import AVX2, build, features, parallel
+from .. import tracing
+from .build import build, parallel
 
 # Rows beyond which PyTorch's matrix product is as fast (benchmarks/linear.py).
 MAX_ROWS = 64
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-@constant
-def missing() -> str | None:
-    """Why the kernel is not there, or None. Builds it, if that was not done before."""
-    return build().reason
-
-
-def is_best() -> bool:
-    """Whether this processor is one where the kernel is faster than oneDNN's packed layers.
-
-    Measured on AVX2; with AVX-512, oneDNN's have instructions for bfloat16 that this has not.
-    """
-    return bool(features() & AVX2)
-
-
 def serves(states: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether :func:`linear` can compute a product; where it cannot, PyTorch's can."""
     tensors = (states, weight) if bias is None else (states, weight, bias)
-    if states.dtype not in _TYPES or hidden_from_kernels(tensors) is not None:
+    if states.dtype not in _TYPES or tracing.unsupported_reason(tensors) is not None:
         return False
     if any(tensor.dtype != states.dtype or tensor.device.type != "cpu" for tensor in tensors):
         return False
@@ -101,4 +87,4 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Returns:
         (…, out) in the dtype of the states.
     """
-    return (_op if is_recorded() else _linear)(states, weight, bias)
+    return (_op if tracing.is_recorded() else _linear)(states, weight, bias)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ...errors import RegroupError
-from .linear import is_best, missing, serves
+from .build import has_short_vectors, unsupported_reason
 from .linear import linear as linear_of_few_rows
+from .linear import serves
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Weights that are widened to float32 at once: 16 MiB, enough rows for a matrix product at full speed.
@@ -161,18 +162,19 @@ def fast_layer(dtype: torch.dtype) -> tuple[type[DirectLinear | PackedLinear] | 
     """
     if dtype not in DTYPES:
         return None, f"{dtype} is not served, float32 and bfloat16 are"
-    if is_best():
+    # Measured: with AVX-512, oneDNN's layers have instructions for bfloat16 that the kernel has not.
+    if has_short_vectors():
         return DirectLinear, "the compiled kernel is the fastest on this processor"
-    without = unavailable(dtype)
+    without = packed_unsupported_reason(dtype)
     if without is None:
         return PackedLinear, "oneDNN's layout"
-    why_not = missing()
+    why_not = unsupported_reason()
     if why_not is None:
         return DirectLinear, f"the compiled kernel: {without}"
     return None, f"{without}; the compiled kernel is missing: {why_not}"
 
 
-def unavailable(dtype: torch.dtype) -> str | None:
+def packed_unsupported_reason(dtype: torch.dtype) -> str | None:
     """Why weights of a dtype cannot be packed here, or None: one small product is computed and compared."""
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch was built without oneDNN"

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call
-from .decoding import arguments, result_of, strides_of, unserved
-from .onlookers import constant, hidden_from_kernels
+from .. import decoding, tracing
+from ..call import Call
+from ..decoding import arguments, result_of, strides_of
+from ..registry import Backend, Preference, register
+from ..tracing import constant
 
 MAX_WIDTH = 256
 _FEWEST_KEYS = 128  # of a part
@@ -24,7 +26,7 @@ _MOST_PARTS = 128
 
 
 @constant
-def _missing() -> str | None:
+def _import_failure() -> str | None:
     """Why there is no Triton."""
     try:
         import triton  # noqa: F401
@@ -41,9 +43,9 @@ def _interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def reason(call: Call) -> str | None:
+def unsupported_reason(call: Call) -> str | None:
     """Why this backend cannot serve a call; None if it can."""
-    other = unserved(call)
+    other = decoding.unsupported_reason(call)
     if other is not None:
         return other
     if max(call.head_dim, call.value_dim) > MAX_WIDTH:
@@ -51,10 +53,10 @@ def reason(call: Call) -> str | None:
     device = call.query.device.type
     if device not in ("cuda", "xpu", "cpu"):
         return f"Triton does not run on {device}"
-    hidden = hidden_from_kernels(call.tensors)
-    if hidden is not None:
-        return hidden
-    missing = _missing()
+    intercepted = tracing.unsupported_reason(call.tensors)
+    if intercepted is not None:
+        return intercepted
+    missing = _import_failure()
     if missing is not None:
         return missing
     if device == "cpu" and not _interpreted():
@@ -152,9 +154,27 @@ _op.register_fake(result_of)
 
 
 def run(call: Call) -> Tensor:
-    """Attention by the Triton kernels, with sums in float32. Only for calls of which :func:`reason` says None.
+    """Attention by the Triton kernels, with sums in float32. Only for calls that they can serve.
 
     Returns:
         (B, H, T, Dv) in the query's dtype.
     """
     return _op(*arguments(call))
+
+
+register(
+    Backend(
+        name="triton",
+        preferences=(
+            Preference(
+                40,
+                lambda call: decoding.decodes_without_grad(call, "cuda"),
+                "decoding on a GPU: the kernel splits the context over the processors",
+            ),
+            Preference(40, decoding.decodes_any_length, "decoding a context of any length by a kernel"),
+        ),
+        unsupported_reason=unsupported_reason,
+        run=run,
+        not_preferred="it could, but is for decoding: few queries",
+    )
+)

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .call import Call
-from .sdpa import addable, sum_of_extras
+from ..call import Call
+from ..cpu.build import has_short_vectors
+from ..decoding import decodes_without_grad
+from ..masks import addable, sum_of_extras
+from ..registry import Backend, Preference, register
 
 # Elements in memory at once, of scores or of what is added to them: longer queries go in pieces.
 _PIECE = 1 << 24
@@ -27,9 +30,11 @@ _MANY_BYTES = {torch.float32: 1 << 23, torch.bfloat16: 1 << 21, torch.float16: 1
 _FUSED_BLOCK = 32
 # Folded queries up to which the product with the keys on the left is faster, as it runs along memory.
 _KEYS_LEFT = 32
+# Query rows of a KV head from which decoding is bound by arithmetic on processors with short vectors.
+_MANY_ROWS = 32
 
 
-def reason(call: Call) -> str | None:
+def unsupported_reason(call: Call) -> str | None:
     """Why this backend cannot serve a call, or None if it can."""
     return "dropout is for the dense backend" if call.dropout else None
 
@@ -235,3 +240,30 @@ def _sums(weights: Tensor, value: Tensor) -> Tensor:
         products = [_bmm(some, block.to(weights.dtype)) for some, block in blocks]
         rows.append(products[0] if len(products) == 1 else torch.stack(products).sum(0))
     return torch.cat(rows)
+
+
+def _beats_cpu_kernel(call: Call) -> bool:
+    """Whether PyTorch's fused kernel decodes faster than the compiled one (measured: docs/benchmarks.md).
+
+    It multiplies faster on AVX2, and gives whole KV heads to its threads.
+    """
+    if not decodes_without_grad(call, "cpu"):
+        return False
+    heads = call.batch * call.num_key_value_heads
+    if call.group * call.query_length < _MANY_ROWS or heads < 2 * torch.get_num_threads():
+        return False
+    return has_short_vectors() and is_fused(call)
+
+
+register(
+    Backend(
+        name="packed",
+        preferences=(
+            Preference(60, _beats_cpu_kernel, "so many query heads share a KV head that arithmetic binds, not reading"),
+            Preference(10, lambda call: not call.any_size, "it serves every call, and repeats nothing"),
+        ),
+        unsupported_reason=unsupported_reason,
+        run=run,
+        not_preferred="it could, but is not the fastest here",
+    )
+)

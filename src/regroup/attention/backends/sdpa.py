@@ -7,46 +7,20 @@ it falls without a word to a path that repeats the KV heads in memory. Such call
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .call import Call
+from ..call import Call
+from ..decoding import decodes
+from ..masks import addable
+from ..registry import Backend, Preference, register
 
 # Head width above which FlashAttention on GPUs gives up.
 _FLASH_WIDTH = 256
 
 
-def addable(extra: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask or bias in a dtype that SDPA takes beside queries of ``dtype``: bool, float32 or that one."""
-    if extra.dtype in (torch.bool, dtype):
-        return extra
-    return extra.to(torch.float64 if dtype == torch.float64 else torch.float32)
-
-
-def sum_of_extras(seen: Tensor | None, extras: Iterable[Tensor | None]) -> Tensor | None:
-    """All that is added to scores, in four dimensions; bool if there are no numbers.
-
-    Args:
-        seen: None, or bool, four dimensions: what positions leave to be seen.
-        extras: masks and biases of four dimensions, None among them.
-    """
-    total = None
-    for extra in extras:
-        if extra is None:
-            continue
-        if extra.dtype == torch.bool:
-            seen = extra if seen is None else seen & extra
-        else:
-            total = extra if total is None else total.to(torch.promote_types(total.dtype, torch.float32)) + extra
-    if total is None or seen is None:
-        return seen if total is None else total
-    return torch.where(seen, total, float("-inf"))
-
-
-def repeats(call: Call, masked: bool) -> str | None:
+def _repeats(call: Call, masked: bool) -> str | None:
     """Why PyTorch would repeat KV heads for this call, or None."""
     if call.group == 1:
         return None
@@ -63,7 +37,7 @@ def repeats(call: Call, masked: bool) -> str | None:
     return None
 
 
-def reason(call: Call) -> str | None:
+def unsupported_reason(call: Call) -> str | None:
     """Why one call of SDPA cannot serve a call, or None if it can."""
     if call.dropout:
         return "dropout is for the dense backend: SDPA falls to unfused code"
@@ -82,7 +56,7 @@ def reason(call: Call) -> str | None:
             return f"SDPA aligns the first query with the first key; here are {length} queries and {call.context} keys"
         if masked:
             return "SDPA takes a mask or is_causal, not both"
-    return repeats(call, masked)
+    return _repeats(call, masked)
 
 
 def run(call: Call) -> Tensor:
@@ -106,3 +80,21 @@ def run(call: Call) -> Tensor:
         scale=call.scale,
         enable_gqa=call.group > 1,
     )
+
+
+def _is_prefill(call: Call) -> bool:
+    """Whether there are many queries, or as many as keys with causality."""
+    if call.any_size:
+        return False
+    return not decodes(call) or (call.is_causal and call.query_length == call.context > 1)
+
+
+register(
+    Backend(
+        name="sdpa",
+        preferences=(Preference(30, _is_prefill, "prefill that one call of PyTorch's fused kernel serves"),),
+        unsupported_reason=unsupported_reason,
+        run=run,
+        not_preferred="it could; it reads a KV head once for each query head, which costs where queries are few",
+    )
+)

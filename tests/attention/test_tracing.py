@@ -17,14 +17,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from regroup.attention import explain, grouped_query_attention
 from regroup.attention.cpu import build as cpu_build
-from regroup.attention.onlookers import constant
+from regroup.attention.tracing import constant
 from regroup.errors import RegroupError
 
 
 @pytest.fixture
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
     """A call that the compiled kernel takes, if nobody looks on."""
-    missing = cpu_build.build().reason
+    missing = cpu_build.build().unsupported_reason
     if missing:
         pytest.skip(missing)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Who looks on while a kernel is to run: compilers, tracers, transformations, tensors that are not what they seem."""
+"""Compilers, tracers, transformations and kinds of tensors that a kernel, which is given addresses, would not see."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def constant(function: Function) -> Function:
     return function
 
 
-def hidden_from_kernels(tensors: Iterable[Tensor]) -> str | None:
+def unsupported_reason(tensors: Iterable[Tensor]) -> str | None:
     """Why a kernel that is given addresses would miss what tensors are, or None.
 
     Under ``torch.compile`` the kernel is an operator of the graph, and the tensors are made plain before it runs.

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .call import Call
-from .sdpa import addable, sum_of_extras
-from .sizes import is_certain, is_traced
+from ..call import Call
+from ..masks import addable, sum_of_extras
+from ..registry import Backend, Preference, register
+from ..sizes import is_certain, is_traced
 
 
-def reason(call: Call) -> str | None:
+def unsupported_reason(call: Call) -> str | None:
     """Why this backend cannot serve a call, or None if it can."""
     return None if call.softcap is None else "SDPA has no soft cap"
 
@@ -74,3 +75,17 @@ def _added(call: Call) -> tuple[Tensor | None, bool]:
     if call.window is not None:
         seen = seen & (columns > rows - call.window)
     return sum_of_extras(seen[None, None], (call.bias, call.mask)), False
+
+
+register(
+    Backend(
+        name="dense",
+        preferences=(
+            # ONNX's form of SDPA has no grouped heads, or no zeros for hidden rows.
+            Preference(5, lambda call: not torch.onnx.is_in_onnx_export(), "it takes any length, and dropout"),
+        ),
+        unsupported_reason=unsupported_reason,
+        run=run,
+        not_preferred="it could, with a mask as large as a head's scores: it is for graphs of any length, and dropout",
+    )
+)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .call import Call
+from ..call import Call
+from ..registry import Backend, Preference, register
 
 
-def reason(call: Call) -> str | None:
+def unsupported_reason(call: Call) -> str | None:
     """Why this backend cannot serve a call: it serves every one."""
     return None
 
@@ -49,3 +50,17 @@ def run(call: Call) -> Tensor:
         weights = torch.nn.functional.dropout(weights, call.dropout)
     weights = weights.unflatten(1, (call.num_key_value_heads, call.group))
     return torch.einsum("bgrts,bgsv->bgrtv", weights, call.value.to(wide)).flatten(1, 2).to(call.query.dtype)
+
+
+register(
+    Backend(
+        name="reference",
+        preferences=(
+            Preference(100, lambda call: call.is_empty, "there is nothing to compute"),
+            Preference(0, lambda call: True, "it serves every call, of any length"),
+        ),
+        unsupported_reason=unsupported_reason,
+        run=run,
+        not_preferred="it could, in float32 with all scores in memory: it is what the others are tested against",
+    )
+)

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from .call import Call
+from ..call import Call
+from ..decoding import decodes
+from ..registry import Backend, Preference, register
 
 # Below this width the kernel's matrix products have no instruction on GPUs.
 _LEAST_WIDTH = 16
 
 
-def reason(call: Call) -> str | None:
+def unsupported_reason(call: Call) -> str | None:
     """Why FlexAttention cannot serve a call, or None if it can."""
     device = call.query.device.type
     if device not in ("cuda", "cpu"):
@@ -97,3 +99,22 @@ def run(call: Call) -> Tensor:
         enable_gqa=call.group > 1,
     )
     return out.to(call.query.dtype)
+
+
+register(
+    Backend(
+        name="flex",
+        preferences=(
+            Preference(
+                20,
+                lambda call: not call.any_size and not decodes(call) and call.query.device.type == "cuda",
+                "prefill on a GPU with what PyTorch's SDPA does not take",
+            ),
+        ),
+        unsupported_reason=unsupported_reason,
+        run=run,
+        not_preferred=(
+            "it could, but is for long queries on GPUs: it compiles for each form of call, and on CPUs is slower"
+        ),
+    )
+)
