@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from torch.utils.mkldnn import to_mkldnn
 
 from regroup.attention.cpu import build as cpu_build
-from regroup.attention.cpu.linear_layers import DirectLinear, PackedLinear, fast_layer, unavailable
+from regroup.attention.cpu.linear_layers import DirectLinear, PackedLinear, fast_layer, packed_unsupported_reason
 from regroup.record import record, write_record
 
 SHAPES = [(2048, 2048), (256, 2048), (5632, 2048), (2048, 5632), (32000, 2048)]

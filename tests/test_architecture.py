@@ -24,9 +24,9 @@ RULES: dict[str, tuple[list[str], set[str]]] = {
     "layout/*": (["errors", "layout*"], TORCH | DISK | {"pathlib"}),
     # The plan reads and writes its own JSON file, by a path.
     "plans/*": (["errors", "files", "layout*", "plans*"], TORCH | DISK),
-    "bench/roofline.py": (["errors"], TORCH | DISK | {"pathlib"}),
+    "bench/roofline.py": (["layout", "layout.kv_cache"], TORCH | DISK | {"pathlib"}),
     "advice/hardware.py": (["errors"], TORCH | DISK | {"pathlib"}),
-    "advice/predict.py": (["bench", "bench.roofline*"], TORCH | DISK | {"pathlib"}),
+    "advice/predict.py": (["bench", "bench.roofline*", "layout", "layout.kv_cache"], TORCH | DISK | {"pathlib"}),
     "advice/choose.py": (["errors"], TORCH | DISK | {"pathlib"}),
     "uptraining/budget.py": (["errors"], TORCH | DISK | {"pathlib"}),
     "merge/*": (["errors", "merge*"], {"transformers", "numpy"} | DISK | {"pathlib"}),

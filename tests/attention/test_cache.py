@@ -17,8 +17,8 @@ import regroup
 import tiny
 from helpers import layout_of
 from regroup.attention.cache import EncoderDecoderKVCache, KVCache, KVLayer, SlidingKVLayer
-from regroup.bench.roofline import kv_cache_bytes
 from regroup.errors import RegroupError
+from regroup.layout.kv_cache import kv_cache_bytes
 
 Saved = Callable[[str], Path]
 Converted = Callable[[str, str], Path]

@@ -11,10 +11,10 @@ from regroup.bench.roofline import (
     Experts,
     Weights,
     attention_flops,
-    kv_cache_bytes,
     operator_cost,
     weights_cost,
 )
+from regroup.layout.kv_cache import kv_cache_bytes
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..bench.roofline import DTYPE_BYTES, Cost, DecodingLayer, kv_cache_bytes
+from ..bench.roofline import Cost, DecodingLayer
+from ..layout.kv_cache import DTYPE_BYTES, kv_cache_bytes
 
 
 @dataclass(frozen=True)

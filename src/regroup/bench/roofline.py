@@ -6,48 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-# Bytes an element, by safetensors name and by the name that people use.
-DTYPE_BYTES = {
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F64": 8,
-    "F8": 1,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "float64": 8,
-}
-
-# Safetensors names of what a cache is kept in, by the name that people use.
-_CACHE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-
-
-def cache_dtype(stored: str | None) -> tuple[str, str]:
-    """In what the cache of a checkpoint is counted where nothing else is asked for, and how that is called.
-
-    Args:
-        stored: what its attention weights are stored in (safetensors name); None where that is not known.
-
-    Returns:
-        That dtype where a cache can be of it, as it is when the model is loaded with ``dtype="auto"``; else 16 bits.
-    """
-    if stored in _CACHE_DTYPES:
-        return stored, _CACHE_DTYPES[stored]
-    return "BF16", "16-bit"
-
-
-class CachedLayer(Protocol):
-    """What the cache of an attention layer depends on."""
-
-    @property
-    def num_key_value_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def window(self) -> int | None: ...
+from ..layout.kv_cache import DTYPE_BYTES, CachedLayer, cached_tokens
 
 
 class DecodingLayer(CachedLayer, Protocol):
@@ -99,32 +58,6 @@ class Weights:
     experts: Experts | None = None
 
 
-def kv_cache_bytes(
-    layers: Iterable[CachedLayer],
-    *,
-    context: int = 1,
-    batch: int = 1,
-    encoder_context: int | None = None,
-    dtype: str | None = "BF16",
-) -> int:
-    """Bytes of keys and values that a decoder keeps.
-
-    Args:
-        layers: attention layers with their KV heads and head_dim.
-        context: tokens in the decoder's cache; a layer with a sliding window keeps at most that many.
-        batch: sequences.
-        encoder_context: tokens that cross-attention keeps; ``context`` by default.
-        dtype: of the cache; None counts 16-bit numbers.
-
-    Returns:
-        2 · Σ_layers G · D · tokens · batch · bytes an element (paper, section 1: the cache shrinks by H / G).
-    """
-    total = sum(
-        2 * layer.num_key_value_heads * layer.head_dim * _tokens(layer, context, encoder_context) for layer in layers
-    )
-    return total * batch * DTYPE_BYTES[dtype or "BF16"]
-
-
 def attention_flops(
     layers: Iterable[DecodingLayer], *, context: int, batch: int = 1, encoder_context: int | None = None
 ) -> int:
@@ -137,7 +70,7 @@ def attention_flops(
         in the scores and again in the sums. It does not depend on the KV heads; softmax is left out.
     """
     return 4 * batch * sum(
-        layer.num_attention_heads * layer.head_dim * _tokens(layer, context, encoder_context) for layer in layers
+        layer.num_attention_heads * layer.head_dim * cached_tokens(layer, context, encoder_context) for layer in layers
     )  # fmt: skip
 
 
@@ -168,9 +101,3 @@ def weights_cost(weights: Weights, *, batch: int, dtype: str) -> Cost:
         read += weights.experts.parameters * (1 - (1 - share) ** batch)
         multiplied += weights.experts.parameters * share
     return Cost(round(read * DTYPE_BYTES[dtype]), round(2 * multiplied * batch))
-
-
-def _tokens(layer: CachedLayer, context: int, encoder_context: int | None) -> int:
-    if layer.kind == "cross":
-        return context if encoder_context is None else encoder_context
-    return context if layer.window is None else min(context, layer.window)

@@ -10,9 +10,10 @@ import torch
 
 from ..devices import USABLE, free_memory
 from ..errors import RegroupError, human_bytes
+from ..layout.kv_cache import DTYPE_BYTES, kv_cache_bytes
 from .build import DTYPES, Model, describe, read_config
 from .machine import Rate, product_rate, read_bandwidth
-from .roofline import DTYPE_BYTES, Cost, attention_flops, kv_cache_bytes, weights_cost
+from .roofline import Cost, attention_flops, weights_cost
 
 
 @dataclass(frozen=True)

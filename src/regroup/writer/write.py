@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bench.roofline import cache_dtype, kv_cache_bytes
 from ..checkpoint import Checkpoint, staged_folder
 from ..checkpoint.header import nbytes_of
 from ..checkpoint.reader import INDEX_FILE
 from ..checkpoint.writer import check_destination, copy_file, write_text
+from ..layout.kv_cache import cache_dtype, kv_cache_bytes
 from ..layout.types import Layout
 from ..modeling import MODELING_FILE
 from ..modeling.expected import check_generation_config, check_loadable
