@@ -236,7 +236,7 @@ def test_a_packed_model_is_not_moved_or_converted() -> None:
         with pytest.raises(RegroupError, match="cannot be moved or converted"):
             act()
     assert torch.equal(model.float().to("cpu")(states), wanted)  # where it is, as it is
-    with pytest.raises(RegroupError, match="do not fit"):
+    with pytest.raises(RegroupError, match="do not match"):
         model(states[:, :8])
 
 
@@ -309,9 +309,9 @@ def test_a_transposed_weight_is_stored_as_it_was(tmp_path: Path, monkeypatch: py
 def test_what_cannot_be_prepared_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RegroupError, match="no plain linear layer"):
         prepare_for_inference(nn.Sequential(nn.ReLU()))
-    with pytest.raises(RegroupError, match="float64 is not served"):
+    with pytest.raises(RegroupError, match="float64 is not supported"):
         prepare_for_inference(nn.Sequential(nn.Linear(4, 4)).double())
-    with pytest.raises(RegroupError, match="CPUs alone"):
+    with pytest.raises(RegroupError, match="only for CPUs"):
         prepare_for_inference(nn.Sequential(nn.Linear(4, 4, device="meta")))
     with pytest.raises(RegroupError, match="no plain linear layer"):
         prepare_for_inference(nn.Linear(4, 4))  # itself, it could not be replaced
@@ -324,12 +324,12 @@ def test_what_cannot_be_prepared_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(linear_layers, "has_short_vectors", lambda: False)
     monkeypatch.setattr(linear_layers, "unsupported_reason", lambda: "there is no compiler")
     monkeypatch.setattr(PackedLinear, "forward", lambda self, states: states.new_zeros(*states.shape[:-1], 48))
-    with pytest.raises(RegroupError, match="other results"):
+    with pytest.raises(RegroupError, match="wrong results"):
         prepare_for_inference(holder)
     assert holder[0] is model
     assert model.weight.requires_grad
     monkeypatch.setattr(linear_layers, "DTYPES", ())
-    with pytest.raises(RegroupError, match="no linear layer can be made faster"):
+    with pytest.raises(RegroupError, match="no linear layer can be replaced"):
         prepare_for_inference(holder)
 
 

@@ -122,8 +122,8 @@ def test_a_window_wider_than_kernels_count_is_none(inputs: tuple[Tensor, Tensor,
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"scale": torch.tensor(1.0)}, "the scale is no number"),
-        ({"softcap": "30"}, "the softcap is no number"),
+        ({"scale": torch.tensor(1.0)}, "the scale is not a number"),
+        ({"softcap": "30"}, "the softcap is not a number"),
         ({"query": torch.ones(1, 2, 3, 8).to_sparse()}, "the query is not a dense tensor"),
         ({"key": torch.nested.as_nested_tensor([torch.ones(2, 3, 8)], layout=torch.jagged)}, "the key is not a dense"),
     ],

@@ -20,12 +20,12 @@ BACKENDS = ("auto", *BY_NAME)
 
 @dataclass(frozen=True)
 class Choice:
-    """Which backend serves a call, and why no other does.
+    """The backend that serves a call, and why the others do not.
 
     Attributes:
-        backend: the one that is taken.
-        why: in a few words.
-        others: every other backend by name, and why it is not taken.
+        backend: its name.
+        why: why it was chosen.
+        others: every other backend by name, and why it was not chosen.
     """
 
     backend: str
@@ -38,7 +38,7 @@ class Choice:
 
 
 def _choose(call: Call) -> tuple[Backend, str]:
-    """The backend that serves a call, and why it was taken."""
+    """The backend that serves a call, and why it was chosen."""
     for preference, backend in IN_ORDER:
         if preference.applies(call) and backend.unsupported_reason(call) is None:
             return backend, preference.why
@@ -46,13 +46,13 @@ def _choose(call: Call) -> tuple[Backend, str]:
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Choice:
-    """Which backend :func:`grouped_query_attention` takes for these arguments, and why not the others.
+    """Which backend :func:`grouped_query_attention` chooses for these arguments, and why not the others.
 
     Args:
-        query, key, value, arguments: as there, ``backend`` excepted. Nothing is computed.
+        query, key, value, arguments: as there, except ``backend``. Nothing is computed.
 
     Raises:
-        RegroupError: arguments that do not fit each other.
+        RegroupError: the arguments are inconsistent.
     """
     call = make_call(query, key, value, **arguments)
     chosen, why = _choose(call)
@@ -83,25 +83,25 @@ def grouped_query_attention(
     Query head h reads KV head h // (H / G); scores are ``softcap(scale · q·k) + bias + mask``.
 
     Args:
-        query: (B, H, T, D), float32, bfloat16, float16 or float64. Under ``torch.autocast`` all but float64 is cast to
-            its dtype, as it is for ``scaled_dot_product_attention``; elsewhere dtypes that differ are refused.
-        key: (B, G, S, D), same dtype and device; may be any view, such as the filled part of a cache.
+        query: (B, H, T, D), float32, bfloat16, float16 or float64. ``torch.autocast`` casts all but float64 to its
+            dtype, as it does for ``scaled_dot_product_attention``; otherwise different dtypes are an error.
+        key: (B, G, S, D), same dtype and device; any view, such as the filled part of a cache.
         value: (B, G, S, Dv).
-        mask: broadcasts to (B, H, T, S); bool (True: may attend) or floating (added). A query that may attend to
-            nothing gives zeros.
+        mask: broadcasts to (B, H, T, S); bool (True: may attend) or floating (added). A query that may not attend
+            to any key gives zeros.
         bias: broadcasts to (B, H, T, S); floating, added (T5's relative bias, ALiBi).
         is_causal: query i sees key j if j <= i + S − T: the last query is the newest token.
         scale: 1 / sqrt(D) by default.
         window: W; query i sees key j if j > i + S − T − W.
         softcap: c; scores become c · tanh(score / c) before bias and mask.
-        dropout_p: probability that a weight becomes 0, in evaluation too; those that stay are divided by 1 − dropout_p.
+        dropout_p: probability that a weight becomes 0, also in evaluation; the others are divided by 1 − dropout_p.
         backend: one of :data:`BACKENDS`; see :func:`explain`.
 
     Returns:
-        (B, H, T, Dv) in the query's dtype, as autocast leaves it.
+        (B, H, T, Dv) in the dtype of the query, after autocast.
 
     Raises:
-        RegroupError: arguments that do not fit each other, or a named backend that cannot serve the call.
+        RegroupError: the arguments are inconsistent, or a named backend that cannot serve the call.
     """
     call = make_call(
         query,
@@ -116,10 +116,10 @@ def grouped_query_attention(
         dropout_p=dropout_p,
     )
     if backend != "auto" and backend not in BY_NAME:
-        raise RegroupError("there is no such backend", expected=", ".join(("auto", *BY_NAME)), got=backend)
+        raise RegroupError("unknown attention backend", expected=", ".join(("auto", *BY_NAME)), got=backend)
     if autocast_dtype(call.query.device) is None:
         return _attend(call, backend)
-    # What is cast is cast: inside, a backend sums in the dtypes that it means.
+    # The arguments are cast already; a backend chooses the dtypes of its sums itself.
     with torch.autocast(call.query.device.type, enabled=False):
         return _attend(call, backend)
 
@@ -132,6 +132,6 @@ def _attend(call: Call, backend: str) -> Tensor:
     if reason is not None:
         raise RegroupError(
             f"the {backend} backend cannot serve this call: {reason}",
-            remedy='take backend="auto"; regroup.attention.explain(…) says what it chooses',
+            remedy='use backend="auto"; regroup.attention.explain(…) shows its choice',
         )
     return BY_NAME[backend].run(call)

@@ -1,4 +1,4 @@
-"""The backends of attention: what each one declares, and the order in which they are asked to serve a call.
+"""The registry of attention backends: what a backend declares, and the order in which ``auto`` tries them.
 
 A backend is one file of :mod:`regroup.attention.backends` that calls :func:`register`. Nothing else names it, except
 the line there that imports it.
@@ -19,7 +19,7 @@ class Preference:
     """Calls for which ``backend="auto"`` considers a backend.
 
     Attributes:
-        priority: the backend with the highest is asked first.
+        priority: the backend with the highest priority is tried first.
         applies: whether the preference is for a call. It must not branch on sizes if ``call.any_size``.
         why: the reason, in a few words, which ``explain`` reports.
     """
@@ -35,9 +35,9 @@ class Backend:
 
     Attributes:
         name: the value of the ``backend`` argument.
-        preferences: when ``backend="auto"`` considers it; without any it serves only if it is named.
-        unsupported_reason: why it cannot serve a call, or None if it can.
-        run: computes a call that it can serve: (B, H, T, Dv) in the query's dtype.
+        preferences: when ``backend="auto"`` considers it; without any, it is used only by name.
+        unsupported_reason: the reason why it cannot serve a call, or None.
+        run: computes a supported call; (B, H, T, Dv) in the query's dtype.
         not_preferred: why another backend was taken for a call that it could serve, which ``explain`` reports.
     """
 
@@ -54,7 +54,7 @@ IN_ORDER: list[tuple[Preference, Backend]] = []
 
 
 def register(backend: Backend) -> None:
-    """Add a backend to those that serve attention.
+    """Add a backend.
 
     Raises:
         TypeError: a part of it is missing or of the wrong type.

@@ -1,7 +1,7 @@
 """Decoding on a CPU by a compiled kernel: each KV head is read once for all of its query heads, by all threads.
 
-``decode.cpp`` says how. It is built when it is first needed (``build.py``); where that is not possible
-:func:`unsupported_reason` says why and the other backends serve.
+The kernel is ``cpu/decode.cpp``. It is built when it is first needed (``cpu/build.py``); if that is not possible,
+:func:`unsupported_reason` returns why, and other backends serve.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class _Call(ctypes.Structure):
 
 
 def _in_rows(tensor: Tensor) -> bool:
-    """Whether the numbers of a head lie side by side."""
+    """Whether the elements of a head are contiguous."""
     return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Why this backend cannot serve a call; None if it can. Builds the kernel if it would serve the call."""
+    """The reason why the kernel cannot serve a call, or None. Builds the kernel if it supports the call."""
     if call.query.device.type != "cpu":
         return f"the tensors are on {call.query.device.type}, not on the CPU"
     other = decoding.unsupported_reason(call)
@@ -53,20 +53,20 @@ def unsupported_reason(call: Call) -> str | None:
         return "the last dimension of key or value is not contiguous"
     for name, extra in (("mask", call.mask), ("bias", call.bias)):
         if extra is not None and extra.dtype not in _TYPES:
-            return f"a {name} of {extra.dtype} is not served"
+            return f"a {name} of {extra.dtype} is not supported"
     intercepted = tracing.unsupported_reason(call.tensors)
     if intercepted is not None:
         return intercepted
     missing = kernels.unsupported_reason()
     if missing is not None:
-        return f"the compiled kernel is missing: {missing}"
+        return f"the compiled kernel is not available: {missing}"
     if call.query.dtype == torch.float16 and not kernels.features() & kernels.HALVES:
-        return "this processor does not convert float16"
+        return "this processor has no float16 conversion"
     return None
 
 
 def _extra(tensor: Tensor | None) -> tuple[int | None, int, tuple[int, ...]]:
-    """Address, type and strides of a mask or bias; what broadcasts has stride 0."""
+    """Address, type and strides of a mask or bias; stride 0 for dimensions that broadcast."""
     if tensor is None:
         return None, 0, strides_of(None)
     return tensor.data_ptr(), _TYPES[tensor.dtype], strides_of(tensor)
@@ -111,12 +111,12 @@ _op.register_fake(result_of)
 def run(call: Call) -> Tensor:
     """Attention by the compiled kernel, with sums in float32 (bfloat16 products where the processor has them).
 
-    Only for calls that it can serve.
+    Only for supported calls.
 
     Returns:
         (B, H, T, Dv) in the query's dtype.
     """
-    # The dispatcher costs as much as a short context does; only who records operators needs to see one.
+    # PyTorch's dispatcher takes as long as a short context; only what records operators needs to see one.
     return (_op if tracing.is_recorded() else _decode)(*arguments(call))
 
 
@@ -133,6 +133,6 @@ register(
         ),
         unsupported_reason=unsupported_reason,
         run=run,
-        not_preferred="it could, but is not faster here",
+        not_preferred="it could, but is not faster for this call",
     )
 )

@@ -1,4 +1,4 @@
-"""Grouped-query attention as it is written down: the truth that all else is tested against."""
+"""Grouped-query attention as defined, the reference for the tests of the other backends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..registry import Backend, Preference, register
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Why this backend cannot serve a call: it serves every one."""
+    """None: it serves every call."""
     return None
 
 
@@ -44,7 +44,7 @@ def run(call: Call) -> Tensor:
             scores = scores + call.mask
     scores = scores.masked_fill(hidden, float("-inf"))
     dead = (scores == float("-inf")).all(-1, keepdim=True)
-    # Softmax of a row of -inf is NaN, and so would its gradient be: such rows are set apart before.
+    # The softmax of a row of -inf and its gradient are NaN, so such rows are replaced first.
     weights = torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
     if call.dropout:
         weights = torch.nn.functional.dropout(weights, call.dropout)
@@ -61,6 +61,6 @@ register(
         ),
         unsupported_reason=unsupported_reason,
         run=run,
-        not_preferred="it could, in float32 with all scores in memory: it is what the others are tested against",
+        not_preferred="it could, in float32 with all scores in memory; it is the reference for tests",
     )
 )
