@@ -46,7 +46,7 @@ def test_plans_cost_what_the_budget_says_they_do(tmp_path: Path, text: Calibrati
     parent, _ = runs.pair(tmp_path)
     found = advise(str(parent), calibration=text, max_loss=10.0, **GIVEN)
     names = [one.name for one in found.predictions]
-    assert names[0] == "the parent"
+    assert names[0] == "the original model"
     assert {"G = 3", "G = 2", "G = 1"} <= set(names)
     assert found.predictions[0].loss == 0.0
     assert found.plan is not None
@@ -106,7 +106,7 @@ def test_weights_alone_rank_and_know_no_loss(tmp_path: Path) -> None:
     parent, _ = runs.pair(tmp_path)
     found = advise(str(parent), **GIVEN)
     energies = {one.name: one.energy for one in found.predictions}
-    assert energies["the parent"] == 0.0
+    assert energies["the original model"] == 0.0
     assert all(one.loss is None for one in found.predictions)
     assert 0 < (energies["G = 3"] or 0) < (energies["G = 2"] or 0) < (energies["G = 1"] or 0)
 
@@ -142,7 +142,7 @@ def test_measured_and_predicted_times_do_not_contradict_each_other(tmp_path: Pat
     given = {**GIVEN, "hardware_name": "this", "batch": 2}
     found = advise(str(parent), bench=[bench], **given)
     times = {one.name: 1e3 * one.token_seconds for one in found.predictions}
-    assert times["the parent"] == pytest.approx(3.0)
+    assert times["the original model"] == pytest.approx(3.0)
     assert times["G = 2"] == pytest.approx(5.0)
     assert 3.0 < times["G = 3"] < 5.0
     assert 0.5 < times["G = 1"] / times["G = 2"] < 1.0
@@ -187,7 +187,7 @@ def test_a_batch_that_no_memory_holds_is_asked_about(tmp_path: Path) -> None:
     parent, _ = runs.pair(tmp_path)
     given = {**GIVEN, "hardware_name": "this", "batch": 10**9}
     assert advise(str(parent), **given, memory_bytes=10**30).predictions[0].largest_batch > 10**9
-    with pytest.raises(RegroupError, match="keeps to the limits"):
+    with pytest.raises(RegroupError, match="is within the limits"):
         advise(str(parent), **given)
 
 
@@ -198,12 +198,12 @@ def test_a_batch_that_no_memory_holds_is_asked_about(tmp_path: Path) -> None:
         (("--max-loss", 0.1), ("needs text", "--calibration")),
         (("--uptrain-tokens", "1M"), ("needs text", "--calibration")),
         (("--context", tiny.MAX_POSITIONS + 1), ("more positions", "lower --context")),
-        (("--memory", 1e-9), ("keeps to the limits", "at best")),
-        (("--max-time", 1e-9), ("keeps to the limits", " ms a token, with G = 1")),
+        (("--memory", 1e-9), ("is within the limits", "at best")),
+        (("--max-time", 1e-9), ("is within the limits", " ms per token, with G = 1")),
         (("--dtype", "int3"), ("dtype",)),
-        (("--memory", 0), ("keeps to the limits", "at best a batch of 0")),
+        (("--memory", 0), ("is within the limits", "at best a batch of 0")),
         (("--memory", "inf"), ("not a number of GB",)),
-        (("--max-time", 0), ("keeps to the limits",)),
+        (("--max-time", 0), ("is within the limits",)),
     ],
 )
 def test_what_cannot_be_advised_is_refused(more: tuple[object, ...], words: tuple[str, ...], tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_records_of_other_things_are_refused(tmp_path: Path) -> None:
     for value, words in (
         ({"kind": "evaluate/task", "format": 1}, "evaluate/task"),
         ({"kind": "benchmark/decode", "format": 9}, "format 9"),
-        ({"kind": "benchmark/decode", "format": 1, "configuration": {}, "results": {}}, "lacks something"),
+        ({"kind": "benchmark/decode", "format": 1, "configuration": {}, "results": {}}, "is incomplete"),
     ):
         other.write_text(json.dumps(value))
         assert words in refused("advise", parent, *options("--bench", other))
@@ -239,12 +239,12 @@ def test_damaged_records_of_decoding_are_refused(tmp_path: Path) -> None:
         damaged = json.loads(json.dumps(whole))
         damaged["results"]["models"][0]["regroup"]["token_ms"]["p50"] = value
         bench.write_text(json.dumps(damaged))
-        assert "lacks something" in refused("advise", parent, *this)
+        assert "is incomplete" in refused("advise", parent, *this)
     for name, value in (("config", "x"), ("config", []), ("prompt", 1.5), ("batch", 10**400), ("batch", "2")):
         bench.write_text(json.dumps({**whole, "configuration": {**whole["configuration"], name: value}}))
         refused("advise", parent, *this)
     bench.write_text(json.dumps({**whole, "results": {**whole["results"], "models": []}}))
-    assert "lacks something" in refused("advise", parent, *this)
+    assert "is incomplete" in refused("advise", parent, *this)
 
 
 def test_a_config_alone_gets_the_conventional_number(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_config_alone_gets_the_conventional_number(tmp_path: Path) -> None:
     assert status == 0
     assert f"wrote {plan}" in message
     assert {layer["num_key_value_heads"] for layer in json.loads(plan.read_text())["layers"]} == {3}
-    for words in ("conventional number", "not known", "a config alone says nothing"):
+    for words in ("conventional number", "not known", "cannot be estimated from a config"):
         assert words in out
 
 
@@ -279,8 +279,8 @@ def test_without_a_limit_the_knee_is_named_with_what_it_costs(tmp_path: Path) ->
     assert status == 0, message
     results = json.loads(file.read_text())["results"]
     rows = {row["name"]: row for row in results["candidates"]}
-    chosen, original = rows[results["chosen"]], rows["the parent"]
-    assert results["chosen"] != "the parent"
+    chosen, original = rows[results["chosen"]], rows["the original model"]
+    assert results["chosen"] != "the original model"
     assert (results["reason"], results["loss_rests_on"]) in (("knee", "text"), ("no knee", "text"))
     said = {line.split(":")[0].strip(): line for line in out.splitlines() if line.startswith("  ") and ":" in line}
     ratio = original["cache_bytes"] / chosen["cache_bytes"]

@@ -143,7 +143,7 @@ def test_the_fastest_within_the_limits_is_chosen() -> None:
     assert choose(found, batch=1, max_loss=0.0, max_seconds=None) == Choice(found[0], "limits")
     assert choose(found, batch=1, max_loss=None, max_seconds=2.5).prediction is found[2]
     assert choose(found[:1], batch=1, max_loss=None, max_seconds=None) == Choice(found[0], "nothing else")
-    with pytest.raises(RegroupError, match=r"at best 0\.1 nats a token"):
+    with pytest.raises(RegroupError, match=r"at best 0\.1 nats per token"):
         choose(found[1:], batch=1, max_loss=0.05, max_seconds=None)
     with pytest.raises(RegroupError, match="a batch of 100"):
         choose(found, batch=101, max_loss=None, max_seconds=None)
@@ -237,5 +237,5 @@ def test_a_config_alone_gets_memory_and_time(saved: Saved) -> None:
         "advise", folder / "config.json", "--hardware", "l4", "--context", 32, "--batch", 4, "--dtype", "float32"
     )
     assert status == 0, message
-    assert "times are floors" in out
-    assert "a config alone says nothing of it" in out
+    assert "times are lower bounds" in out
+    assert "cannot be estimated from a config of it" in out

@@ -129,7 +129,7 @@ def test_a_dry_run_measures_nothing(config: Path, tmp_path: Path, monkeypatch: p
         (["--repeats", "0"], ("--repeats",)),
         (["--prompt", "60", "--new", "5"], ("more positions", "at most 64", "65")),
         (["--layers", "4"], ("that many layers", "1 to 3")),
-        (["--dtype", "int8"], ("dtype is not known",)),
+        (["--dtype", "int8"], ("unknown dtype",)),
         (["--device", "abacus"], ("device cannot be used",)),
         (["--plot", "figure.png"], ("two numbers", "--kv-heads")),
     ],

@@ -47,15 +47,16 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
         if child is not None and id(child) not in read_by_parent and _weight(child) is not None
     }
     weights = {name: _weight(module) for name, module in found.items()}
-    for name, weight in weights.items():
-        if weight is not None and weight.device.type != "cpu":
-            raise RegroupError(
-                "linear layers can be prepared only for CPUs",
-                tensor=f"{name}.weight",
-                expected="cpu",
-                got=weight.device,
-                remedy="do not call prepare_for_inference on other devices",
-            )
+    elsewhere = {name: weight.device for name, weight in weights.items() if weight is not None and not weight.is_cpu}
+    if elsewhere:
+        name, device = next(iter(elsewhere.items()))
+        raise RegroupError(
+            "linear layers can be prepared only for CPUs",
+            tensor=f"{name}.weight",
+            expected="cpu",
+            got=device,
+            remedy="do not call prepare_for_inference on other devices",
+        )
     dtypes = {weight.dtype for weight in weights.values() if weight is not None}
     layers = {dtype: fast_layer(dtype) for dtype in dtypes}
     wanted = {
@@ -70,7 +71,7 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
             got="; ".join(why for _, why in layers.values()) or "no plain linear layer",
             remedy="use the model without prepare_for_inference",
         )
-    del weights, weight
+    del weights
     model.eval().requires_grad_(False)
     made: dict[int, nn.Module] = {}
     for name, layer in wanted.items():

@@ -1,4 +1,4 @@
-"""What a decoding step reads and computes, and the least time that takes: arithmetic on plain numbers alone."""
+"""The bytes and operations of a decoding step, and its least possible time: arithmetic on plain numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..layout.kv_cache import DTYPE_BYTES, CachedLayer, cached_tokens
 
 
 class DecodingLayer(CachedLayer, Protocol):
-    """And what its arithmetic depends on."""
+    """A layer with the number of its query heads."""
 
     @property
     def num_attention_heads(self) -> int: ...
@@ -18,13 +18,13 @@ class DecodingLayer(CachedLayer, Protocol):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a part of a step reads from memory, in bytes, and computes, in floating-point operations."""
+    """Bytes that a part of a step reads from memory, and its floating-point operations."""
 
     nbytes: int
     flops: int
 
     def floor(self, bandwidth: float, rate: float) -> float:
-        """Seconds that it takes at least, at ``bandwidth`` bytes and ``rate`` operations a second: the larger."""
+        """The least time in seconds, at ``bandwidth`` bytes and ``rate`` operations per second."""
         return max(self.nbytes / bandwidth, self.flops / rate)
 
 
@@ -33,9 +33,9 @@ class Experts:
     """The experts of a mixture, over all its layers.
 
     Attributes:
-        parameters: of all experts of all layers.
-        number: experts a layer.
-        chosen: experts that a token goes through, in each layer.
+        parameters: the number in all experts of all layers.
+        number: experts per layer.
+        chosen: experts per token, in each layer.
     """
 
     parameters: int
@@ -45,12 +45,12 @@ class Experts:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a decoding step reads of a model's weights; the rows of an embedding that it looks up are left out.
+    """The weights that a decoding step reads, without the embedding rows that it looks up.
 
     Attributes:
-        parameters: read at every step, whatever the batch.
-        multiplied: of them, elements of matrices that a token's hidden state is multiplied with.
-        experts: read as far as tokens are sent to them; None without a mixture.
+        parameters: the number read at every step, for any batch.
+        multiplied: the number of those in matrices that multiply a hidden state.
+        experts: read if a token uses them; None without a mixture of experts.
     """
 
     parameters: int
@@ -77,11 +77,11 @@ def attention_flops(
 def operator_cost(
     *, batch: int, heads: int, kv_heads: int, head_dim: int, context: int, dtype: str, value_dim: int | None = None
 ) -> Cost:
-    """The attention of one layer to ``context`` tokens, one query a sequence: keys and values read once, two products.
+    """Attention of one layer to ``context`` tokens, one query per sequence: keys and values are read once.
 
     Args:
         heads, kv_heads: H query heads and G KV heads.
-        head_dim, value_dim: of keys and of values; the same by default.
+        head_dim, value_dim: of keys and of values; equal by default.
         dtype: of the cache.
     """
     width = head_dim + (head_dim if value_dim is None else value_dim)
@@ -90,10 +90,10 @@ def operator_cost(
 
 
 def weights_cost(weights: Weights, *, batch: int, dtype: str) -> Cost:
-    """What a step reads of the weights and computes with them, for ``batch`` tokens.
+    """The cost of a step's linear layers, for ``batch`` tokens.
 
-    Of a mixture's experts, those are read that some token is sent to: E · (1 − (1 − k/E)^B) of E are expected for B
-    tokens that choose k evenly.
+    Only those experts are read that some token uses: of E experts, E · (1 − (1 − k/E)^B) are expected for B tokens
+    that choose k uniformly.
     """
     read, multiplied = float(weights.parameters), float(weights.multiplied)
     if weights.experts is not None:
