@@ -3,8 +3,8 @@
     python benchmarks/linear.py -o benchmarks/records/linear.json
 
 Each time is the median over rounds in which the alternatives take turns; several copies of a weight are read in turn,
-so that none is found in a processor's cache. Nothing else should run beside it: with two cores, a competing process
-shows as times of 8, 16 or 24 ms. What a processor cannot do is left out (oneDNN packs bfloat16 on some alone).
+so that none is found in a processor's cache. Nothing else should run at the same time: with two cores, a competing
+process shows as times of 8, 16 or 24 ms. What a processor cannot do is left out (oneDNN packs bfloat16 on some alone).
 """
 
 from __future__ import annotations
