@@ -1,4 +1,4 @@
-"""The choice of a backend, what is refused, what lies in memory, and what a compiler makes of a call."""
+"""The choice of a backend, errors, memory, and compiled calls."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"queries": 100, "keys": 100}, {"is_causal": True, "softcap": 3.0}, "packed"),
     ],
 )
-def test_what_auto_takes(shape: dict[str, int], arguments: dict[str, Any], backend: str) -> None:
+def test_the_choice_of_auto(shape: dict[str, int], arguments: dict[str, Any], backend: str) -> None:
     choice = explain(*tensors(**shape), **arguments)
     assert choice.backend == backend
     assert set(choice.others) == set(BACKENDS) - {"auto", backend}
@@ -70,7 +70,7 @@ def test_what_auto_takes(shape: dict[str, int], arguments: dict[str, Any], backe
     assert torch.equal(grouped_query_attention(*tensors(**shape), **arguments), by_hand)
 
 
-def test_the_compiled_kernel_is_taken_for_decoding_where_it_is_there() -> None:
+def test_the_compiled_kernel_is_chosen_for_decoding() -> None:
     query, key, value = tensors(keys=900, groups=4)
     reason = cpu.unsupported_reason(make_call(query, key, value))
     assert explain(query, key, value).backend == ("packed" if reason else "cpu")
@@ -229,7 +229,7 @@ def test_a_named_backend_that_cannot_serve_says_why() -> None:
         ({"query": torch.zeros(2, 8, 10, 16), "is_causal": True}, "more queries than keys"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict[str, Any], says: str) -> None:
+def test_inconsistent_arguments_are_refused(change: dict[str, Any], says: str) -> None:
     query, key, value = tensors(queries=3, keys=9)
     arguments: dict[str, Any] = {"query": query, "key": key, "value": value} | change
     for backend in ("auto", "reference", "packed"):

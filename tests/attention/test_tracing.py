@@ -1,4 +1,4 @@
-"""Kernels are given addresses; what else tensors are, to tracers, to torch.func, as subclasses, must not be missed."""
+"""Kernels get only addresses, so tracers, torch.func and subclasses of tensors must be detected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from regroup.errors import RegroupError
 
 @pytest.fixture
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
-    """A call that the compiled kernel takes, if nobody looks on."""
+    """A call that the compiled kernel serves."""
     missing = cpu_build.build().unsupported_reason
     if missing:
         pytest.skip(missing)
@@ -128,7 +128,7 @@ def test_a_window_wider_than_kernels_count_is_none(inputs: tuple[Tensor, Tensor,
         ({"key": torch.nested.as_nested_tensor([torch.ones(2, 3, 8)], layout=torch.jagged)}, "the key is not a dense"),
     ],
 )
-def test_what_is_no_number_or_not_dense_is_refused(change: dict[str, Any], says: str) -> None:
+def test_wrong_types_are_refused(change: dict[str, Any], says: str) -> None:
     tensors = {name: torch.ones(1, 2, 3, 8) for name in ("query", "key", "value")}
     with pytest.raises(RegroupError, match=says):
         grouped_query_attention(**{**tensors, **change})

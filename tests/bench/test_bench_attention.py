@@ -37,7 +37,7 @@ def test_all_ways_agree(dtype: str) -> None:
     )
 
 
-def test_a_way_that_computes_something_else_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     real = attention.grouped_query_attention
     monkeypatch.setattr(attention, "grouped_query_attention", lambda q, *kv, backend: 2 * real(q, *kv, backend=backend))
     found = measure(Shape(1, 8, 1, heads=2, head_dim=8), OperatorRoofs())
@@ -55,7 +55,7 @@ def test_what_was_not_run_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the same as enable_gqa" in alone["ways"]["packed_sdpa"]["not_run"]
 
 
-def test_a_grid_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grid_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "DISTURBED", 1.5)
     shapes = grid(batches=[1], contexts=[8, 12], kv_heads=[2, 1], dtypes=["float32"], heads=2, head_dim=8)
     work = tmp_path / "work.jsonl"
@@ -85,7 +85,7 @@ def test_a_grid_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mon
         run_grid(shapes, limit=10**9, work=work)
 
 
-def test_large_shapes_are_left_out_and_said() -> None:
+def test_large_shapes_are_omitted_and_reported() -> None:
     shapes = grid(batches=[1], contexts=[8, 4096], kv_heads=[1], dtypes=["float32"], heads=2, head_dim=8)
     record = run_grid(shapes, limit=100_000)
     assert record is not None
@@ -134,7 +134,7 @@ def test_impossible_requests(options: list[str], words: tuple[str, ...], tmp_pat
     assert everything(tmp_path) == []
 
 
-def test_rates_are_of_the_work_that_is_done() -> None:
+def test_probes_count_their_work() -> None:
     """A product of twice the size does not count as the same work."""
     probe = machine.product_rate(4, 16).probe
     columns = int(probe.way.split(", ")[1].split()[0])
