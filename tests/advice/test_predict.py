@@ -238,4 +238,4 @@ def test_a_config_alone_gets_memory_and_time(saved: Saved) -> None:
     )
     assert status == 0, message
     assert "times are lower bounds" in out
-    assert "cannot be estimated from a config of it" in out
+    assert "cannot be estimated from a config" in out
