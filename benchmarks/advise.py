@@ -1,10 +1,10 @@
-"""What `regroup advise` says, held against what comes of it.
+"""Predictions of `regroup advise`, compared with measurements.
 
-    python benchmarks/advise.py loss PARENT TEXT HELD_OUT -o benchmarks/records/advise-loss.json
+    python benchmarks/advise.py loss MODEL TEXT HELD_OUT -o benchmarks/records/advise-loss.json
     python benchmarks/advise.py speed CONFIG -o benchmarks/records/advise-speed.json
 
-``loss`` converts a parent by every plan that is advised, uniform and by layer, on the same text, and evaluates each on
-text that no plan has seen; given again with ``--add``, a second parent's plans join the record. ``speed`` predicts a
+``loss`` converts a model by every plan of the advice, uniform and by layer, with the same text, and evaluates each on
+held-out text; with ``--add``, the plans of a further model are added to the record. ``speed`` predicts a
 model's decoding at several settings from bench records of two others, and then measures them.
 """
 
@@ -35,28 +35,28 @@ Output = Annotated[Path, typer.Option("--output", "-o")]
 
 @app.command()
 def loss(
-    parent: Path,
+    model: Path,
     text: Path,
     held_out: Path,
-    tokens: Annotated[int, typer.Option(help="Of calibration.")] = 32_768,
+    tokens: Annotated[int, typer.Option(help="Tokens of calibration.")] = 32_768,
     window: Annotated[int, typer.Option()] = 256,
-    windows: Annotated[int, typer.Option(help="Held-out ones.")] = 64,
+    windows: Annotated[int, typer.Option(help="Held-out windows.")] = 64,
     document_starts: Annotated[bool, typer.Option()] = False,
-    add: Annotated[bool, typer.Option(help="To the plans that the record has.")] = False,
+    add: Annotated[bool, typer.Option(help="Add to the plans of the record.")] = False,
     output: Output = Path("advise-loss.json"),
 ) -> None:
     calibration = CalibrationText(text, tokens, window, 4, document_starts=document_starts)
     plans: list[dict[str, Any]] = []
     if add:
-        plans = [plan for plan in json.loads(output.read_text())["results"]["plans"] if plan["parent"] != parent.name]
-    for name, chosen in plans_of(str(parent), calibration).items():
+        plans = [plan for plan in json.loads(output.read_text())["results"]["plans"] if plan["parent"] != model.name]
+    for name, chosen in plans_of(str(model), calibration).items():
         with tempfile.TemporaryDirectory() as scratch:
-            child = Path(scratch) / "child"
-            convert(parent, child, plan=chosen, calibration=calibration)
+            converted = Path(scratch) / "converted"
+            convert(model, converted, plan=chosen, calibration=calibration)
             found = evaluate(
-                str(child),
+                str(converted),
                 held_out,
-                teacher=str(parent),
+                teacher=str(model),
                 window=window,
                 windows=windows,
                 document_starts=document_starts,
@@ -65,7 +65,7 @@ def loss(
             )["results"]
         plans.append(
             {
-                "parent": parent.name,
+                "parent": model.name,
                 "plan": name,
                 "predicted_kl": chosen.predicted_kl,
                 "kl_nats_per_token": found["kl_nats_per_token"],
@@ -73,7 +73,7 @@ def loss(
                 "standard_error": found["standard_error"],
             }
         )
-        console.print(f"{name}: predicted {chosen.predicted_kl:.3f}, came to {found['excess_nats_per_token']:.3f}")
+        console.print(f"{name}: predicted {chosen.predicted_kl:.3f}, measured {found['excess_nats_per_token']:.3f}")
     names = dict.fromkeys(plan["parent"] for plan in plans)
     ranking = {
         name: kendall([(p["predicted_kl"], p["excess_nats_per_token"]) for p in plans if p["parent"] == name])
@@ -84,14 +84,14 @@ def loss(
         "window": window,
         "windows": windows,
         "document_starts": document_starts,
-        "last_parent": parent.name,
+        "last_parent": model.name,
     }
     write_record(output, record("advise-loss", configuration, {"plans": plans, "kendall_tau": ranking}))
     console.print(ranking)
 
 
 def kendall(pairs: list[tuple[float, float]]) -> float:
-    """Kendall's tau: of all pairs of plans, those in the right order less those in the wrong one."""
+    """Kendall's tau: the share of pairs of plans in the right order minus the share in the wrong order."""
     signs = [
         (a[0] - b[0] > 0) - (a[0] - b[0] < 0) == (a[1] - b[1] > 0) - (a[1] - b[1] < 0)
         for a, b in itertools.combinations(pairs, 2)
@@ -102,10 +102,10 @@ def kendall(pairs: list[tuple[float, float]]) -> float:
 @app.command()
 def speed(
     config: Path,
-    layers: Annotated[int | None, typer.Option(help="Of the decoder.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the decoder.")] = None,
     dtype: Annotated[str, typer.Option()] = "float32",
-    learn: Annotated[str, typer.Option(help="batch,prompt of the records that predictions rest on.")] = "1,512;16,256",
-    settings: Annotated[str, typer.Option(help="batch,prompt of what is predicted.")] = "2,1024;4,512;8,256;8,512",
+    learn: Annotated[str, typer.Option(help="batch,prompt of the records for the predictions.")] = "1,512;16,256",
+    settings: Annotated[str, typer.Option(help="batch,prompt of the predictions.")] = "2,1024;4,512;8,256;8,512",
     kv_heads: Annotated[str, typer.Option("--kv-heads")] = "32,8,4,1",
     new: Annotated[int, typer.Option()] = 16,
     output: Output = Path("advise-speed.json"),
@@ -151,7 +151,7 @@ def speed(
                     }
                 )
                 console.print(
-                    f"{part} G={found['kv_heads']}: {rows[-1]['predicted_ms']:.1f} predicted, {took:.1f} came"
+                    f"{part} G={found['kv_heads']}: {rows[-1]['predicted_ms']:.1f} predicted, {took:.1f} measured"
                 )
     worst = max(max(row["ratio"], 1 / row["ratio"]) for row in rows)
     configuration = {"model": config.name, "layers": layers, "dtype": dtype, "learned_from": learn, "new": new}

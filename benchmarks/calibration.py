@@ -3,13 +3,12 @@
     python benchmarks/calibration.py --output benchmarks/records/calibration.json
     python benchmarks/calibration.py --full --output benchmarks/records/calibration-full.json
 
-The parent is a Llama of 1B parameters (hidden 2048, 32 heads of 64, 16 layers, bfloat16, random weights), the text
-random tokens in windows of 2048, the child has 8 KV heads; methods and repair are the defaults of `regroup convert
---calibration`. At full size, 16 layers and 128 windows, that takes hours on a few cores. The default run therefore
-measures parents cut to fewer layers on fewer windows, each in a process of its own, and works out the full size from
-them: the seconds of each part for each time that it ran, times how often it would run. Those figures are named
-"extrapolated" wherever they stand. ``--full`` measures the full size instead. The default takes about ten minutes on
-two idle cores with AVX-512.
+The original model is a Llama of 1B parameters (hidden 2048, 32 heads of 64, 16 layers, bfloat16, random weights), the
+text random tokens in windows of 2048, the converted model has 8 KV heads; methods and repair are the defaults of
+`regroup convert --calibration`. At full size, 16 layers and 128 windows, that takes hours on a few cores. The default
+run therefore measures models with fewer layers on fewer windows, each in its own process, and extrapolates to the full
+size: the seconds per run of each part, times the number of its runs. Those figures are always named "extrapolated".
+``--full`` measures the full size instead. The default takes about ten minutes on two idle cores with AVX-512.
 
 The parts are timed from outside, by wrapping the functions that do them; a part's seconds leave out what parts inside
 it took.
@@ -72,13 +71,13 @@ def numbers(text: str) -> list[int]:
 
 
 def main(
-    layers: Annotated[str, typer.Option(help="Layers of the parents, on the fewest windows.")] = "1,2,3",
-    windows: Annotated[str, typer.Option(help="Windows, for the parent of the fewest layers.")] = "4,8,16",
+    layers: Annotated[str, typer.Option(help="Layers of the models, for the smallest number of windows.")] = "1,2,3",
+    windows: Annotated[str, typer.Option(help="Windows, for the model with the fewest layers.")] = "4,8,16",
     repeats: Annotated[int, typer.Option(min=1)] = 1,
     full: Annotated[bool, typer.Option("--full", help="Measure 16 layers and 128 windows, and nothing else.")] = False,
-    tiny: Annotated[bool, typer.Option("--tiny", help="A parent of toy size, to try this program.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A tiny model, to try this program.")] = False,
     device: Annotated[str, typer.Option(help="Where layers run.")] = "cpu",
-    scratch: Annotated[Path | None, typer.Option(help="A folder with room for parent and child.")] = None,
+    scratch: Annotated[Path | None, typer.Option(help="A folder with space for both models.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o")] = None,
 ) -> None:
     """Measure conversion on text."""

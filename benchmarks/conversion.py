@@ -1,10 +1,10 @@
-"""How long a conversion takes beside `cp -r` of the same folder, and how much memory.
+"""Time and memory of a conversion, compared with `cp -r` of the same folder.
 
     python benchmarks/conversion.py --gigabytes 4 --output benchmarks/records/conversion.json
 
 A synthetic sharded Llama (hidden 4096, 32 heads of 128, bfloat16, random weights) is made once. Then, alternating in
 one run: `cp -r`, `cp -r` followed by a flush of what it wrote (which regroup always does), and `regroup convert
---kv-heads 8 --method mean` in a process of its own. Page cache is dropped before each where the system allows it, else
+--kv-heads 8 --method mean` in its own process. The page cache is dropped before each if the system allows it; otherwise
 all are warm.
 """
 
@@ -32,7 +32,7 @@ HEAD_DIM = 128
 
 
 def make_llama(folder: Path, gigabytes: float, hidden: int = HIDDEN, shard_layers: int = 2) -> None:
-    """A checkpoint of Llama 2 7B's proportions, its depth cut to a size, so many layers a shard."""
+    """A checkpoint of Llama 2 7B's proportions, its depth cut to a size, with a number of layers per shard."""
     import torch
     from safetensors.torch import save_file
 
@@ -123,7 +123,7 @@ def main(
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         root = Path(name)
         source, small = root / "source", root / "small"
-        # In processes of their own: a child's peak memory counts what its parent held when it was started.
+        # In their own processes: the peak memory of a child process includes its parent's memory at the start.
         for folder, size in ((source, gigabytes), (small, gigabytes / 4)):
             maker = multiprocessing.get_context("spawn").Process(target=make_llama, args=(folder, size))
             maker.start()
@@ -132,7 +132,7 @@ def main(
         actions: dict[str, list[str]] = {
             "cp_r": ["cp", "-r", str(source), str(root / "copy")],
             "cp_r_and_flush": ["sh", "-c", flush],
-            "convert": convert_command(source, root / "child"),
+            "convert": convert_command(source, root / "converted"),
         }
         seconds: dict[str, list[float]] = {name: [] for name in actions}
         memory: list[int] = []
@@ -144,9 +144,9 @@ def main(
                 seconds[what].append(took)
                 if what == "convert":
                     memory.append(peak)
-                for folder in ("copy", "child"):
+                for folder in ("copy", "converted"):
                     shutil.rmtree(root / folder, ignore_errors=True)
-        _, small_memory = peak_memory(convert_command(small, root / "child"))
+        _, small_memory = peak_memory(convert_command(small, root / "converted"))
         # What a process costs that does nothing: imports of torch and friends.
         idle_seconds, idle_memory = peak_memory([*convert_command(source, root / "none"), "--dry-run"])
         size = sum(path.stat().st_size for path in source.iterdir())

@@ -1,4 +1,4 @@
-"""Milliseconds a token of a Llama shape of 1.1B parameters, in regroup and in other engines, two at a time.
+"""Milliseconds per token of a Llama shape of 1.1B parameters, in regroup and in other engines, two at a time.
 
     python benchmarks/decode_engines.py --engine llama.cpp --dtype float32 --python ENGINES/bin/python \
         --models FOLDER --work FILE                    # one pair, some minutes; for each engine and dtype

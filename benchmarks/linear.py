@@ -3,8 +3,8 @@
     python benchmarks/linear.py -o benchmarks/records/linear.json
 
 Each time is the median over rounds in which the alternatives take turns; several copies of a weight are read in turn,
-so that none is found in a processor's cache. Nothing else should run beside it: with two cores, a competing process
-shows as times of 8, 16 or 24 ms. What a processor cannot do is left out (oneDNN packs bfloat16 on some alone).
+so that none is found in a processor's cache. Nothing else should run at the same time: with two cores, a competing
+process shows as times of 8, 16 or 24 ms. What a processor cannot do is left out (oneDNN packs bfloat16 on some alone).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.mkldnn import to_mkldnn
 
-from regroup.attention.cpu import linear as cpu_linear
-from regroup.attention.cpu.linear_layers import DirectLinear, PackedLinear, fast_layer, unavailable
+from regroup.attention.cpu import build as cpu_build
+from regroup.attention.cpu.linear_layers import DirectLinear, PackedLinear, fast_layer, packed_unsupported_reason
 from regroup.record import record, write_record
 
 SHAPES = [(2048, 2048), (256, 2048), (5632, 2048), (2048, 5632), (32000, 2048)]
@@ -39,10 +39,10 @@ def alternatives(weights: list[Tensor], states: Tensor) -> dict[str, list[Callab
     found: dict[str, list[Callable[[Tensor], Tensor]]] = {
         "linear": [lambda x, w=weight: linear(x, w) for weight in weights],
     }
-    if unavailable(weights[0].dtype) is None:
+    if packed_unsupported_reason(weights[0].dtype) is None:
         found["to_mkldnn"] = [_public(weight) for weight in weights]
         found["packed"] = [PackedLinear(weight, None) for weight in weights]
-    if cpu_linear.missing() is None:
+    if cpu_build.unsupported_reason() is None:
         found["direct"] = [DirectLinear(weight, None) for weight in weights]
     if weights[0].dtype == torch.float32:  # what torch.compile with freezing takes
         ops, rows = torch.ops.mkl, states.shape[0]

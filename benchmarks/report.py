@@ -39,13 +39,14 @@ SECTIONS = {
 def page() -> str:
     """The whole page."""
     lines = [
-        "# How fast decoding is",
+        "# Decoding speed",
         "",
-        "Figures of two machines, one with AVX-512 and one without, by `regroup bench` and `benchmarks/`; this page is made",
-        "from their records (`benchmarks/records/`) by `python benchmarks/report.py`. The floor of a step is the larger",
-        "of the bytes that it reads over the bandwidth of reading, and of its FLOPs over the rate of a matrix product of",
-        "that shape, both measured in turns with what is compared: memory is shared with other machines, and its speed",
-        "changes within minutes. Ratios count, and not milliseconds of different runs. There was no GPU.",
+        "Results of `regroup bench` and `benchmarks/` on two machines, one with AVX-512 and one without, without GPUs.",
+        "`python benchmarks/report.py` writes this page from their records (`benchmarks/records/`). The floor of a step is",
+        "the larger of two times: the bytes that it reads divided by the read bandwidth, and its FLOPs divided by the rate of",
+        "a matrix product of that shape. Both are measured in turns with the compared programs, because memory is shared",
+        "with other virtual machines and its speed changes within minutes. So compare ratios, not milliseconds of different",
+        "runs.",
         "",
     ]
     for name, section in SECTIONS.items():
@@ -58,7 +59,7 @@ def main(check: Annotated[bool, typer.Option("--check")] = False) -> None:
     if not check:
         PAGE.write_text(page(), encoding="utf-8")
     elif PAGE.read_text(encoding="utf-8") != page():
-        print("docs/benchmarks.md is not what the records say; run python benchmarks/report.py", file=sys.stderr)
+        print("docs/benchmarks.md differs from the records; run python benchmarks/report.py", file=sys.stderr)
         raise typer.Exit(1)
 
 

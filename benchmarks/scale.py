@@ -1,13 +1,13 @@
-"""A large conversion: time beside `cp -r` and a flush, memory, what the dry run foretold, and a kill half-way.
+"""A large conversion: time compared with `cp -r` and a flush, memory, the dry run's estimates, and a kill half-way.
 
     python benchmarks/scale.py --gigabytes 20 --output benchmarks/records/scale.json
 
-A synthetic sharded Llama (Llama 2 7B's width, as many layers as the size holds, bfloat16, random weights) is made once,
-a shard at a time. Then, for each method: the dry run; `cp -r` with a flush and `regroup convert` in turns, page cache
-dropped before each where the system allows it; what of that is starting a process that imports torch; and once more a
-conversion that gets SIGKILL when half of its weight files are finished, and the same command again, whose result has to
-be the undisturbed one's, byte for byte. The disk holds the source, a child and a second child at once: three times the
-size.
+A synthetic sharded Llama (Llama 2 7B's width, as many layers as the size allows, bfloat16, random weights) is made
+once, one shard at a time. Then, for each method: the dry run; `cp -r` with a flush and `regroup convert` in turns, page
+cache dropped before each if the system allows it; the part of the time that starts a process and imports torch; and
+another conversion that gets SIGKILL when half of its weight files are finished, followed by the same command, whose
+result must equal that of the uninterrupted one, byte for byte. The disk holds the source and two converted models:
+three times the size.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from regroup.record import record, write_record
 from regroup.writer.journal import JOURNAL_FILE
 
 
-def apart(action: Callable[[], Any]) -> Any:
-    """The result of a function that runs in a process of its own, whose memory and threads are gone afterwards."""
+def in_process(action: Callable[[], Any]) -> Any:
+    """The result of a function that runs in its own process, which frees its memory and threads."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(action)
 
 
-def foretell(source: Path, target: Path, method: str, heads: int) -> dict[str, Any]:
-    """What a dry run says."""
+def estimate(source: Path, target: Path, method: str, heads: int) -> dict[str, Any]:
+    """The estimates of a dry run."""
     started = time.perf_counter()
     done = convert(source, target, kv_heads=heads, method=method, dry_run=True)
     assert done.forecast is not None
@@ -54,7 +54,7 @@ def foretell(source: Path, target: Path, method: str, heads: int) -> dict[str, A
 
 
 def watched(command: list[str], *, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-    """Run a process, and kill it outright when ``stop`` says so.
+    """Run a process, and kill it when ``stop`` returns True.
 
     Returns:
         Its seconds; whether it was killed; the most anonymous memory (RssAnon) that was seen, and the most resident
@@ -88,7 +88,7 @@ def watched(command: list[str], *, stop: Callable[[], bool] = lambda: False) -> 
 
 
 def finished(target: Path) -> list[str]:
-    """Weight files that a conversion to this place has on the disk for good."""
+    """The weight files that a conversion to this folder has finished."""
     for journal in target.parent.glob(f".{target.name}.regroup-*/{JOURNAL_FILE}"):
         try:
             return json.loads(journal.read_text())["finished"]
@@ -98,7 +98,7 @@ def finished(target: Path) -> list[str]:
 
 
 def resumed(source: Path, target: Path, whole: Path, method: str, heads: int) -> dict[str, Any]:
-    """Kill a conversion when half of its files are finished, go on, and compare with an undisturbed child."""
+    """Kill a conversion when half of its files are finished, resume it, and compare with an uninterrupted one."""
     command = convert_command(source, target, method, heads)
     files = len(list(source.glob("*.safetensors")))
     first = watched(command, stop=lambda: len(finished(target)) >= files // 2)
@@ -118,9 +118,9 @@ def resumed(source: Path, target: Path, whole: Path, method: str, heads: int) ->
 
 
 def measure(root: Path, source: Path, method: str, heads: int, repeats: int) -> dict[str, Any]:
-    """Everything about one method."""
-    copy, child = root / "copy", root / "child"
-    ahead = apart(functools.partial(foretell, source, child, method, heads))
+    """All measurements of one method."""
+    copy, converted = root / "copy", root / "converted"
+    estimated = in_process(functools.partial(estimate, source, converted, method, heads))
     copies: list[float] = []
     runs: list[dict[str, Any]] = []
     dropped = True
@@ -128,17 +128,17 @@ def measure(root: Path, source: Path, method: str, heads: int, repeats: int) -> 
         dropped &= drop_caches()
         copies.append(watched(["sh", "-c", f"cp -r {source} {copy} && sync -f {copy}"])["seconds"])
         shutil.rmtree(copy)
-        shutil.rmtree(child, ignore_errors=True)
+        shutil.rmtree(converted, ignore_errors=True)
         dropped &= drop_caches()
-        runs.append(watched(convert_command(source, child, method, heads)))
+        runs.append(watched(convert_command(source, converted, method, heads)))
     drop_caches()
     start = watched([sys.executable, "-c", "import regroup.conversion.convert, regroup.console"])
-    kill = resumed(source, root / "again", child, method, heads)
-    for folder in (child, root / "again"):
+    kill = resumed(source, root / "again", converted, method, heads)
+    for folder in (converted, root / "again"):
         shutil.rmtree(folder)
     seconds = [run["seconds"] for run in runs]
     return {
-        "forecast": ahead,
+        "forecast": estimated,
         "page_cache_dropped": dropped,
         "cp_r_and_flush_seconds": copies,
         "convert_seconds": seconds,
@@ -152,7 +152,7 @@ def measure(root: Path, source: Path, method: str, heads: int, repeats: int) -> 
 
 def main(
     gigabytes: Annotated[float, typer.Option(help="Size of the checkpoint.")] = 20.0,
-    hidden: Annotated[int, typer.Option(help="Hidden size, a multiple of 128; smaller gives more layers.")] = HIDDEN,
+    hidden: Annotated[int, typer.Option(help="Hidden size, a multiple of 128; smaller: more layers.")] = HIDDEN,
     methods: Annotated[str, typer.Option()] = "mean,lowrank",
     repeats: Annotated[int, typer.Option(min=1)] = 2,
     scratch: Annotated[Path | None, typer.Option(help="A folder on the disk to measure.")] = None,
@@ -165,7 +165,7 @@ def main(
             raise SystemExit(f"the disk has {free / 1e9:.0f} GB free, and {3.1 * gigabytes:.0f} GB are needed")
         source, heads = root / "source", max(1, hidden // 512)
         started = time.perf_counter()
-        apart(functools.partial(make_llama, source, gigabytes, hidden, 2 if hidden == HIDDEN else 1))
+        in_process(functools.partial(make_llama, source, gigabytes, hidden, 2 if hidden == HIDDEN else 1))
         os.sync()
         making = time.perf_counter() - started
         size = sum(path.stat().st_size for path in source.iterdir())

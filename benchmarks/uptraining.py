@@ -1,12 +1,13 @@
-"""Tokens a second of uptraining, beside transformers' plain Trainer with the same settings.
+"""Tokens per second of uptraining, compared with transformers' plain Trainer with the same settings.
 
-    python benchmarks/uptraining.py PARENT CHILD DATA -o benchmarks/records/uptraining-throughput.json
+    python benchmarks/uptraining.py ORIGINAL CONVERTED DATA -o benchmarks/records/uptraining-throughput.json
 
-Four ways, in turn, ``--rounds`` times: plain Trainer on the parent (its text tokenised before the clock starts),
-``regroup uptrain`` of the child on cross-entropy, with KL to the parent, and with KL and hidden states. One round more
-warms up and does not count. Times are of whole runs, from the first batch to the last step.
+Four ways, in turn, ``--rounds`` times: plain Trainer on the original model (with text that is tokenised before the time
+starts), and ``regroup uptrain`` of the converted model with cross-entropy, with KL to the original model, and with KL
+and hidden states. One additional round is a warm-up and does not count. Times are of whole runs, from the first batch
+to the last step.
 
-Utilisation is the model's FLOPs (forward and backward, the teacher's forward; nothing that is computed again counts) a
+Utilisation is the model's FLOPs (forward and backward, the teacher's forward; recomputation does not count) per
 second over the rate of a large matrix product of the same dtype, measured between rounds: what PyTorch reaches on this
 device, not what its maker states.
 """
@@ -35,8 +36,8 @@ from regroup.uptraining.run import uptrain
 RATE = 1e-4
 
 
-def plain(parent: Path, windows: torch.Tensor, steps: int, batch: int, device: str | None, dtype: str) -> float:
-    """Seconds of ``Trainer.train`` on windows that lie ready."""
+def plain(original: Path, windows: torch.Tensor, steps: int, batch: int, device: str | None, dtype: str) -> float:
+    """Seconds of ``Trainer.train`` on prepared windows."""
     rows = [{"input_ids": row, "labels": row} for row in windows]
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -55,16 +56,16 @@ def plain(parent: Path, windows: torch.Tensor, steps: int, batch: int, device: s
             disable_tqdm=True,
             log_level="warning",
         )
-        model: Any = load(parent, dtype=torch.float32, progress=False)
+        model: Any = load(original, dtype=torch.float32, progress=False)
         trainer = Trainer(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
         return float(trainer.train().metrics["train_runtime"])
 
 
-def ours(child: Path, data: Path, steps: int, batch: int, window: int, **settings: Any) -> tuple[float, int]:
+def ours(converted: Path, data: Path, steps: int, batch: int, window: int, **settings: Any) -> tuple[float, int]:
     """Seconds and FLOPs of the training of ``regroup uptrain``, with its reading and tokenising."""
     with tempfile.TemporaryDirectory() as scratch:
         recipe = Recipe(
-            model=str(child),
+            model=str(converted),
             output=Path(scratch) / "run",
             data=(str(data),),
             steps=steps,
@@ -82,7 +83,7 @@ def ours(child: Path, data: Path, steps: int, batch: int, window: int, **setting
 
 @torch.inference_mode()
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second of a large matrix product, the best of some runs."""
+    """FLOPs per second of a large matrix product, the best of some runs."""
     size = 2048 if device.type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     timed(lambda: left @ right, device)  # warm-up
@@ -90,26 +91,26 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def main(
-    parent: Path,
-    child: Path,
+    original: Path,
+    converted: Path,
     data: Path,
     steps: Annotated[int, typer.Option()] = 30,
-    batch: Annotated[int, typer.Option(help="Windows a step.")] = 8,
+    batch: Annotated[int, typer.Option(help="Windows per step.")] = 8,
     window: Annotated[int, typer.Option()] = 256,
     rounds: Annotated[int, typer.Option()] = 5,
     device: Annotated[str | None, typer.Option()] = None,
     dtype: Annotated[str, typer.Option()] = "float32",
     output: Annotated[Path | None, typer.Option("--output", "-o")] = None,
 ) -> None:
-    windows, _ = token_windows(read_texts(data), load_tokenizer(parent), length=window, limit=steps * batch)
+    windows, _ = token_windows(read_texts(data), load_tokenizer(original), length=window, limit=steps * batch)
     assert len(windows) == steps * batch, "there is too little text"
     shared: dict[str, Any] = {"device": device, "dtype": dtype}
-    taught = {"teacher": str(parent), **shared}
+    with_teacher = {"teacher": str(original), **shared}
     ways: dict[str, Callable[[], tuple[float, int | None]]] = {
-        "plain Trainer, the parent": lambda: (plain(parent, windows, steps, batch, device, dtype), None),
-        "cross-entropy": lambda: ours(child, data, steps, batch, window, **shared),
-        "KL": lambda: ours(child, data, steps, batch, window, hidden_weight=0.0, **taught),
-        "KL and hidden states": lambda: ours(child, data, steps, batch, window, **taught),
+        "plain Trainer, the parent": lambda: (plain(original, windows, steps, batch, device, dtype), None),
+        "cross-entropy": lambda: ours(converted, data, steps, batch, window, **shared),
+        "KL": lambda: ours(converted, data, steps, batch, window, hidden_weight=0.0, **with_teacher),
+        "KL and hidden states": lambda: ours(converted, data, steps, batch, window, **with_teacher),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     flops: dict[str, int | None] = {}
@@ -136,10 +137,10 @@ def main(
         }
         for name, took in seconds.items()
     ]
-    model: Any = load(parent, progress=False)
+    model: Any = load(original, progress=False)
     configuration = {
-        "parent": parent.name,
-        "child": child.name,
+        "parent": original.name,
+        "child": converted.name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": data.name,
         "steps": steps,

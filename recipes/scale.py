@@ -22,7 +22,8 @@ import typer
 from regroup.advice.hardware import named
 from regroup.advice.predict import Heads, Rates, Setting, Shape, largest_batch, memory, step_floors
 from regroup.bench.build import Model, describe
-from regroup.bench.roofline import DTYPE_BYTES, Cost, attention_flops, kv_cache_bytes, weights_cost
+from regroup.bench.roofline import Cost, attention_flops, weights_cost
+from regroup.layout.kv_cache import DTYPE_BYTES, kv_cache_bytes
 from regroup.record import record, write_record
 from regroup.uptraining.budget import plan_budget
 

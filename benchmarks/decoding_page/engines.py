@@ -25,7 +25,7 @@ def _reading(case: Record, dtype: str) -> float:
     return 1e3 * (weights + cache) * (4 if dtype == "float32" else 2) / case["bandwidth_bytes_per_second"]
 
 
-def engines(record: Record, title: str = "Beside other engines") -> list[str]:
+def engines(record: Record, title: str = "Comparison with other engines") -> list[str]:
     rows, failed = [], []
     cases: dict[tuple[str, str, int, int], Record] = {}
     for pair in record["results"]["pairs"]:
@@ -64,7 +64,7 @@ def engines(record: Record, title: str = "Beside other engines") -> list[str]:
         ):
             case = cases.get((engine, dtype, prompt, 8))
             unsteady = case is not None and case["unsteady"]
-            what = "level with" if engine == "openvino" else f"{least:g} times"
+            what = "as fast as" if engine == "openvino" else f"{least:g} times"
             goals.append(
                 goal(
                     f"{dtype}, prompt {prompt}, batch 8: {what} {engine}",
@@ -87,13 +87,13 @@ def engines(record: Record, title: str = "Beside other engines") -> list[str]:
     return [
         f"## {title}",
         "",
-        "A Llama shape of 1.1B parameters (hidden 2048, 22 layers, 32 heads of 64, G = 4, random weights), milliseconds a",
-        "step. Each row is a run of two engines in turns, so that both meet the same machine: compare within rows. Weights,",
-        "cache and arithmetic are of one dtype; caches are full before, everything is compiled and warm. `transformers` is",
-        "`generate` as it is by default (sdpa, DynamicCache), `regroup` the same `generate` with",
+        "A Llama shape of 1.1B parameters (hidden 2048, 22 layers, 32 heads of 64, 4 KV heads, random weights), milliseconds",
+        "per step. Each row is a run of two engines in turns, for the same conditions: compare within rows. Weights, cache",
+        "and arithmetic have one dtype; caches are filled first, everything is compiled and warm. `transformers` is",
+        "`generate` with its defaults (sdpa, DynamicCache), `regroup` the same `generate` with",
         "`attn_implementation=\"regroup\"`, `KVCache` and `prepare_for_inference`.",
-        "`reading` is what weights and cache take to be read at the bandwidth of those minutes; arithmetic may take longer",
-        "at batch 8. Rows whose times scatter are `unsteady` and decide nothing.",
+        "`reading` is the time to read weights and cache at the bandwidth of those minutes; arithmetic may take longer at",
+        "batch 8. Rows with scattered times are `unsteady` and do not count for the goals.",
         f"{conditions(record)}; {'; '.join(versions)}.",
         "",
         "```sh",
@@ -108,10 +108,10 @@ def engines(record: Record, title: str = "Beside other engines") -> list[str]:
 
 
 def engines_avx2(record: Record) -> list[str]:
-    """The same on a processor that PyTorch's packed products were not made for."""
+    """The same on a processor without AVX-512."""
     return [
-        *engines(record, "Beside other engines, without AVX-512"),
-        "This processor has AVX2 alone. `prepare_for_inference` takes a kernel of our own there (`DirectLinear`): oneDNN's",
-        "packed layers leave much of such a processor unused, and PyTorch emulates its products of bfloat16.",
+        *engines(record, "Comparison with other engines, without AVX-512"),
+        "This processor has AVX2 but not AVX-512. `prepare_for_inference` uses regroup's own kernel there (`DirectLinear`):",
+        "oneDNN's packed layers are slow on such processors, and PyTorch emulates bfloat16 products.",
         "",
     ]

@@ -36,9 +36,9 @@ def linear(record: Record) -> list[str]:
     return [
         "## Linear layers",
         "",
-        "One layer, milliseconds a call, weights read from memory: `linear` is `F.linear`, `mkl` and `to_mkldnn` are",
-        "PyTorch's own packings, `packed` and `direct` are `PackedLinear` and `DirectLinear`; a dash: not on this processor.",
-        f"`prepare_for_inference` takes {taken} here. {conditions(record)}.",
+        "One layer, milliseconds per call, weights read from memory: `linear` is `F.linear`, `mkl` and `to_mkldnn` are",
+        "PyTorch's packed layouts, `packed` and `direct` are `PackedLinear` and `DirectLinear`; –: not on this processor.",
+        f"`prepare_for_inference` uses {taken} here. {conditions(record)}.",
         "",
         "```sh",
         "python benchmarks/linear.py -o benchmarks/records/linear.json",

@@ -26,7 +26,17 @@ def by_groups(record: Record) -> list[str]:
             )
         )
     return table(
-        ("G", "floor", "regroup, ms", "of the floor", "over MHA", "allowed", "share", "transformers, ms", "cache, MB"),
+        (
+            "KV heads",
+            "floor",
+            "regroup, ms",
+            "of the floor",
+            "over MHA",
+            "allowed",
+            "share",
+            "transformers, ms",
+            "cache, MB",
+        ),
         rows,
     )
 
@@ -41,8 +51,8 @@ def t5(record: Record, title: str = "T5-Large's decoder") -> list[str]:
     lines = [
         f"## {title}",
         "",
-        "16 heads, 2048 encoded tokens, float32, random weights, milliseconds a step; the encoder is not run. `allowed` is",
-        "the ratio of the floors, `share` how much of it is reached.",
+        "16 heads, 2048 encoded tokens, float32, random weights, milliseconds per step; the encoder is not run. `allowed`",
+        "is the ratio of the floors, `share` the reached part of it.",
         "",
         "```sh",
         "regroup bench decode benchmarks/shapes/t5-large.json --kv-heads 16,8,4,1 --batch 8 --prompt 2048 --baseline -o RUN.json",
@@ -78,7 +88,7 @@ def llama(record: Record) -> list[str]:
         f"  --dtype {done['dtype']} --plot docs/images/decode-groups.png -o benchmarks/records/decode-llama-1b.json",
         "```",
         "",
-        "![milliseconds a token against KV heads](images/decode-groups.png)",
+        "![milliseconds per token against KV heads](images/decode-groups.png)",
         "",
         *by_groups(record),
     ]
@@ -98,10 +108,10 @@ def t5_xxl(record: Record) -> list[str]:
         "  -o benchmarks/records/decode-t5-xxl.json",
         "```",
         "",
-        "![milliseconds a token against KV heads](images/decode-t5-xxl.png)",
+        "![milliseconds per token against KV heads](images/decode-t5-xxl.png)",
         "",
-        "Two layers of 24 carry the whole output embedding, whose weights do not depend on G: with all layers the curve is",
-        "steeper. More than 100% of the floor is a product faster than PyTorch's.",
+        "The two layers (of 24) include the whole output embedding, whose weights do not depend on G: with all layers the",
+        "curve is steeper. More than 100% of the floor: products faster than PyTorch's.",
         "",
         *by_groups(record),
     ]

@@ -58,7 +58,7 @@ def operator_goals(shapes: list[Record]) -> list[str]:
     rows = []
     for count, least in ((32, 0.85), (8, 0.60), (4, 0.50)):
         shares = [_bandwidth_share(shape, "regroup") for shape in large if shape["kv_heads"] == count]
-        rows.append(_share_goal(f"float32, 100 MB and more, G = {count}: {least:.0%} of the bandwidth", shares, least))
+        rows.append(_share_goal(f"float32, at least 100 MB, G = {count}: {least:.0%} of the bandwidth", shares, least))
     shares = [_product_share(shape, "regroup") for shape in large if shape["kv_heads"] == 1]
     rows.append(_share_goal("the same, G = 1: half of the rate of such a product", shares, 0.5))
     slower = [
@@ -100,9 +100,9 @@ def operator(record: Record, title: str = "The operator", file: str = "attention
         f"## {title}",
         "",
         "One decoding step of one layer, 32 query heads of 128, milliseconds, medians of runs in turns. `regroup` is the",
-        "choice of `backend=\"auto\"`, with \"cpu\" the compiled kernel and with \"packed\" PyTorch alone; `enable_gqa` is",
+        "choice of `backend=\"auto\"`: \"cpu\" is the compiled kernel, \"packed\" uses PyTorch only; `enable_gqa` is",
         "`scaled_dot_product_attention(enable_gqa=True)`, `packed_sdpa` the same with the heads of a group folded into",
-        "the query length, `repeat` with KV heads repeated first. More than 100% of the floor is a product faster than",
+        "the query length, `repeat` with KV heads repeated first. More than 100% of the floor: products faster than",
         f"PyTorch's. {conditions(record)}.",
         "",
         "```sh",
@@ -113,9 +113,9 @@ def operator(record: Record, title: str = "The operator", file: str = "attention
         *operator_goals(shapes),
         *operator_table(shapes),
         f"{len(found) - len(shapes)} of {len(found)} shapes were disturbed by other processes and are not shown; "
-        f"{whole - len(found) - len(left_out)} of the grid are not measured yet. "
+        f"{whole - len(found) - len(left_out)} of the grid have not been measured yet. "
         f"{len(left_out)} shapes with more than {record['configuration']['limit_bytes'] / 1e9:g} GB of keys and values "
-        "were left out. FlexAttention compiles anew for each shape and is left out here (`--flex`).",
+        "were omitted. FlexAttention compiles for each shape and is omitted here (`--flex`).",
         "",
     ]  # fmt: skip
 

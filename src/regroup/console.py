@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from .bench.roofline import DTYPE_BYTES, cache_dtype
 from .errors import human_bytes
 from .inspection import LayerSummary, Summary
 from .layout import Layout
+from .layout.kv_cache import DTYPE_BYTES, cache_dtype
 from .listener import Listener
 from .opening import Source
 from .plans import Plan

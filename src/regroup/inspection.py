@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .bench.roofline import cache_dtype, kv_cache_bytes
 from .checkpoint import GGUFFile, fetch, headers_of, is_gguf, is_hub_id, open_checkpoint, read_gguf
 from .checkpoint.reader import read_json
 from .errors import RegroupError
 from .files import as_named
 from .layout import Layout, detect
 from .layout.detect import MAX_HEADS, MAX_LAYERS
+from .layout.kv_cache import cache_dtype, kv_cache_bytes
 from .opening import layout_of
 
 
@@ -71,7 +71,7 @@ class Summary:
         return replace(self, layers=tuple(layers))
 
     def kv_bytes(self, dtype: str, *, context: int = 1, batch: int = 1, encoder_context: int | None = None) -> int:
-        """Bytes of KV cache (see ``bench.roofline.kv_cache_bytes``)."""
+        """Bytes of KV cache (see ``layout.kv_cache.kv_cache_bytes``)."""
         return kv_cache_bytes(self.layers, context=context, batch=batch, encoder_context=encoder_context, dtype=dtype)
 
     def to_json(

@@ -42,11 +42,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regroup.bench.machine._SECONDS", 0.005)
 
 
-def test_plans_cost_what_the_budget_says_they_do(tmp_path: Path, text: CalibrationText) -> None:
-    parent, _ = runs.pair(tmp_path)
-    found = advise(str(parent), calibration=text, max_loss=10.0, **GIVEN)
+def test_plans_have_the_cache_of_their_budget(tmp_path: Path, text: CalibrationText) -> None:
+    source, _ = runs.pair(tmp_path)
+    found = advise(str(source), calibration=text, max_loss=10.0, **GIVEN)
     names = [one.name for one in found.predictions]
-    assert names[0] == "the parent"
+    assert names[0] == "the original model"
     assert {"G = 3", "G = 2", "G = 1"} <= set(names)
     assert found.predictions[0].loss == 0.0
     assert found.plan is not None
@@ -55,7 +55,7 @@ def test_plans_cost_what_the_budget_says_they_do(tmp_path: Path, text: Calibrati
     # An independent route to the plan by layer in the same cache.
     one = next((p for p in found.predictions if p.name == "by layer, as G = 3"), None)
     if one is not None:
-        plan, _ = plan_checkpoint(parent, kv_budget="50%", calibration=text)
+        plan, _ = plan_checkpoint(source, kv_budget="50%", calibration=text)
         assert {layer.name: layer.num_key_value_heads for layer in plan.layers} == one.heads
         recovery = found.record["results"]["recovery"]
         assert one.loss == pytest.approx((plan.predicted_kl or 0) * recovery["additivity"])
@@ -67,14 +67,14 @@ def test_plans_cost_what_the_budget_says_they_do(tmp_path: Path, text: Calibrati
             assert (p.loss or 0) <= (same.loss or 0)
 
 
-def test_the_plan_is_one_that_convert_carries_out(tmp_path: Path) -> None:
-    parent, _ = runs.pair(tmp_path)
+def test_convert_accepts_the_plan(tmp_path: Path) -> None:
+    source, _ = runs.pair(tmp_path)
     train, _ = runs.text(tmp_path)
     flags = ("--calibration", train, "--calibration-tokens", 512, "--calibration-window", 32)
     plan, record, figure = (tmp_path / name for name in ("plan.json", "record.json", "front.png"))
     status, out, message = run(
         "advise",
-        parent,
+        source,
         *options("--max-loss", 10, "--uptrain-tokens", "100k", "-o", plan, "--record", record, "--figure", figure),
         *flags,
     )
@@ -83,15 +83,15 @@ def test_the_plan_is_one_that_convert_carries_out(tmp_path: Path) -> None:
     assert "--calibration-window 32" in command
     assert json.loads(record.read_text())["kind"] == "advise"
     assert figure.stat().st_size > 5000
-    status, _, message = run("convert", parent, tmp_path / "advised", "--plan", plan, *flags)
+    status, _, message = run("convert", source, tmp_path / "advised", "--plan", plan, *flags)
     assert status == 0, message
     assert json.loads((tmp_path / "advised/config.json").read_text())["num_key_value_heads"] == 1
 
 
-def test_uptraining_leaves_less_and_says_how_sure(tmp_path: Path, text: CalibrationText) -> None:
-    parent, _ = runs.pair(tmp_path)
+def test_uptraining_reduces_the_loss_and_its_error_is_stated(tmp_path: Path, text: CalibrationText) -> None:
+    source, _ = runs.pair(tmp_path)
     few, many = (
-        advise(str(parent), calibration=text, uptrain_tokens=tokens, **GIVEN).predictions[-1]
+        advise(str(source), calibration=text, uptrain_tokens=tokens, **GIVEN).predictions[-1]
         for tokens in (10_000, 10_000_000)
     )
     for one in (few, many):
@@ -102,47 +102,47 @@ def test_uptraining_leaves_less_and_says_how_sure(tmp_path: Path, text: Calibrat
     assert (many.loss_after or 0) < (few.loss_after or 0)
 
 
-def test_weights_alone_rank_and_know_no_loss(tmp_path: Path) -> None:
-    parent, _ = runs.pair(tmp_path)
-    found = advise(str(parent), **GIVEN)
+def test_weights_alone_give_a_ranking_without_loss(tmp_path: Path) -> None:
+    source, _ = runs.pair(tmp_path)
+    found = advise(str(source), **GIVEN)
     energies = {one.name: one.energy for one in found.predictions}
-    assert energies["the parent"] == 0.0
+    assert energies["the original model"] == 0.0
     assert all(one.loss is None for one in found.predictions)
     assert 0 < (energies["G = 3"] or 0) < (energies["G = 2"] or 0) < (energies["G = 1"] or 0)
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_bench_record_makes_floors_predictions(tmp_path: Path) -> None:
-    parent, _ = runs.pair(tmp_path)
+    source, _ = runs.pair(tmp_path)
     bench = tmp_path / "bench.json"
     status, _, message = run(
-        "bench", "decode", parent, "--kv-heads", "6,1", "--batch", 2, "--prompt", 16, "--new", 4, "-o", bench
+        "bench", "decode", source, "--kv-heads", "6,1", "--batch", 2, "--prompt", 16, "--new", 4, "-o", bench
     )
     assert status == 0, message
     given = {**GIVEN, "hardware_name": "this"}
-    found = advise(str(parent), bench=[bench], **given)
+    found = advise(str(source), bench=[bench], **given)
     assert found.record["results"]["efficiency"]["measured"]
     # What was measured just so is not predicted.
     measured = json.loads(bench.read_text())["results"]["models"]
-    same = advise(str(parent), bench=[bench], **{**given, "batch": 2, "context": 16})
+    same = advise(str(source), bench=[bench], **{**given, "batch": 2, "context": 16})
     for one in measured:
         mine = next(p for p in same.predictions if p.kv_heads == one["kv_heads"])
         assert 1e3 * mine.token_seconds == pytest.approx(one["regroup"]["token_ms"]["p50"])
 
 
 @pytest.mark.usefixtures("quick")
-def test_measured_and_predicted_times_do_not_contradict_each_other(tmp_path: Path) -> None:
-    parent, _ = runs.pair(tmp_path)
+def test_measured_and_predicted_times_are_consistent(tmp_path: Path) -> None:
+    source, _ = runs.pair(tmp_path)
     bench = tmp_path / "bench.json"
-    run("bench", "decode", parent, "--kv-heads", "6,2", "--batch", 2, "--prompt", 30, "--new", 4, "-o", bench)
+    run("bench", "decode", source, "--kv-heads", "6,2", "--batch", 2, "--prompt", 30, "--new", 4, "-o", bench)
     whole = json.loads(bench.read_text())
     for model, took in zip(whole["results"]["models"], (3.0, 5.0), strict=True):  # noise: less cache, and slower
         model["regroup"]["token_ms"]["p50"] = took
     bench.write_text(json.dumps(whole | {"machine": {"processor": "Abacus 9000"}}))
     given = {**GIVEN, "hardware_name": "this", "batch": 2}
-    found = advise(str(parent), bench=[bench], **given)
+    found = advise(str(source), bench=[bench], **given)
     times = {one.name: 1e3 * one.token_seconds for one in found.predictions}
-    assert times["the parent"] == pytest.approx(3.0)
+    assert times["the original model"] == pytest.approx(3.0)
     assert times["G = 2"] == pytest.approx(5.0)
     assert 3.0 < times["G = 3"] < 5.0
     assert 0.5 < times["G = 1"] / times["G = 2"] < 1.0
@@ -154,41 +154,41 @@ def test_measured_and_predicted_times_do_not_contradict_each_other(tmp_path: Pat
     assert any("Abacus 9000" in line for line in found.assumptions)
     # Negative control: of other settings nothing is taken, and the parts of a step are fitted.
     for other in ({"context": 20}, {"batch": 3}, {"dtype": "bfloat16"}, {"tensor_parallel": 2}):
-        apart = advise(str(parent), bench=[bench], **{**given, **other})
+        apart = advise(str(source), bench=[bench], **{**given, **other})
         assert 1e3 * apart.predictions[0].token_seconds != pytest.approx(3.0)
     status, out, message = run(
-        "advise", parent, "--hardware", "this", "--context", 32, "--batch", 2, "--dtype", "float32", "--bench", bench
+        "advise", source, "--hardware", "this", "--context", 32, "--batch", 2, "--dtype", "float32", "--bench", bench
     )
     assert status == 0, message
     if found.choice.prediction.token_seconds > 3e-3:
         assert re.search(r"3\.00 → .* ms per token, 1\.\d\d times slower", out)
 
 
-def test_a_step_reads_the_context_that_is_asked_about(tmp_path: Path) -> None:
+def test_a_step_reads_the_whole_context(tmp_path: Path) -> None:
     """Time and memory are of one moment, the last token's; what an encoder-decoder makes is nothing to others."""
-    parent, _ = runs.pair(tmp_path)
-    config = json.loads((parent / "config.json").read_text())
+    source, _ = runs.pair(tmp_path)
+    config = json.loads((source / "config.json").read_text())
     # A batch so large that the cache is all that a step reads, and a processor so fast that reading is all it does.
     given = {**GIVEN, "batch": 10**9, "memory_bytes": 10**30}
-    one = advise(str(parent), **given).predictions[0]
+    one = advise(str(source), **given).predictions[0]
     layers, width = config["num_hidden_layers"], config["num_key_value_heads"] * config["head_dim"]
     assert one.cache_bytes == 2 * layers * width * 32 * 4 * 10**9
     rates = KNOWN["l4"]
     flops = 4 * layers * config["num_attention_heads"] * config["head_dim"] * 32 * 10**9
     attention = max(one.cache_bytes / rates.bandwidth, flops / rates.rate("float32"))
-    weights = advise(str(parent), **{**given, "context": 2}).predictions[0].token_seconds
+    weights = advise(str(source), **{**given, "context": 2}).predictions[0].token_seconds
     assert one.token_seconds - weights == pytest.approx(attention * 30 / 32, rel=1e-6)
-    assert advise(str(parent), **given, new=3).predictions[0].token_seconds == one.token_seconds
+    assert advise(str(source), **given, new=3).predictions[0].token_seconds == one.token_seconds
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_batch_that_no_memory_holds_is_asked_about(tmp_path: Path) -> None:
+def test_a_batch_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     """Rates of products with a billion rows are those of many rows, and not allocated."""
-    parent, _ = runs.pair(tmp_path)
+    source, _ = runs.pair(tmp_path)
     given = {**GIVEN, "hardware_name": "this", "batch": 10**9}
-    assert advise(str(parent), **given, memory_bytes=10**30).predictions[0].largest_batch > 10**9
-    with pytest.raises(RegroupError, match="keeps to the limits"):
-        advise(str(parent), **given)
+    assert advise(str(source), **given, memory_bytes=10**30).predictions[0].largest_batch > 10**9
+    with pytest.raises(RegroupError, match="is within the limits"):
+        advise(str(source), **given)
 
 
 @pytest.mark.parametrize(
@@ -198,59 +198,59 @@ def test_a_batch_that_no_memory_holds_is_asked_about(tmp_path: Path) -> None:
         (("--max-loss", 0.1), ("needs text", "--calibration")),
         (("--uptrain-tokens", "1M"), ("needs text", "--calibration")),
         (("--context", tiny.MAX_POSITIONS + 1), ("more positions", "lower --context")),
-        (("--memory", 1e-9), ("keeps to the limits", "at best")),
-        (("--max-time", 1e-9), ("keeps to the limits", " ms a token, with G = 1")),
+        (("--memory", 1e-9), ("is within the limits", "at best")),
+        (("--max-time", 1e-9), ("is within the limits", " ms per token, with G = 1")),
         (("--dtype", "int3"), ("dtype",)),
-        (("--memory", 0), ("keeps to the limits", "at best a batch of 0")),
+        (("--memory", 0), ("is within the limits", "at best a batch of 0")),
         (("--memory", "inf"), ("not a number of GB",)),
-        (("--max-time", 0), ("keeps to the limits",)),
+        (("--max-time", 0), ("is within the limits",)),
     ],
 )
-def test_what_cannot_be_advised_is_refused(more: tuple[object, ...], words: tuple[str, ...], tmp_path: Path) -> None:
-    parent, _ = runs.pair(tmp_path)
-    message = refused("advise", parent, *options(*more, "-o", tmp_path / "plan.json"))
+def test_impossible_requests_are_refused(more: tuple[object, ...], words: tuple[str, ...], tmp_path: Path) -> None:
+    source, _ = runs.pair(tmp_path)
+    message = refused("advise", source, *options(*more, "-o", tmp_path / "plan.json"))
     for word in words:
         assert word in message
     assert not (tmp_path / "plan.json").exists()
 
 
 def test_records_of_other_things_are_refused(tmp_path: Path) -> None:
-    parent, _ = runs.pair(tmp_path)
+    source, _ = runs.pair(tmp_path)
     other = tmp_path / "record.json"
     for value, words in (
         ({"kind": "evaluate/task", "format": 1}, "evaluate/task"),
         ({"kind": "benchmark/decode", "format": 9}, "format 9"),
-        ({"kind": "benchmark/decode", "format": 1, "configuration": {}, "results": {}}, "lacks something"),
+        ({"kind": "benchmark/decode", "format": 1, "configuration": {}, "results": {}}, "is incomplete"),
     ):
         other.write_text(json.dumps(value))
-        assert words in refused("advise", parent, *options("--bench", other))
+        assert words in refused("advise", source, *options("--bench", other))
 
 
 @pytest.mark.usefixtures("quick")
 def test_damaged_records_of_decoding_are_refused(tmp_path: Path) -> None:
-    parent, _ = runs.pair(tmp_path)
+    source, _ = runs.pair(tmp_path)
     bench = tmp_path / "bench.json"
-    run("bench", "decode", parent, "--kv-heads", "6", "--batch", 2, "--prompt", 16, "--new", 4, "-o", bench)
+    run("bench", "decode", source, "--kv-heads", "6", "--batch", 2, "--prompt", 16, "--new", 4, "-o", bench)
     whole = json.loads(bench.read_text())
-    assert "other hardware" in refused("advise", parent, *options("--bench", bench))
+    assert "other hardware" in refused("advise", source, *options("--bench", bench))
     this = ("--hardware", "this", "--context", 32, "--batch", 4, "--dtype", "float32", "--bench", bench)
-    assert run("advise", parent, *this)[0] == 0
+    assert run("advise", source, *this)[0] == 0
     for value in (0, -1, math.nan, math.inf, "1", None, 10**400):
         damaged = json.loads(json.dumps(whole))
         damaged["results"]["models"][0]["regroup"]["token_ms"]["p50"] = value
         bench.write_text(json.dumps(damaged))
-        assert "lacks something" in refused("advise", parent, *this)
+        assert "is incomplete" in refused("advise", source, *this)
     for name, value in (("config", "x"), ("config", []), ("prompt", 1.5), ("batch", 10**400), ("batch", "2")):
         bench.write_text(json.dumps({**whole, "configuration": {**whole["configuration"], name: value}}))
-        refused("advise", parent, *this)
+        refused("advise", source, *this)
     bench.write_text(json.dumps({**whole, "results": {**whole["results"], "models": []}}))
-    assert "lacks something" in refused("advise", parent, *this)
+    assert "is incomplete" in refused("advise", source, *this)
 
 
 def test_a_config_alone_gets_the_conventional_number(tmp_path: Path) -> None:
-    parent, _ = runs.pair(tmp_path)
+    source, _ = runs.pair(tmp_path)
     config, plan, record, figure = (tmp_path / name for name in ("config.json", "plan.json", "record.json", "f.png"))
-    config.write_bytes((parent / "config.json").read_bytes())
+    config.write_bytes((source / "config.json").read_bytes())
     found = advise(str(config), **GIVEN)
     # Half of six, for nothing is known of the loss, and there are no more than eight.
     assert (found.chosen.name, found.choice.reason, found.rests_on) == ("G = 3", "convention", "config")
@@ -266,21 +266,21 @@ def test_a_config_alone_gets_the_conventional_number(tmp_path: Path) -> None:
     assert status == 0
     assert f"wrote {plan}" in message
     assert {layer["num_key_value_heads"] for layer in json.loads(plan.read_text())["layers"]} == {3}
-    for words in ("conventional number", "not known", "a config alone says nothing"):
+    for words in ("conventional number", "not known", "cannot be estimated from a config"):
         assert words in out
 
 
-def test_without_a_limit_the_knee_is_named_with_what_it_costs(tmp_path: Path) -> None:
-    parent, _ = runs.pair(tmp_path)
+def test_without_a_limit_the_knee_is_recommended(tmp_path: Path) -> None:
+    source, _ = runs.pair(tmp_path)
     train, _ = runs.text(tmp_path)
     flags = ("--calibration", train, "--calibration-tokens", 512, "--calibration-window", 32)
     file = tmp_path / "record.json"
-    status, out, message = run("advise", parent, *options("--record", file), *flags)
+    status, out, message = run("advise", source, *options("--record", file), *flags)
     assert status == 0, message
     results = json.loads(file.read_text())["results"]
     rows = {row["name"]: row for row in results["candidates"]}
-    chosen, original = rows[results["chosen"]], rows["the parent"]
-    assert results["chosen"] != "the parent"
+    chosen, original = rows[results["chosen"]], rows["the original model"]
+    assert results["chosen"] != "the original model"
     assert (results["reason"], results["loss_rests_on"]) in (("knee", "text"), ("no knee", "text"))
     said = {line.split(":")[0].strip(): line for line in out.splitlines() if line.startswith("  ") and ":" in line}
     ratio = original["cache_bytes"] / chosen["cache_bytes"]
@@ -290,15 +290,15 @@ def test_without_a_limit_the_knee_is_named_with_what_it_costs(tmp_path: Path) ->
     assert f"perplexity {math.exp(chosen['loss']) - 1:+,.1%}" in said["loss"]
     assert "512 tokens of calibration text" in said["how sure"]
     # With a limit the answer may be to leave it; the control that the question is another one.
-    status, out, message = run("advise", parent, *options("--max-loss", 0), *flags)
+    status, out, message = run("advise", source, *options("--max-loss", 0), *flags)
     assert status == 0, message
     assert "leave the model as it is" in out
 
 
-def test_a_model_without_kv_heads_to_share_is_left(tmp_path: Path) -> None:
-    _, child = runs.pair(tmp_path)
+def test_a_multi_query_model_is_left_unchanged(tmp_path: Path) -> None:
+    _, converted = runs.pair(tmp_path)
     config = tmp_path / "config.json"
-    config.write_text(json.dumps(json.loads((child / "config.json").read_text()) | {"num_key_value_heads": 1}))
+    config.write_text(json.dumps(json.loads((converted / "config.json").read_text()) | {"num_key_value_heads": 1}))
     status, out, message = run("advise", config, *options())
     assert status == 0, message
     assert "it has no KV heads to share" in out
@@ -320,8 +320,8 @@ def rates(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> li
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
 def test_each_rate_is_measured_once(tmp_path: Path, rates: list[Any], dtype: str | None) -> None:
-    parent, _ = runs.pair(tmp_path)
-    found = advise(str(parent), **{**GIVEN, "hardware_name": "this", "dtype": dtype})
+    source, _ = runs.pair(tmp_path)
+    found = advise(str(source), **{**GIVEN, "hardware_name": "this", "dtype": dtype})
     assert len(found.predictions) > 3
     assert len(rates) == len(set(rates))
     assert {name for name, _, _ in rates} == (
@@ -336,8 +336,8 @@ def test_each_rate_is_measured_once(tmp_path: Path, rates: list[Any], dtype: str
 def test_less_cache_is_never_slower_and_equal_cache_equally_fast(
     tmp_path: Path, rates: list[Any], seed: int, batch: int
 ) -> None:
-    parent, _ = runs.pair(tmp_path)
-    found = advise(str(parent), **{**GIVEN, "hardware_name": "this", "batch": batch, "memory_bytes": 10**12})
+    source, _ = runs.pair(tmp_path)
+    found = advise(str(source), **{**GIVEN, "hardware_name": "this", "batch": batch, "memory_bytes": 10**12})
     pairs = sorted((one.cache_bytes, one.token_seconds) for one in found.predictions)
     assert len({cache for cache, _ in pairs}) > 2
     for (cache, seconds), (more, longer) in itertools.pairwise(pairs):
@@ -345,10 +345,8 @@ def test_less_cache_is_never_slower_and_equal_cache_equally_fast(
         assert cache != more or seconds == longer
 
 
-def test_the_dtype_is_the_one_this_machine_is_good_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rates: list[Any]
-) -> None:
-    parent, _ = runs.pair(tmp_path)
+def test_the_fastest_dtype_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rates: list[Any]) -> None:
+    source, _ = runs.pair(tmp_path)
     given = {**GIVEN, "hardware_name": "this", "dtype": None}
     for slow, wanted in ((torch.bfloat16, "float32"), (torch.float32, "bfloat16")):
 
@@ -357,24 +355,24 @@ def test_the_dtype_is_the_one_this_machine_is_good_at(
 
         monkeypatch.setattr("regroup.advice.measured.product_rate", product)
         monkeypatch.setattr("regroup.advice.measured._multiplies_bfloat16", lambda: False)
-        found = advise(str(parent), **given)
+        found = advise(str(source), **given)
         assert found.setting.dtype == wanted
         assert any(line.startswith(f"dtype {wanted}, chosen because") for line in found.assumptions)
         assert any("emulated" in line for line in found.assumptions) == (wanted == "float32")
         assert found.record["configuration"]["dtype"] == wanted
     # Of hardware from the table it is what such hardware is made for.
-    assert advise(str(parent), **{**GIVEN, "dtype": None}).setting.dtype == "bfloat16"
+    assert advise(str(source), **{**GIVEN, "dtype": None}).setting.dtype == "bfloat16"
 
 
 def test_files_of_one_run_do_not_overwrite_each_other(tmp_path: Path) -> None:
-    parent, _ = runs.pair(tmp_path)
+    source, _ = runs.pair(tmp_path)
     same = tmp_path / "same.json"
     for first, second in (("-o", "--record"), ("-o", "--figure"), ("--record", "--figure"), ("--bench", "--record")):
-        assert "overwrite" in refused("advise", parent, *options(first, same, second, same))
+        assert "overwrite" in refused("advise", source, *options(first, same, second, same))
     assert not same.exists()
 
 
-def test_what_is_extrapolated_with_comes_from_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recovery_fit_is_that_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe("fit_recovery", monkeypatch)
     assert json.loads(recipe.FILE.read_text()) == recipe.made()
 

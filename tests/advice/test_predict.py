@@ -33,9 +33,9 @@ FAMILIES = ["llama", "llama_grouped", "qwen2", "gpt2", "opt", "gpt_neox", "mixtr
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("kind", ["parent", "some"])
+@pytest.mark.parametrize("kind", ["original", "some"])
 def test_memory_is_that_of_the_model_and_its_cache(name: str, kind: str, saved: Saved, converted: Converted) -> None:
-    folder = saved(name) if kind == "parent" else converted(name, "some")
+    folder = saved(name) if kind == "original" else converted(name, "some")
     config = json.loads((folder / "config.json").read_text())
     shape_of = describe(config, kv_heads=None, layers=None)
     shape = Shape(parameters_of(config), shape_of.attention, 48, 64, 96, shape_of.is_encoder_decoder)
@@ -78,7 +78,7 @@ def test_the_largest_batch_fits_and_the_next_does_not() -> None:
 
 
 @pytest.mark.parametrize(("devices", "kept"), [(1, 8), (2, 4), (8, 1), (16, 1)])
-def test_a_kv_head_that_is_alone_is_on_every_device(devices: int, kept: int) -> None:
+def test_kv_heads_are_replicated_on_more_devices(devices: int, kept: int) -> None:
     shape = replace(SHAPE, attention=(layer(8),), encoder_decoder=False)
     one = memory(shape, Setting(1, 100, 2, "float32", 1)).cache
     assert memory(shape, Setting(1, 100, 2, "float32", devices)).cache == one * kept // 8
@@ -102,7 +102,7 @@ def test_efficiency_between_two_batches() -> None:
         assert found.measured
 
 
-def test_efficiency_is_found_again() -> None:
+def test_the_fit_recovers_a_known_efficiency() -> None:
     floors = [(1.0, 0.1), (1.0, 0.5), (1.0, 2.0)]
     found = fit(floors, [1.3 * w + 2.0 * a for w, a in floors])
     assert (found.weights, found.attention) == (pytest.approx(1.3), pytest.approx(2.0))
@@ -137,13 +137,13 @@ def test_the_front_is_what_brute_force_finds() -> None:
 
 
 def test_the_fastest_within_the_limits_is_chosen() -> None:
-    found = [prediction(4, 0.0, name="parent"), prediction(3, 0.1), prediction(2, 0.3, fits=2), prediction(1, 0.9)]
+    found = [prediction(4, 0.0, name="original"), prediction(3, 0.1), prediction(2, 0.3, fits=2), prediction(1, 0.9)]
     assert choose(found, batch=1, max_loss=0.5, max_seconds=None).prediction is found[2]
     assert choose(found, batch=8, max_loss=0.5, max_seconds=None).prediction is found[1]
     assert choose(found, batch=1, max_loss=0.0, max_seconds=None) == Choice(found[0], "limits")
     assert choose(found, batch=1, max_loss=None, max_seconds=2.5).prediction is found[2]
     assert choose(found[:1], batch=1, max_loss=None, max_seconds=None) == Choice(found[0], "nothing else")
-    with pytest.raises(RegroupError, match=r"at best 0\.1 nats a token"):
+    with pytest.raises(RegroupError, match=r"at best 0\.1 nats per token"):
         choose(found[1:], batch=1, max_loss=0.05, max_seconds=None)
     with pytest.raises(RegroupError, match="a batch of 100"):
         choose(found, batch=101, max_loss=None, max_seconds=None)
@@ -203,7 +203,7 @@ def test_the_conventional_number(original: int, others: tuple[int, ...], wanted:
     assert conventional(found[1:], found[0]) is chosen.prediction
 
 
-def test_recovery_is_fitted_and_its_error_is_of_what_was_left_out() -> None:
+def test_recovery_is_fitted_with_its_cross_validation_error() -> None:
     def curve(scale: float, power: float) -> list[tuple[int, float]]:
         return [(tokens, (1 + tokens / scale) ** -power) for tokens in (0, 10_000, 100_000, 1_000_000)]
 
@@ -214,7 +214,7 @@ def test_recovery_is_fitted_and_its_error_is_of_what_was_left_out() -> None:
     assert left_out_error([[curve(10**4.5, 0.3)], [curve(10**4.5, 0.6)]]) > 1.2
 
 
-def test_only_our_way_counts_and_shares_begin_at_one() -> None:
+def test_only_our_curves_count_and_shares_begin_at_one() -> None:
     rows = [
         {"way": way, "num_key_value_heads": 2, "tokens": tokens, "excess_nats_per_token": excess}
         for way, tokens, excess in (("x (ours)", 0, 0.4), ("x (ours)", 100, 0.1), ("mean", 0, 3.0), ("mean", 100, 2.0))
@@ -237,5 +237,5 @@ def test_a_config_alone_gets_memory_and_time(saved: Saved) -> None:
         "advise", folder / "config.json", "--hardware", "l4", "--context", 32, "--batch", 4, "--dtype", "float32"
     )
     assert status == 0, message
-    assert "times are floors" in out
-    assert "a config alone says nothing of it" in out
+    assert "times are lower bounds" in out
+    assert "cannot be estimated from a config" in out

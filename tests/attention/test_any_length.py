@@ -178,7 +178,7 @@ def test_compiled_training() -> None:
 
 def test_compiled_decoding_keeps_the_kernel() -> None:
     """Of a process's own graph the kernel stays a part, for any context."""
-    if cpu_build.build().reason:
+    if cpu_build.build().unsupported_reason:
         pytest.skip("there is no compiler")
     seen = []
 

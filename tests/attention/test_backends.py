@@ -1,4 +1,4 @@
-"""The choice of a backend, what is refused, what lies in memory, and what a compiler makes of a call."""
+"""The choice of a backend, errors, memory, and compiled calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import regroup
-from regroup.attention import BACKENDS, explain, flex, grouped, grouped_query_attention, make_call, packed
+from regroup.attention import BACKENDS, explain, grouped, grouped_query_attention, make_call, registry
+from regroup.attention.backends import cpu, flex, packed
+from regroup.attention.cpu import build as cpu_build
+from regroup.attention.registry import Backend, Preference, register
 from regroup.errors import RegroupError
 
 
@@ -37,7 +40,7 @@ def test_it_is_exported() -> None:
 
 @pytest.fixture
 def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped._MODULES["cpu"], "_missing", lambda: "there is no compiler")
+    monkeypatch.setattr(cpu_build, "unsupported_reason", lambda: "there is no compiler")
 
 
 @pytest.mark.usefixtures("_no_compiler")
@@ -57,7 +60,7 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"queries": 100, "keys": 100}, {"is_causal": True, "softcap": 3.0}, "packed"),
     ],
 )
-def test_what_auto_takes(shape: dict[str, int], arguments: dict[str, Any], backend: str) -> None:
+def test_the_choice_of_auto(shape: dict[str, int], arguments: dict[str, Any], backend: str) -> None:
     choice = explain(*tensors(**shape), **arguments)
     assert choice.backend == backend
     assert set(choice.others) == set(BACKENDS) - {"auto", backend}
@@ -67,13 +70,13 @@ def test_what_auto_takes(shape: dict[str, int], arguments: dict[str, Any], backe
     assert torch.equal(grouped_query_attention(*tensors(**shape), **arguments), by_hand)
 
 
-def test_the_compiled_kernel_is_taken_for_decoding_where_it_is_there() -> None:
+def test_the_compiled_kernel_is_chosen_for_decoding() -> None:
     query, key, value = tensors(keys=900, groups=4)
-    why_not = grouped._MODULES["cpu"].reason(make_call(query, key, value))
-    assert explain(query, key, value).backend == ("packed" if why_not else "cpu")
+    reason = cpu.unsupported_reason(make_call(query, key, value))
+    assert explain(query, key, value).backend == ("packed" if reason else "cpu")
     assert explain(query.requires_grad_(), key, value).backend == "packed"
     with torch.no_grad():
-        assert explain(query, key, value).backend == ("packed" if why_not else "cpu")
+        assert explain(query, key, value).backend == ("packed" if reason else "cpu")
     assert explain(*tensors(keys=2)).backend == "packed"
 
 
@@ -87,13 +90,71 @@ def test_short_vectors_leave_arithmetic_to_pytorch(monkeypatch: pytest.MonkeyPat
         (True, 4, 64, {"softcap": 3.0}, False),
     ]
     for short, queries, batch, arguments, wanted in cases:
-        monkeypatch.setattr(grouped, "has_short_vectors", lambda short=short: short)
+        monkeypatch.setattr(packed, "has_short_vectors", lambda short=short: short)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         given = tensors(batch=batch, groups=1, queries=queries, keys=1000)
-        call = make_call(*given, **arguments)
-        assert grouped._preferred(call)[0][0] == ("packed" if wanted else "cpu")
         choice = explain(*given, **arguments)
-        assert ("arithmetic binds" in choice.why) is wanted
+        assert ("arithmetic takes longer" in choice.why) is wanted
+
+
+def the_backend(name: str, **changes: Any) -> Backend:
+    parts: dict[str, Any] = {
+        "preferences": (Preference(70, lambda call: call.query_length == 3, "three queries"),),
+        "unsupported_reason": lambda call: "no windows" if call.window else None,
+        "run": lambda call: torch.full_like(call.query, 7.0),
+        "not_preferred": "it is for three queries",
+    }
+    return Backend(name=name, **(parts | changes))
+
+
+@pytest.fixture
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_name, in_order = dict(registry.BY_NAME), list(registry.IN_ORDER)
+    for module in (registry, grouped):
+        monkeypatch.setattr(module, "BY_NAME", by_name)
+        monkeypatch.setattr(module, "IN_ORDER", in_order)
+
+
+@pytest.mark.usefixtures("_own_registry")
+def test_registering_is_all_that_a_backend_needs() -> None:
+    register(the_backend("sevens"))
+    few, more = tensors(queries=3), tensors(queries=4)
+    assert (grouped_query_attention(*few) == 7).all()
+    assert explain(*few).why == "three queries"
+    assert explain(*few, window=2).others["sevens"] == "no windows"
+    assert explain(*more).others["sevens"] == "it is for three queries"
+    assert (grouped_query_attention(*more, backend="sevens") == 7).all()
+    with pytest.raises(RegroupError, match="no windows"):
+        grouped_query_attention(*more, window=2, backend="sevens")
+
+
+@pytest.mark.usefixtures("_own_registry")
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"run": None}, TypeError),
+        ({"unsupported_reason": "never"}, TypeError),
+        ({"not_preferred": ""}, TypeError),
+        ({"preferences": (Preference(1, lambda call: True, ""),)}, TypeError),
+        ({"preferences": (Preference("first", lambda call: True, "why"),)}, TypeError),  # pyright: ignore[reportArgumentType]
+        ({"name": "packed"}, ValueError),
+        ({"name": "auto"}, ValueError),
+    ],
+)
+def test_an_incomplete_backend_is_not_registered(changes: dict[str, Any], error: type[Exception]) -> None:
+    before = list(registry.BY_NAME), list(registry.IN_ORDER)
+    with pytest.raises(error, match="attention backend"):
+        register(the_backend(**({"name": "incomplete"} | changes)))
+    assert (list(registry.BY_NAME), list(registry.IN_ORDER)) == before
+    with pytest.raises(TypeError, match="run"):
+        Backend("incomplete", (), lambda call: None, not_preferred="")  # pyright: ignore[reportCallIssue]
+
+
+def test_priorities_decide() -> None:
+    priorities = [preference.priority for preference, _ in registry.IN_ORDER]
+    assert priorities == sorted(priorities, reverse=True)
+    assert {backend.name for _, backend in registry.IN_ORDER} == set(registry.BY_NAME)
+    assert registry.IN_ORDER[-1][1].name == "reference"
 
 
 def test_a_named_backend_that_cannot_serve_says_why() -> None:
@@ -112,7 +173,7 @@ def test_a_named_backend_that_cannot_serve_says_why() -> None:
             grouped_query_attention(query, key, value, **arguments, backend=backend)
         assert why in str(raised.value)
         assert "explain" in str(raised.value)
-    with pytest.raises(RegroupError, match="no such backend"):
+    with pytest.raises(RegroupError, match="unknown attention backend"):
         grouped_query_attention(query, key, value, backend="fastest")
 
 
@@ -128,20 +189,20 @@ def test_a_named_backend_that_cannot_serve_says_why() -> None:
         ({"query": torch.zeros(2, 8, 3, 16, device="meta")}, "devices"),
         ({"query": torch.zeros(2, 0, 3, 16)}, "no heads"),
         ({"key": torch.zeros(2, 0, 9, 16), "value": torch.zeros(2, 0, 9, 16)}, "no heads"),
-        ({"query": None}, "no tensor"),
+        ({"query": None}, "not a tensor"),
         ({"key": torch.zeros(2, 4, 9, 16)}, "number of KV heads"),
         ({"value": torch.zeros(2, 2, 8, 16)}, "number of keys"),
-        ({"mask": torch.ones(2, 9).bool()}, "does not fit"),
-        ({"mask": torch.ones(2, 3, 9).bool()}, "does not fit"),
-        ({"mask": torch.ones(1, 2, 8, 3, 9).bool()}, "does not fit"),
-        ({"mask": torch.ones(8).bool()}, "does not fit"),
-        ({"mask": torch.ones(2, 2, 3, 9).bool()}, "does not fit"),
+        ({"mask": torch.ones(2, 9).bool()}, "does not match"),
+        ({"mask": torch.ones(2, 3, 9).bool()}, "does not match"),
+        ({"mask": torch.ones(1, 2, 8, 3, 9).bool()}, "does not match"),
+        ({"mask": torch.ones(8).bool()}, "does not match"),
+        ({"mask": torch.ones(2, 2, 3, 9).bool()}, "does not match"),
         ({"mask": torch.ones(9, dtype=torch.int64)}, "dtype"),
         ({"mask": torch.ones(3, 9).to_sparse()}, "not a dense tensor"),
-        ({"mask": [[True] * 9]}, "no tensor"),
+        ({"mask": [[True] * 9]}, "not a tensor"),
         ({"mask": torch.ones(9, dtype=torch.bool, device="meta")}, "devices"),
         ({"bias": torch.ones(9).bool()}, "dtype"),
-        ({"bias": torch.ones(4, 3, 9)}, "does not fit"),
+        ({"bias": torch.ones(4, 3, 9)}, "does not match"),
         ({"window": 0}, "window"),
         ({"window": 2.5}, "window"),
         ({"window": True}, "window"),
@@ -154,21 +215,21 @@ def test_a_named_backend_that_cannot_serve_says_why() -> None:
         ({"dropout_p": 1.5}, "dropout"),
         ({"dropout_p": -0.1}, "dropout"),
         ({"dropout_p": float("nan")}, "dropout"),
-        ({"dropout_p": "0.1"}, "dropout_p is no number"),
-        ({"dropout_p": None}, "dropout_p is no number"),
+        ({"dropout_p": "0.1"}, "dropout_p is not a number"),
+        ({"dropout_p": None}, "dropout_p is not a number"),
         ({"is_causal": "no"}, "is_causal"),
         ({"is_causal": 1}, "is_causal"),
         ({"is_causal": torch.tensor(True)}, "is_causal"),
         ({"softcap": 0.0}, "soft cap"),
         ({"scale": float("nan")}, "scale"),
-        ({"scale": "1"}, "scale is no number"),
-        ({"scale": 1j}, "scale is no number"),
+        ({"scale": "1"}, "scale is not a number"),
+        ({"scale": 1j}, "scale is not a number"),
         ({"scale": float("inf")}, "scale"),
         ({"softcap": float("nan")}, "soft cap"),
         ({"query": torch.zeros(2, 8, 10, 16), "is_causal": True}, "more queries than keys"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict[str, Any], says: str) -> None:
+def test_inconsistent_arguments_are_refused(change: dict[str, Any], says: str) -> None:
     query, key, value = tensors(queries=3, keys=9)
     arguments: dict[str, Any] = {"query": query, "key": key, "value": value} | change
     for backend in ("auto", "reference", "packed"):
@@ -344,7 +405,7 @@ def test_flex_compiled() -> None:
 
 def test_the_page_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The snippets of docs/attention.md, one after the other; what follows ``# prints`` is printed."""
-    monkeypatch.setattr(grouped._MODULES["cpu"], "_missing", lambda: "no C++ compiler")
+    monkeypatch.setattr(cpu_build, "unsupported_reason", lambda: "no C++ compiler")
     page = (Path(__file__).parents[2] / "docs" / "attention.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
@@ -354,3 +415,9 @@ def test_the_page_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     said = re.findall(r"# prints (.*)", page)
     assert said
     assert all(line in printed for line in said)
+
+
+def test_the_page_lists_the_priorities() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "attention.md").read_text(encoding="utf-8")
+    listed = [(int(priority), name) for priority, name in re.findall(r"^\| (\d+) \| `(\w+)` \|", page, re.M)]
+    assert listed == list(dict.fromkeys((each.priority, backend.name) for each, backend in registry.IN_ORDER))

@@ -17,8 +17,8 @@ import regroup
 import tiny
 from helpers import layout_of
 from regroup.attention.cache import EncoderDecoderKVCache, KVCache, KVLayer, SlidingKVLayer
-from regroup.bench.roofline import kv_cache_bytes
 from regroup.errors import RegroupError
+from regroup.layout.kv_cache import kv_cache_bytes
 
 Saved = Callable[[str], Path]
 Converted = Callable[[str, str], Path]
@@ -165,7 +165,7 @@ def test_a_window_is_cropped_as_far_as_it_goes_back() -> None:
     layer.crop(-1)
     found, _ = layer.update(key[:, :, 8:], value[:, :, 8:])
     assert torch.equal(found, key[:, :, 5:])
-    with pytest.raises(RegroupError, match="moved on"):
+    with pytest.raises(RegroupError, match="no longer stored"):
         layer.crop(-2)
 
 
@@ -204,12 +204,12 @@ def test_a_recording_cache_can_be_cropped_anywhere() -> None:
         (lambda layer: layer.update(None, None), "four dimensions"),
         (lambda layer: layer.update(states(2, 1)[0], states(2, 2)[1]), "differ in batch, KV heads or tokens"),
         (lambda layer: layer.crop(-5), "at most 4"),
-        (lambda layer: layer.crop(1), "negative number"),
-        (lambda layer: layer.crop("1"), "negative number"),
-        (lambda layer: layer.crop(-1.0), "negative number"),
-        (lambda layer: layer.crop(True), "negative number"),
-        (lambda layer: layer.crop(None), "negative number"),
-        (lambda layer: layer.offload(), "stays"),
+        (lambda layer: layer.crop(1), "must not be positive"),
+        (lambda layer: layer.crop("1"), "must not be positive"),
+        (lambda layer: layer.crop(-1.0), "must not be positive"),
+        (lambda layer: layer.crop(True), "must not be positive"),
+        (lambda layer: layer.crop(None), "must not be positive"),
+        (lambda layer: layer.offload(), "offloaded"),
     ],
 )
 def test_what_does_not_fit_is_refused(update: Callable[[KVLayer], Any], message: str) -> None:
@@ -235,7 +235,7 @@ def test_all_layers_are_cropped_or_none() -> None:
     cache = KVCache([KVLayer(12), SlidingKVLayer(4)])
     for layer in range(2):
         cache.update(*states(1, 9), layer)
-    with pytest.raises(RegroupError, match="moved on"):
+    with pytest.raises(RegroupError, match="no longer stored"):
         cache.crop(-2)
     assert [cache.get_seq_length(layer) for layer in range(2)] == [9, 9]
     cache.crop(np.int64(-1))  # pyright: ignore[reportArgumentType]

@@ -16,16 +16,16 @@ from dense_attention import dense
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from regroup.attention.backends import cpu as cpu_decode
 from regroup.attention.call import Call, make_call
 from regroup.attention.cpu import build as cpu_build
-from regroup.attention.cpu import decode as cpu_decode
 
 # How many OpenMP runtimes there are before and after a call of the kernel.
 _RUNTIMES = """
 import torch
 from regroup.attention import make_call
+from regroup.attention.backends import cpu as cpu_decode
 from regroup.attention.cpu import build as cpu_build
-from regroup.attention.cpu import decode as cpu_decode
 
 def count():
     files = {line.split()[-1].rpartition("/")[2] for line in open("/proc/self/maps") if "omp" in line}
@@ -33,7 +33,7 @@ def count():
 
 print(count())
 call = make_call(*(torch.randn(1, 1, length, 64) for length in (1, 3000, 3000)))
-assert cpu_decode.reason(call) is None
+assert cpu_decode.unsupported_reason(call) is None
 cpu_decode.run(call)
 print(cpu_build.parallel() != 0, count())
 """
@@ -47,7 +47,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def built() -> None:
-    missing = cpu_build.build().reason
+    missing = cpu_build.build().unsupported_reason
     if missing:
         pytest.skip(missing)
 
@@ -66,7 +66,7 @@ def tensors(
 
 def run(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
     call = make_call(query, key, value, **arguments)
-    assert cpu_decode.reason(call) is None
+    assert cpu_decode.unsupported_reason(call) is None
     return cpu_decode.run(call)
 
 
@@ -227,7 +227,7 @@ class TestResults:
     def test_under_compile(self) -> None:
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             call = make_call(query, key, value, is_causal=True, window=50)
-            return cpu_decode.run(call) + 1 if cpu_decode.reason(call) is None else query
+            return cpu_decode.run(call) + 1 if cpu_decode.unsupported_reason(call) is None else query
 
         inputs = tensors(1, 2, 4, 1, 100, 16, 24)
         compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
@@ -259,7 +259,7 @@ def _call(**changes: Any) -> Call:
     ],
 )
 def test_what_it_does_not_serve(call: Call, word: str) -> None:
-    assert word in (cpu_decode.reason(call) or "")
+    assert word in (cpu_decode.unsupported_reason(call) or "")
 
 
 class TestBuilding:
@@ -291,15 +291,15 @@ class TestBuilding:
         monkeypatch.setenv("PATH", "/nowhere")
         found = cpu_build.build.__wrapped__()
         assert found.library is None
-        monkeypatch.setattr(cpu_decode, "build", lambda: found)
-        reason = cpu_decode.reason(TINY)
+        monkeypatch.setattr(cpu_build, "build", lambda: found)
+        reason = cpu_decode.unsupported_reason(TINY)
         assert reason is not None
         assert "no C++ compiler" in reason
         assert "install" in reason
 
     def test_a_compiler_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CXX", "no-such-compiler")
-        assert "no-such-compiler" in (cpu_build.build.__wrapped__().reason or "")
+        assert "no-such-compiler" in (cpu_build.build.__wrapped__().unsupported_reason or "")
 
     def test_a_compiler_that_fails(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -308,12 +308,12 @@ class TestBuilding:
         script.write_text("#!/bin/sh\necho 'fatal error: no <cstdint>' >&2\nexit 1\n")
         script.chmod(0o755)
         monkeypatch.setenv("CXX", str(script))
-        assert "no <cstdint>" in (cpu_build.build.__wrapped__().reason or "")
+        assert "no <cstdint>" in (cpu_build.build.__wrapped__().unsupported_reason or "")
         assert list((tmp_path / "cache" / "regroup").iterdir()) == []
         assert capfd.readouterr() == ("", "")
 
     def test_built_once(self, copier: Path, tmp_path: Path) -> None:
-        assert all(cpu_build.build.__wrapped__().reason is None for _ in range(3))
+        assert all(cpu_build.build.__wrapped__().unsupported_reason is None for _ in range(3))
         assert copier.read_text() == "built\n"
         assert len(list((tmp_path / "cache" / "regroup").iterdir())) == 1
 
@@ -331,7 +331,7 @@ class TestBuilding:
             thread.start()
         for thread in threads:
             thread.join()
-        assert [result.reason for result in results] == [None] * 4
+        assert [result.unsupported_reason for result in results] == [None] * 4
         assert all(isinstance(result.library, ctypes.CDLL) for result in results)
         assert [path.suffix for path in (tmp_path / "cache" / "regroup").iterdir()] == [".so"]
 
@@ -339,26 +339,26 @@ class TestBuilding:
     def test_a_cache_that_cannot_be_written(self, tmp_path: Path) -> None:
         (tmp_path / "cache").write_text("a file, not a folder")
         found = cpu_build.build.__wrapped__()
-        assert found.reason is None
+        assert found.unsupported_reason is None
         assert found.library is not None
         assert found.library.regroup_features() >= 0
 
     @pytest.mark.parametrize("quoted", ['g++ "', "'"])
     def test_a_command_that_cannot_be_read(self, quoted: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CXX", quoted)
-        assert "$CXX" in (cpu_build.build.__wrapped__().reason or "")
+        assert "$CXX" in (cpu_build.build.__wrapped__().unsupported_reason or "")
 
     def test_a_compiler_that_speaks_another_encoding(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         script = tmp_path / "compiler"
         script.write_text("#!/bin/sh\nprintf '\\377\\376 error\\n' >&2\nprintf '\\377\\n'\nexit 1\n")
         script.chmod(0o755)
         monkeypatch.setenv("CXX", str(script))
-        assert "error" in (cpu_build.build.__wrapped__().reason or "")
+        assert "error" in (cpu_build.build.__wrapped__().unsupported_reason or "")
 
     def test_a_compiler_that_writes_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """What cannot be loaded is not kept."""
         monkeypatch.setenv("CXX", "true")
-        assert "too short" in (cpu_build.build.__wrapped__().reason or "")
+        assert "too short" in (cpu_build.build.__wrapped__().unsupported_reason or "")
         assert list((tmp_path / "cache" / "regroup").iterdir()) == []
 
     def test_a_cache_beside_the_working_folder_does_not_count(
@@ -367,7 +367,7 @@ class TestBuilding:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("XDG_CACHE_HOME", "here")
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        assert cpu_build.build.__wrapped__().reason is None
+        assert cpu_build.build.__wrapped__().unsupported_reason is None
         assert not (tmp_path / "here").exists()
         assert list((tmp_path / "home" / ".cache" / "regroup").iterdir())
 
@@ -377,7 +377,7 @@ class TestBuilding:
         self, whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = tmp_path / "cache" / "regroup"
-        assert cpu_build.build.__wrapped__().reason is None
+        assert cpu_build.build.__wrapped__().unsupported_reason is None
         (library,) = folder.iterdir()
         assert folder.stat().st_mode & 0o777 == 0o700
         if whose == "open folder":  # an earlier version made it as the umask says: it is closed, and used

@@ -11,8 +11,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 
 from regroup.attention.cpu import linear as cpu_linear
+from regroup.attention.cpu.build import unsupported_reason
 
-pytestmark = pytest.mark.skipif(cpu_linear.missing() is not None, reason=str(cpu_linear.missing()))
+pytestmark = pytest.mark.skipif(unsupported_reason() is not None, reason=str(unsupported_reason()))
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,8 @@ from plain_attention import plain
 from torch import Tensor
 
 import regroup
-from regroup.attention import BACKENDS, grouped_query_attention, make_call, packed, reference, sdpa
+from regroup.attention import BACKENDS, grouped_query_attention, make_call
+from regroup.attention.backends import packed, reference, sdpa
 
 ROUTES = ["reference", "sdpa", "fused", "products", "pieces"]
 SERVERS = {"reference": reference, "sdpa": sdpa, "fused": packed, "products": packed, "pieces": packed}
@@ -61,7 +62,7 @@ def make(
 def run(route: str, tensors: tuple[Tensor, Tensor, Tensor], arguments: dict[str, Any]) -> Tensor | None:
     """What a route gives, or None where it does not serve."""
     call = make_call(*tensors, **arguments)
-    if SERVERS[route].reason(call) is not None:
+    if SERVERS[route].unsupported_reason(call) is not None:
         return None
     if route == "fused":
         with pytest.MonkeyPatch.context() as patch:  # it, where it can be taken, and not only where it is fastest

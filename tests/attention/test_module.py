@@ -32,7 +32,7 @@ def written_out(layer: GroupedQueryAttention, states: Tensor, memory: Tensor, se
     for row, source in zip(states, memory, strict=True):
         heads = []
         for head in range(layer.num_heads):
-            group = head // (layer.num_heads // layer.num_kv_heads)
+            group = head // (layer.num_heads // layer.num_key_value_heads)
             D = layer.head_dim
             query = layer.q_proj(row)[:, head * D : (head + 1) * D]
             key, value = (p(source)[:, group * D : (group + 1) * D] for p in (layer.k_proj, layer.v_proj))
@@ -161,7 +161,7 @@ def test_angles_stay_exact_in_bfloat16() -> None:
         ((24, 4, 2), {"rotary": 10.0, "rotary_dim": 4.0}, "rotary_dim"),
         ((25, 6, 3), {}, "head_dim"),
         ((24, 4, 2), {"rotary": 10.0, "rotary_dim": 3}, "even rotary_dim"),
-        ((24, 4, 2), {"rotary": 10.0, "rotary_dim": 8}, "of 6 at most"),
+        ((24, 4, 2), {"rotary": 10.0, "rotary_dim": 8}, "at most 6"),
     ],
 )
 def test_impossible_layers_are_refused(args: Any, kwargs: Any, message: str) -> None:

@@ -18,16 +18,16 @@ import regroup
 import tiny
 from regroup.attention import prepare
 from regroup.attention.cache import KVCache
-from regroup.attention.cpu import linear as cpu_linear
 from regroup.attention.cpu import linear_layers
-from regroup.attention.cpu.linear_layers import DirectLinear, PackedLinear, fast_layer, unavailable
+from regroup.attention.cpu.build import unsupported_reason
+from regroup.attention.cpu.linear_layers import DirectLinear, PackedLinear, fast_layer, packed_unsupported_reason
 from regroup.attention.prepare import prepare_for_inference
 from regroup.errors import RegroupError
 
 
 def take(layer: type[nn.Module], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let models be prepared with one kind of layer, or skip where it cannot be had."""
-    why = unavailable(dtype) if layer is PackedLinear else cpu_linear.missing()
+    why = packed_unsupported_reason(dtype) if layer is PackedLinear else unsupported_reason()
     if why is not None:
         pytest.skip(why)
     monkeypatch.setattr(prepare, "fast_layer", lambda dtype: (layer, "a test wants it"))
@@ -236,7 +236,7 @@ def test_a_packed_model_is_not_moved_or_converted() -> None:
         with pytest.raises(RegroupError, match="cannot be moved or converted"):
             act()
     assert torch.equal(model.float().to("cpu")(states), wanted)  # where it is, as it is
-    with pytest.raises(RegroupError, match="do not fit"):
+    with pytest.raises(RegroupError, match="do not match"):
         model(states[:, :8])
 
 
@@ -309,9 +309,9 @@ def test_a_transposed_weight_is_stored_as_it_was(tmp_path: Path, monkeypatch: py
 def test_what_cannot_be_prepared_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RegroupError, match="no plain linear layer"):
         prepare_for_inference(nn.Sequential(nn.ReLU()))
-    with pytest.raises(RegroupError, match="float64 is not served"):
+    with pytest.raises(RegroupError, match="float64 is not supported"):
         prepare_for_inference(nn.Sequential(nn.Linear(4, 4)).double())
-    with pytest.raises(RegroupError, match="CPUs alone"):
+    with pytest.raises(RegroupError, match="only for CPUs"):
         prepare_for_inference(nn.Sequential(nn.Linear(4, 4, device="meta")))
     with pytest.raises(RegroupError, match="no plain linear layer"):
         prepare_for_inference(nn.Linear(4, 4))  # itself, it could not be replaced
@@ -321,15 +321,15 @@ def test_what_cannot_be_prepared_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         prepare_for_inference(nn.Sequential(empty))
     model = nn.Linear(4, 4)
     holder = nn.Sequential(model)
-    monkeypatch.setattr(linear_layers, "is_best", lambda: False)
-    monkeypatch.setattr(linear_layers, "missing", lambda: "there is no compiler")
+    monkeypatch.setattr(linear_layers, "has_short_vectors", lambda: False)
+    monkeypatch.setattr(linear_layers, "unsupported_reason", lambda: "there is no compiler")
     monkeypatch.setattr(PackedLinear, "forward", lambda self, states: states.new_zeros(*states.shape[:-1], 48))
-    with pytest.raises(RegroupError, match="other results"):
+    with pytest.raises(RegroupError, match="wrong results"):
         prepare_for_inference(holder)
     assert holder[0] is model
     assert model.weight.requires_grad
     monkeypatch.setattr(linear_layers, "DTYPES", ())
-    with pytest.raises(RegroupError, match="no linear layer can be made faster"):
+    with pytest.raises(RegroupError, match="no linear layer can be replaced"):
         prepare_for_inference(holder)
 
 
@@ -342,9 +342,9 @@ def test_which_layer_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         (False, "no compiler", None, PackedLinear),
         (False, "no compiler", "no oneDNN", None),
     ):
-        monkeypatch.setattr(linear_layers, "is_best", lambda best=best: best)
-        monkeypatch.setattr(linear_layers, "missing", lambda missing=missing: missing)
-        monkeypatch.setattr(linear_layers, "unavailable", lambda dtype, without=without: without)
+        monkeypatch.setattr(linear_layers, "has_short_vectors", lambda best=best: best)
+        monkeypatch.setattr(linear_layers, "unsupported_reason", lambda missing=missing: missing)
+        monkeypatch.setattr(linear_layers, "packed_unsupported_reason", lambda dtype, without=without: without)
         layer, why = fast_layer(torch.bfloat16)
         assert layer is wanted
         for reason in (missing, without):

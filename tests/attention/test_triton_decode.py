@@ -18,7 +18,7 @@ from dense_attention import dense
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from regroup.attention import triton_decode
+from regroup.attention.backends import triton as triton_decode
 from regroup.attention.call import Call, make_call
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -48,14 +48,14 @@ CASES: dict[str, tuple[int, int, int, int, int, int, int, torch.dtype, dict[str,
 }
 PROGRAM = """
 import sys, torch
-from regroup.attention import triton_decode
+from regroup.attention.backends import triton as triton_decode
 from regroup.attention.call import make_call
 cases = torch.load(sys.argv[1])
 results = {}
 for name, (layout, arguments) in cases.items():
     # Saved tensors are contiguous or not as they were: views into larger blocks stay views.
     call = make_call(*layout, **arguments)
-    assert triton_decode.reason(call) is None, triton_decode.reason(call)
+    assert triton_decode.unsupported_reason(call) is None, triton_decode.unsupported_reason(call)
     results[name] = triton_decode.run(call)
 torch.save(results, sys.argv[2])
 """
@@ -161,14 +161,14 @@ TINY = make_call(torch.ones(1, 2, 1, 8), torch.ones(1, 1, 3, 8), torch.ones(1, 1
     ],
 )
 def test_what_it_does_not_serve(changes: dict[str, Any], word: str) -> None:
-    assert word in (triton_decode.reason(Call(**{**TINY.__dict__, **changes})) or "")
+    assert word in (triton_decode.unsupported_reason(Call(**{**TINY.__dict__, **changes})) or "")
 
 
 @needs_triton
 def test_tensors_on_the_cpu_are_for_the_interpreter_alone() -> None:
-    assert "CPU" in (triton_decode.reason(TINY) or "")
+    assert "CPU" in (triton_decode.unsupported_reason(TINY) or "")
 
 
 def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert "pip install triton" in (triton_decode.reason(TINY) or "")
+    assert "pip install triton" in (triton_decode.unsupported_reason(TINY) or "")

@@ -37,7 +37,7 @@ def test_all_ways_agree(dtype: str) -> None:
     )
 
 
-def test_a_way_that_computes_something_else_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     real = attention.grouped_query_attention
     monkeypatch.setattr(attention, "grouped_query_attention", lambda q, *kv, backend: 2 * real(q, *kv, backend=backend))
     found = measure(Shape(1, 8, 1, heads=2, head_dim=8), OperatorRoofs())
@@ -50,12 +50,12 @@ def test_what_was_not_run_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measure(Shape(1, 8, 1, heads=2, head_dim=8), OperatorRoofs())
     assert "would take" in found["ways"]["repeat"]["not_run"]
     assert "CPU" in found["ways"]["regroup triton"]["not_run"]
-    assert "asked for" in found["ways"]["regroup flex"]["not_run"]
+    assert "on request" in found["ways"]["regroup flex"]["not_run"]
     alone = measure(Shape(1, 8, 2, heads=2, head_dim=8), OperatorRoofs())
     assert "the same as enable_gqa" in alone["ways"]["packed_sdpa"]["not_run"]
 
 
-def test_a_grid_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grid_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "DISTURBED", 1.5)
     shapes = grid(batches=[1], contexts=[8, 12], kv_heads=[2, 1], dtypes=["float32"], heads=2, head_dim=8)
     work = tmp_path / "work.jsonl"
@@ -81,11 +81,11 @@ def test_a_grid_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(seen) == 5
     assert again["results"]["shapes"][0]["other_processes_share_of_cpu"] < 2.0
     work.write_text("not a result\n")
-    with pytest.raises(RegroupError, match="something else"):
+    with pytest.raises(RegroupError, match="does not contain results"):
         run_grid(shapes, limit=10**9, work=work)
 
 
-def test_large_shapes_are_left_out_and_said() -> None:
+def test_large_shapes_are_omitted_and_reported() -> None:
     shapes = grid(batches=[1], contexts=[8, 4096], kv_heads=[1], dtypes=["float32"], heads=2, head_dim=8)
     record = run_grid(shapes, limit=100_000)
     assert record is not None
@@ -120,10 +120,10 @@ def test_a_dry_run_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("options", "words"),
     [
         (["--kv-heads", "3"], ("divided into", "divisor of 32")),
-        (["--kv-heads", "0"], ("cannot be less than 1",)),
-        (["--context", "0"], ("cannot be less than 1",)),
+        (["--kv-heads", "0"], ("must be at least 1",)),
+        (["--context", "0"], ("must be at least 1",)),
         (["--batch", "x"], ("cannot be read",)),
-        (["--dtype", "int8"], ("dtype is not known",)),
+        (["--dtype", "int8"], ("unknown dtype",)),
         (["--minutes", "1"], ("needs a file", "--work")),
         (["--device", "abacus"], ("device cannot be used",)),
     ],
@@ -134,8 +134,10 @@ def test_impossible_requests(options: list[str], words: tuple[str, ...], tmp_pat
     assert everything(tmp_path) == []
 
 
-def test_rates_are_of_the_work_that_is_done() -> None:
+def test_probes_count_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """A product of twice the size does not count as the same work."""
+    # On a busy machine fewer products would be affordable.
+    monkeypatch.setattr(machine, "_affordable", lambda *_: float("inf"))
     probe = machine.product_rate(4, 16).probe
     columns = int(probe.way.split(", ")[1].split()[0])
     assert columns in [cached // (16 * 4) for cached in machine._CACHED_BYTES]

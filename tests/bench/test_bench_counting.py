@@ -105,7 +105,7 @@ def test_a_mixture_reads_the_experts_that_are_chosen() -> None:
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_what_is_left_out_would_be_noticed(name: str) -> None:
+def test_omitted_parameters_would_be_noticed(name: str) -> None:
     """Keys and values of the encoder's output are made once; counting them at each step would show."""
     model = describe(config_of(name), kv_heads=None, layers=None)
     made = build(model, "float32", torch.device("cpu"))
@@ -129,7 +129,7 @@ def test_the_cache_is_as_large_as_predicted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama_grouped", "gpt_bigcode", "falcon", "t5", "gemma2", "phi3_grouped"])
-def test_variants_have_the_heads_and_layers_that_were_asked_for(name: str) -> None:
+def test_variants_have_the_requested_heads_and_layers(name: str) -> None:
     config = config_of(name)
     heads = tiny.FAMILIES[name].num_attention_heads
     for kv_heads, layers in itertools.product((heads, 1), (None, 1)):
@@ -140,7 +140,7 @@ def test_variants_have_the_heads_and_layers_that_were_asked_for(name: str) -> No
     assert config == config_of(name)
 
 
-def test_a_child_of_regroup_keeps_its_heads_in_the_layers_that_stay() -> None:
+def test_fewer_layers_of_a_converted_model_keep_their_heads() -> None:
     config = variant(config_of("gpt2"), kv_heads=1)
     assert "regroup" in config
     model = describe(config, kv_heads=None, layers=1)
@@ -149,6 +149,6 @@ def test_a_child_of_regroup_keeps_its_heads_in_the_layers_that_stay() -> None:
 
 
 @pytest.mark.parametrize(("kv_heads", "layers"), [(5, None), (0, None), (None, 0), (None, 4)])
-def test_variants_that_cannot_be(kv_heads: int | None, layers: int | None) -> None:
+def test_impossible_variants(kv_heads: int | None, layers: int | None) -> None:
     with pytest.raises(RegroupError):
         variant(config_of("llama"), kv_heads=kv_heads, layers=layers)

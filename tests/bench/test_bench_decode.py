@@ -75,7 +75,7 @@ def test_a_checkpoint_is_measured_with_its_weights(saved: Any, tmp_path: Path) -
     assert str(saved("t5").parent) not in json.dumps(record)
 
 
-def test_fewer_layers_are_said(config: Path, tmp_path: Path) -> None:
+def test_fewer_layers_are_reported(config: Path, tmp_path: Path) -> None:
     arguments = ("bench", "decode", config, "--layers", 2, "--prompt", 4, "--new", 2)
     status, out, message = run(*arguments, "-o", tmp_path / "r.json")
     assert status == 0, message
@@ -129,7 +129,7 @@ def test_a_dry_run_measures_nothing(config: Path, tmp_path: Path, monkeypatch: p
         (["--repeats", "0"], ("--repeats",)),
         (["--prompt", "60", "--new", "5"], ("more positions", "at most 64", "65")),
         (["--layers", "4"], ("that many layers", "1 to 3")),
-        (["--dtype", "int8"], ("dtype is not known",)),
+        (["--dtype", "int8"], ("unknown dtype",)),
         (["--device", "abacus"], ("device cannot be used",)),
         (["--plot", "figure.png"], ("two numbers", "--kv-heads")),
     ],
@@ -159,7 +159,7 @@ def test_configs_that_cannot_be_built(config: Path, changes: dict[str, Any], wor
     assert [word for word in words if word not in message] == []
 
 
-def test_what_is_no_model(tmp_path: Path) -> None:
+def test_other_folders_are_refused(tmp_path: Path) -> None:
     assert "not a checkpoint" in refused("bench", "decode", tmp_path)
     assert "neither a local folder" in refused("bench", "decode", "no-such-model")
     (tmp_path / "config.json").write_text("{")

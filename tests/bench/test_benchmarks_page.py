@@ -1,4 +1,4 @@
-"""docs/benchmarks.md says what the records say."""
+"""docs/benchmarks.md agrees with the records."""
 
 from __future__ import annotations
 

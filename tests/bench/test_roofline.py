@@ -11,10 +11,10 @@ from regroup.bench.roofline import (
     Experts,
     Weights,
     attention_flops,
-    kv_cache_bytes,
     operator_cost,
     weights_cost,
 )
+from regroup.layout.kv_cache import kv_cache_bytes
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Layer:
     window: int | None = None
 
 
-def test_the_operator_of_the_issue() -> None:
+def test_the_operator_counted_by_hand() -> None:
     """Batch 8, context 4096, 32 heads of 128, float32: 1 GiB of KV for multi-head attention, a 32nd for multi-query."""
     shape = {"batch": 8, "heads": 32, "head_dim": 128, "context": 4096, "dtype": "float32"}
     many, one = operator_cost(kv_heads=32, **shape), operator_cost(kv_heads=1, **shape)
@@ -45,7 +45,7 @@ def test_values_of_another_width() -> None:
     assert cost == Cost(2 * 5 * (4 + 6) * 2, 2 * 3 * 5 * (2 * 4 + 2 * 6))
 
 
-def test_windows_and_encoders_are_read_as_far_as_they_are_kept() -> None:
+def test_only_cached_tokens_are_read() -> None:
     layers = (Layer(), Layer(window=7), Layer(kind="cross"))
     # Of 3 KV heads of 10: 20, 7 and 11 tokens.
     read = kv_cache_bytes(layers, context=20, encoder_context=11, batch=2, dtype="float32")
@@ -65,7 +65,7 @@ def test_weights_are_read_once_for_a_batch_and_multiplied_for_each() -> None:
     assert weights_cost(weights, batch=8, dtype="bfloat16") == Cost(220, 1600)
 
 
-def test_experts_are_read_as_tokens_are_sent_to_them() -> None:
+def test_only_used_experts_are_read() -> None:
     weights = Weights(0, 0, Experts(parameters=800, number=8, chosen=2))
     # One token goes to 2 of 8: a quarter. Two tokens miss an expert with probability (6/8)².
     assert weights_cost(weights, batch=1, dtype="float32") == Cost(800, 400)

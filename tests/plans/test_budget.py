@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from helpers import layout_of
 from regroup import RegroupError
-from regroup.bench.roofline import DTYPE_BYTES, kv_cache_bytes
 from regroup.layout import Layout
+from regroup.layout.kv_cache import DTYPE_BYTES, kv_cache_bytes
 from regroup.plans import LayerPlan, Plan, allocate, allowed_kv_heads, layer_units, parse_budget, token_bytes
 
 Saved = Callable[[str], Path]

@@ -1,4 +1,4 @@
-"""The candidates: the parent, each uniform number of KV heads, and the plan by layer in the same cache."""
+"""The candidates: the original model, each uniform number of KV heads, and plans by layer with the same cache."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from ..opening import Source, open_source
 from ..plans import CalibrationText, Plan, allocate, allowed_kv_heads, layer_units, make_plan, spelled_out, token_bytes
 from ..writer.converted_config import converted_config
 
+# The name of the first candidate.
+ORIGINAL = "the original model"
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan, the config it leads to, and what is known of its loss: summed KL on text, or lost energy."""
+    """A plan, the converted config, and the estimate of its loss: summed KL on text, or lost energy."""
 
     name: str
     config: dict[str, Any]
@@ -29,7 +32,7 @@ class Candidate:
 def plans_of(
     source: str, calibration: CalibrationText, *, repair: str = "output", device: str | None = None
 ) -> dict[str, Plan]:
-    """The plan of every candidate, by name, with the KL that is expected of it."""
+    """The plan of every candidate, by name, with its predicted KL."""
     config, _ = read_config(source)
     with open_source(source) as opened:
         found = candidates(opened, config, calibration, Listener(), 1, repair, device)
@@ -37,16 +40,16 @@ def plans_of(
 
 
 def _uniform(layout: Layout, tensor_parallel: int) -> list[int]:
-    """Numbers of KV heads that every layer may have, most first; the parent's own is left out."""
+    """Numbers of KV heads that every layer may have, in descending order, without that of the original model."""
     allowed = [set(allowed_kv_heads(layer, tensor_parallel)) for layer in layout.layers]
     present = {layer.num_key_value_heads for layer in layout.layers}
     return sorted(set.intersection(*allowed) - (present if len(present) == 1 else set()), reverse=True)
 
 
 def from_config(config: Mapping[str, Any], tensor_parallel: int) -> list[Candidate]:
-    """Of a config without weights: uniform numbers alone."""
+    """Candidates of a config without weights: uniform numbers of KV heads only."""
     layout = detect(config)
-    found = [Candidate("the parent", dict(config), None)]
+    found = [Candidate(ORIGINAL, dict(config), None)]
     for heads in _uniform(layout, tensor_parallel):
         plan = make_plan(layout, heads, method="auto", tensor_parallel=tensor_parallel)
         found.append(Candidate(f"G = {heads}", converted_config(dict(config), layout, plan), plan))
@@ -57,12 +60,12 @@ def candidates(
     opened: Source,
     config: Mapping[str, Any],
     calibration: CalibrationText | None,
-    told: Listener,
+    listener: Listener,
     tensor_parallel: int,
     repair: str,
     device: str | None,
 ) -> list[Candidate]:
-    """The parent, each uniform G, and for each the plan by layer that loses least within the same cache."""
+    """The original model, each uniform G, and for each the plan by layer with the least loss in the same cache."""
     layout = opened.layout
     start = make_plan(layout, layers={}, method="auto", grouping="search", calibration=calibration, repair=repair)
     start = replace(start, tensor_parallel=tensor_parallel)
@@ -72,14 +75,14 @@ def candidates(
     if calibration is None:
         from ..solver.grouping import weight_losses
 
-        with told.searching(len(layout.layers)) as count:
+        with listener.searching(len(layout.layers)) as count:
             lost = weight_losses(opened.checkpoint, layout, choices, progress=count)
         costs = [{heads: lost[layer.name][heads] for heads in choices[layer.name]} for layer in layout.layers]
         wants = [
             {heads: replace(want, num_key_value_heads=heads) for heads in choices[want.name]} for want in start.layers
         ]
     else:
-        one = measured(opened, start, choices, told, device=device)
+        one = measured(opened, start, choices, listener, device=device)
         costs = [{heads: found.kl for heads, found in one[layer.name].items()} for layer in layout.layers]
         wants = [
             {heads: replace(found.want, predicted_kl=found.kl) for heads, found in one[layer.name].items()}
@@ -97,7 +100,7 @@ def candidates(
 
     found = [
         Candidate(
-            "the parent",
+            ORIGINAL,
             dict(config),
             None,
             kl=None if calibration is None else 0.0,

@@ -1,4 +1,4 @@
-"""Which candidate: the Pareto front, the knee, and the cheapest that keeps to its limits."""
+"""The choice of a candidate: the Pareto front, the knee, and the fastest candidate within limits."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ from dataclasses import dataclass
 
 from ..errors import RegroupError
 
-# KV heads.
+# KV heads that most models have.
 CONVENTIONAL = 8
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is predicted of one candidate.
+    """The prediction for one candidate.
 
     Attributes:
-        name: such as ``"G = 8"`` or ``"by layer, as G = 8"``: within the cache that G = 8 takes.
-        kv_heads: of every layer; None where layers differ.
-        heads: of each layer.
-        weights_bytes, cache_bytes, memory_bytes: of a device; the last with working memory.
+        name: such as ``"G = 8"`` or ``"by layer, as G = 8"``: with the cache of G = 8.
+        kv_heads: num_key_value_heads of every layer; None if layers differ.
+        heads: num_key_value_heads by layer.
+        weights_bytes, cache_bytes, memory_bytes: per device; the last includes working memory.
         largest_batch: sequences that fit.
-        token_seconds: a step, of which every sequence gets one token.
-        first_token_seconds: of the whole batch's prompt, at least.
-        loss: nats a token over the parent before uptraining, or None without text.
-        loss_low, loss_high: of it, by the error that was seen elsewhere.
-        loss_after: after uptraining, where that is asked for; with
-        loss_after_low, loss_after_high: its range.
-        energy: share of the heads' energy that is lost, from the weights alone; ranks candidates, and is no loss.
+        token_seconds: seconds of a step, which gives each sequence one token.
+        first_token_seconds: least seconds for the prompts of the whole batch.
+        loss: nats per token above the original model before uptraining; None without text.
+        loss_low, loss_high: its range, from the errors of earlier predictions.
+        loss_after, loss_after_low, loss_after_high: the same after uptraining, or None.
+        energy: lost share of the heads' energy, from the weights only; it ranks candidates, but is not a loss.
     """
 
     name: str
@@ -50,7 +49,7 @@ class Prediction:
 
     @property
     def judged(self) -> float | None:
-        """What candidates are compared by: the loss in the end, before it, or the lost energy."""
+        """The value to compare candidates by: the final loss, the loss before uptraining, or the lost energy."""
         for value in (self.loss_after, self.loss, self.energy):
             if value is not None:
                 return value
@@ -59,14 +58,14 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is recommended, and why.
+    """The recommendation, and its reason.
 
     Attributes:
-        prediction: of the candidate.
-        reason: ``"limits"``: the fastest within a loss; ``"knee"``; ``"no knee"``: what comes nearest to one where
-            every candidate lies on or above the chord; ``"convention"``: nothing is known of loss; ``"nothing else"``:
-            the original model is all there is within the limits.
-        distance: from the chord, where that was asked for (``knee_distances``).
+        prediction: the recommended candidate.
+        reason: ``"limits"``: the fastest within a loss; ``"knee"``; ``"no knee"``: the candidate
+            nearest to the chord, if none is below it; ``"convention"``: the loss is unknown; ``"nothing else"``: only
+            the original model is within the limits.
+        distance: from the chord (``knee_distances``), or None.
     """
 
     prediction: Prediction
@@ -75,9 +74,9 @@ class Choice:
 
 
 def pareto(found: Sequence[Prediction]) -> list[bool]:
-    """Whether nothing is both faster and better, or equal in one and better in the other; True where loss is not known.
+    """Whether no other candidate is at least as fast and as good, and better in one; True if the loss is unknown.
 
-    Fast is the time a token; of equal times the smaller cache counts as faster.
+    Speed is the time per token; of equal times, the smaller cache counts as faster.
     """
 
     def beaten(one: Prediction, other: Prediction) -> bool:
@@ -91,16 +90,16 @@ def pareto(found: Sequence[Prediction]) -> list[bool]:
 
 
 def knee_distances(found: Sequence[Prediction]) -> list[float]:
-    """How far each candidate lies below the chord, in axes of cache and loss that both go from 0 to 1.
+    """The distance of each candidate below the chord, with cache and loss scaled to 0 to 1.
 
-    The chord joins the largest cache without loss to the smallest cache with the most loss: with x and y the cache and
-    the loss of a candidate, each less the least of all and divided by the range, it is x + y = 1, and the distance is
+    The chord connects the largest cache without loss to the smallest cache with the most loss: with x and y the cache
+    and the loss of a candidate, each minus the minimum and divided by the range, it is x + y = 1, and the distance is
     (1 - x - y) / √2. Where it is largest is the knee (Satopää et al. 2011, "Finding a 'Kneedle' in a Haystack", ICDCS
-    workshops: the difference curve, of a curve that is convex and falls, without smoothing). On or above the chord it
+    workshops: the difference curve, for a convex decreasing curve, without smoothing). On or above the chord it
     is 0 or negative.
 
     Args:
-        found: candidates whose loss, or lost energy, is known.
+        found: candidates with known loss or lost energy.
     """
     caches = [float(p.cache_bytes) for p in found]
     losses = [p.judged for p in found]
@@ -115,11 +114,11 @@ def knee_distances(found: Sequence[Prediction]) -> list[float]:
 
 
 def conventional(found: Sequence[Prediction], original: Prediction) -> Prediction:
-    """Of uniform candidates the one nearest to convention, for a model of whose loss nothing is known.
+    """The uniform candidate nearest to the conventional number, for a model with unknown loss.
 
     That is 8 KV heads, the paper's choice (Ainslie et al. 2023, section 3.3) and since then that of Llama 2 and 3 and
-    of Mistral; of a model that has no more than 8, half of what it has. Near is near in ratio; of two that are equally
-    near, the one with more KV heads.
+    of Mistral; for a model with at most 8, half of its number. Distance is the ratio; of two at
+    the same distance, the one with more KV heads.
     """
     most = max(original.heads.values())
     wanted = CONVENTIONAL if most > CONVENTIONAL else most / 2
@@ -136,10 +135,10 @@ def choose(
     max_loss: float | None,
     max_seconds: float | None,
 ) -> Choice:
-    """The candidate to recommend, among those that fit and keep to the loss and to the time.
+    """The candidate to recommend, among those within the limits of memory, loss and time.
 
-    With ``max_loss`` it is the fastest. Without, it is the one at the knee of cache against loss (``knee_distances``,
-    over all candidates) other than the original model; where nothing is known of losses, the ``conventional`` one.
+    With ``max_loss`` it is the fastest. Without it, the one at the knee of cache against loss (``knee_distances`` over
+    all candidates) except the original model; if losses are unknown, the ``conventional`` one.
 
     Args:
         found: the original model first.
@@ -148,26 +147,28 @@ def choose(
         max_seconds: per token at most.
 
     Raises:
-        RegroupError: none does; it says which comes nearest.
+        RegroupError: no candidate is within the limits; the nearest is named.
     """
     limits: list[tuple[Callable[[Prediction], bool], Callable[[Prediction], float], str]] = [
         (lambda p: p.largest_batch >= batch, lambda p: -p.largest_batch, "a batch of {:.0f}"),
     ]
     if max_seconds is not None:
-        limits.append((lambda p: p.token_seconds <= max_seconds, lambda p: 1e3 * p.token_seconds, "{:.4g} ms a token"))
+        limits.append(
+            (lambda p: p.token_seconds <= max_seconds, lambda p: 1e3 * p.token_seconds, "{:.4g} ms per token")
+        )
     if max_loss is not None:
 
         def loss(one: Prediction) -> float:
             return math.inf if one.judged is None else one.judged
 
-        limits.append((lambda p: loss(p) <= max_loss, loss, "{:.4g} nats a token"))
+        limits.append((lambda p: loss(p) <= max_loss, loss, "{:.4g} nats per token"))
     left = list(found)
     for keeps, measure, words in limits:
         kept = [p for p in left if keeps(p)]
         if not kept:
             nearest = min(left, key=measure)
             raise RegroupError(
-                "no number of KV heads keeps to the limits",
+                "no number of KV heads is within the limits",
                 got=f"at best {words.format(abs(measure(nearest)))}, with {nearest.name}",
                 remedy="loosen a limit, or change batch, context, hardware or the tokens of uptraining",
             )

@@ -1,4 +1,4 @@
-"""Accelerators that models are served on, as their makers state them."""
+"""Accelerators, with the figures of their manufacturers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Hardware:
 
     Attributes:
         memory: bytes.
-        bandwidth: bytes a second.
-        rates: operations a second of dense matrix products, by dtype; without sparsity.
-        source: where the figures are from.
+        bandwidth: bytes per second.
+        rates: operations per second of dense matrix products (without sparsity), by dtype.
+        source: the source of the figures.
     """
 
     name: str
@@ -30,10 +30,10 @@ class Hardware:
     source: str
 
     def rate(self, dtype: str) -> float:
-        """Operations a second in a dtype.
+        """Operations per second in a dtype.
 
         Raises:
-            RegroupError: the table does not have it.
+            RegroupError: the table has no rate for it.
         """
         if dtype not in self.rates:
             raise RegroupError(
@@ -48,7 +48,7 @@ def _device(name: str, memory: int, bandwidth: float, half: float, full: float, 
     return Hardware(name, memory * GB, bandwidth, {"bfloat16": half, "float16": half, "float32": full}, source)
 
 
-# Rates are of tensor cores in 16 bits, of ordinary units in float32.
+# Rates of tensor cores in 16 bits, and without tensor cores in float32.
 KNOWN = {
     device.name: device
     for device in (
@@ -71,7 +71,7 @@ def named(name: str) -> Hardware:
     """A device of the table.
 
     Raises:
-        RegroupError: it is not there.
+        RegroupError: it is not in the table.
     """
     key = name.lower().replace("_", "-").replace(" ", "-")
     if key not in KNOWN:
@@ -80,6 +80,6 @@ def named(name: str) -> Hardware:
             "the hardware is not in the table",
             expected=" or ".join(close) if close else ", ".join(KNOWN) + ", or this",
             got=name,
-            remedy="choose one that is, or run this on the hardware itself with --hardware this",
+            remedy="choose one from the table, or run this on the hardware itself with --hardware this",
         )
     return KNOWN[key]

@@ -1,4 +1,4 @@
-"""Rates of the hardware that is asked about, and what bench records say of how near their floors steps come."""
+"""Rates of the target hardware, and the efficiency of steps in bench records."""
 
 from __future__ import annotations
 
@@ -22,24 +22,23 @@ from .hardware import Hardware
 from .predict import Efficiency, Rates, between, fit, step_floors, step_seconds
 
 _PROMPT_ROWS = 512
-# What is read to see how fast that goes is of the size of what a step reads, within these bounds: a small model stays
-# in the caches, and a block above the larger size is in none.
+# The bandwidth is measured with a block of the size that a step reads, within these bounds: a small model stays in the
+# caches, and a block of the upper bound exceeds all caches.
 _LEAST_READ, _MOST_READ = 1 << 20, 512 << 20
 
 
 @dataclass(frozen=True)
-class OwnRates:
-    """What this machine does: one set, measured once, for all candidates.
+class MeasuredRates:
+    """Rates of this machine, measured once for all candidates.
 
-    Times that are compared must rest on the same rates, for memory and processors are shared and rates change within
-    minutes. Attention has one rate in a dtype, the best of those with as many queries for a KV head as the candidates
-    have, so that a smaller cache is never predicted to be slower.
+    Comparable times need the same rates, but rates of shared machines change within minutes. Attention has one rate per
+    dtype, the best over the candidates' queries per KV head, so that a smaller cache is never predicted to be slower.
 
     Attributes:
-        bandwidth: bytes a second.
-        products: operations a second, by dtype, rows, and the length of the sums.
-        attention: the same of attention, by dtype.
-        seconds: that measuring took.
+        bandwidth: bytes per second.
+        products: operations per second, by dtype, rows, and length of the sums.
+        attention: operations per second of attention, by dtype.
+        seconds: duration of the measurement.
     """
 
     bandwidth: float
@@ -64,16 +63,16 @@ def measure(
     models: Sequence[Model],
     works: Sequence[Work],
     others: Sequence[tuple[Model, Work]] = (),
-    told: Listener | None = None,
-) -> OwnRates:
-    """Measure what predictions for these models and works need, each rate once.
+    listener: Listener | None = None,
+) -> MeasuredRates:
+    """Measure every rate that predictions for these models and workloads need.
 
     Args:
         device: a torch device.
         models: the candidates, the original model first.
-        works: what is asked about, one for each dtype.
-        others: what bench records measured.
-        told: how it goes on.
+        works: the workloads, one for each dtype.
+        others: models and workloads of bench records.
+        listener: for progress.
     """
     started = time.perf_counter()
     groups = sorted(
@@ -83,7 +82,7 @@ def measure(
             for layer in model.attention
         }
     )
-    # The fewest and the most rows: between them rates lie between.
+    # The smallest and the largest number of rows bound the rates in between.
     groups = list(dict.fromkeys((groups[0], groups[-1])))
     dtypes = list(dict.fromkeys(work.dtype for work in (*works, *(work for _, work in others))))
     wanted = {(work.dtype, rows, models[0].hidden): None for work in works for rows in (work.batch, _PROMPT_ROWS)}
@@ -91,7 +90,7 @@ def measure(
     wanted |= {(dtype, *group): None for dtype in dtypes for group in groups}
     largest = max(sum(cost.nbytes for cost in step_costs(models[0], work)) for work in works)
     products: dict[tuple[str, int, int], float] = {}
-    with (told or Listener()).stage("measuring this machine", 1 + len(wanted), "rates") as progress:
+    with (listener or Listener()).stage("measuring this machine", 1 + len(wanted), "rates") as progress:
         progress(0, "reading memory")
         block = min(_MOST_READ, max(_LEAST_READ, largest))
         bandwidth = read_bandwidth(device, nbytes=block).median
@@ -101,23 +100,23 @@ def measure(
             products[key] = product_rate(rows, inner, dtype=getattr(torch, dtype), device=device).median
         progress(1, "")
     attention = {dtype: max(products[dtype, *group] for group in groups) for dtype in dtypes}
-    return OwnRates(bandwidth, products, attention, time.perf_counter() - started)
+    return MeasuredRates(bandwidth, products, attention, time.perf_counter() - started)
 
 
 class Machine:
-    """The hardware: of the table, or this one as it was measured.
+    """The target hardware, of the table or measured.
 
     Args:
-        known: of the table, or None.
+        known: hardware of the table, or None.
         own: rates of this machine, or None.
     """
 
-    def __init__(self, known: Hardware | None, own: OwnRates | None) -> None:
+    def __init__(self, known: Hardware | None, own: MeasuredRates | None) -> None:
         assert (known is None) != (own is None)
         self._known, self._own = known, own
 
     def rates(self, model: Model, work: Work) -> Rates:
-        """Of a step of this model."""
+        """Rates for a step of this model."""
         if self._known is not None:
             rate = self._known.rate(work.dtype)
             return Rates(self._known.bandwidth, rate, rate)
@@ -126,25 +125,25 @@ class Machine:
         return Rates(self._own.bandwidth, weights, self._own.attention[work.dtype])
 
     def bandwidth(self) -> float:
-        """Bytes a second."""
+        """Bytes per second."""
         return (self._known or self._own).bandwidth  # type: ignore[union-attr]
 
     def prompt_rate(self, model: Model, dtype: str) -> float:
-        """Operations a second of products with many rows."""
+        """Operations per second of products with many rows."""
         if self._known is not None:
             return self._known.rate(dtype)
         assert self._own is not None
         return self._own.products[dtype, _PROMPT_ROWS, model.hidden]
 
     def source(self) -> str:
-        """Where the rates are from, in a line."""
+        """The source of the rates, as one line."""
         if self._known is not None:
             known = self._known
-            return f"{known.name}: {known.bandwidth / 1e9:,.0f} GB/s, as its maker states ({known.source})"
+            return f"{known.name}: {known.bandwidth / 1e9:,.0f} GB/s, according to its manufacturer ({known.source})"
         assert self._own is not None
         return (
-            f"this machine: {self.bandwidth() / 1e9:.1f} GB/s of reads, measured just now, with "
-            f"{len(self._own.products)} rates of products, in {self._own.seconds:.0f} s: one set for all candidates"
+            f"this machine: {self.bandwidth() / 1e9:.1f} GB/s of reads, measured now, with "
+            f"{len(self._own.products)} rates of products, in {self._own.seconds:.0f} s, for all candidates"
         )
 
     def describe(self) -> dict[str, Any]:
@@ -156,32 +155,30 @@ class Machine:
 
 
 def fastest_dtype(machine: Machine, model: Model, works: Sequence[Work]) -> tuple[Work, str]:
-    """The dtype in which a step of a model takes least time here, and why in a line.
+    """The dtype in which a step of a model is fastest, and the reason as one line.
 
     Args:
         machine: measured.
-        model: the original one.
-        works: the same work in several dtypes; of equal times the first one wins.
+        model: the original model.
+        works: the same workload in several dtypes; of equal times, the first is chosen.
     """
     seconds = [step_seconds(*step_costs(model, work), machine.rates(model, work), Efficiency()) for work in works]
     best = min(range(len(works)), key=lambda number: seconds[number])
-    told = ", ".join(
+    slower = ", ".join(
         f"{1e3 * took:.3g} ms in {work.dtype}"
         for number, (took, work) in enumerate(zip(seconds, works, strict=True))
         if number != best
     )
     chosen = works[best]
     why = f"dtype {chosen.dtype}, chosen because a step of the original model takes at least "
-    why += f"{1e3 * seconds[best]:.3g} ms in it here, and {told}"
+    why += f"{1e3 * seconds[best]:.3g} ms in it here, compared with {slower}"
     if chosen.dtype == "float32" and chosen.device == "cpu" and not _multiplies_bfloat16():
-        why += (
-            " (this processor has no instructions for bfloat16 products, such as AVX512-BF16 or AMX: they are emulated)"
-        )
-    return chosen, why + "; --dtype names another"
+        why += " (bfloat16 products are emulated: this processor has no AVX512-BF16 or AMX)"
+    return chosen, why + "; --dtype sets another"
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether an x86 processor says so; True where nothing is known."""
+    """Whether an x86 processor has bfloat16 products; True if unknown."""
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     known = [check() for check in checks if check is not None]
     return any(known) or not known or platform.machine() not in ("x86_64", "AMD64")
@@ -192,10 +189,10 @@ class Bench:
     """A record of ``regroup bench decode``.
 
     Attributes:
-        path: of the file.
-        work: what was decoded.
-        models: each with its measured seconds a token.
-        place: the accelerator or processor that it was measured on, as the record names it.
+        path: the file.
+        work: the workload.
+        models: each with its measured seconds per token.
+        place: the accelerator or processor of the measurement, as the record names it.
     """
 
     path: Path
@@ -208,16 +205,16 @@ class Bench:
         """Read a record.
 
         Args:
-            path: of the file.
-            processor: whether it has to be of a processor (True) or of an accelerator (False).
+            path: the file.
+            processor: whether it must be of a processor (True) or an accelerator (False).
 
         Raises:
-            RegroupError: it is none of ``bench decode``, of another format, or of a device of the other kind.
+            RegroupError: it is not a record of ``bench decode``, has another format, or is of the other kind of device.
         """
         value = read_json(path)
         if value.get("kind") != "benchmark/decode" or value.get("format") != 1:
             raise RegroupError(
-                "this is no record of decoding",
+                "this is not a record of decoding",
                 file=path,
                 expected="a record that `regroup bench decode -o` wrote, format 1",
                 got=f"{value.get('kind')}, format {value.get('format')}",
@@ -228,9 +225,9 @@ class Bench:
                 raise RegroupError(
                     "the record was measured on other hardware",
                     file=path,
-                    expected="a processor" if processor else "an accelerator, as the one that is asked about",
+                    expected="a processor" if processor else "an accelerator, like the target",
                     got=f"{done['device']}",
-                    remedy="run `regroup bench decode` on that hardware, or leave the record out",
+                    remedy="run `regroup bench decode` on that hardware, or omit the record",
                 )
             sizes = [done[name] for name in ("batch", "prompt", "new")]
             if not all(type(size) is int and size < 2**40 for size in sizes):
@@ -250,12 +247,12 @@ class Bench:
             place = str(machine.get("processor" if done["device"] == "cpu" else "accelerator", "not named"))
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise RegroupError(
-                "the record of decoding lacks something", file=path, got=f"{type(error).__name__}: {error}"
+                "the record of decoding is incomplete", file=path, got=f"{type(error).__name__}: {error}"
             ) from error
         return cls(path, work, tuple(models), place)
 
-    def of_just(self, model: Model, work: Work) -> list[tuple[Model, float]]:
-        """What was measured of a model, with any KV heads, in just this setting: the context is within an eighth."""
+    def in_setting(self, model: Model, work: Work) -> list[tuple[Model, float]]:
+        """Measurements of a model, with any KV heads, in this setting; the context may differ by an eighth."""
         if (work.batch, work.dtype) != (self.work.batch, self.work.dtype):
             return []
         if model.is_encoder_decoder and work.prompt != self.work.prompt:
@@ -267,25 +264,24 @@ class Bench:
 
 
 def _frame(model: Model) -> tuple[Any, ...]:
-    """What two models have in common that differ in their KV heads alone."""
+    """The properties that two models share if only their KV heads differ."""
     heads = [(layer.kind, layer.num_attention_heads, layer.head_dim, layer.window) for layer in model.attention]
     return model.layers, model.hidden, model.intermediate, model.vocabulary, model.is_encoder_decoder, heads
 
 
-def beside(estimate: float, known: Sequence[tuple[float, float]]) -> float:
-    """Seconds of a step from those that were measured of other KV heads in the same setting.
+def interpolated(estimate: float, known: Sequence[tuple[float, float]]) -> float:
+    """Seconds of a step from measurements with other KV heads in the same setting.
 
-    Steps with equal estimates take equal times, so that a measured candidate and one that was not do not contradict
-    each other.
+    Equal estimates give equal times, so that measured and unmeasured candidates are consistent.
 
     Args:
-        estimate: seconds, by arithmetic.
-        known: the same of what was measured, and how long that took; one at least.
+        estimate: estimated seconds.
+        known: pairs of the estimated and the measured seconds; at least one.
 
     Returns:
-        Between two of them by linear interpolation, beyond them in proportion to the nearest.
+        Linear interpolation; outside the range, proportional to the nearest measurement.
     """
-    ordered = sorted(dict(reversed(known)).items())  # of several with one estimate, the first
+    ordered = sorted(dict(reversed(known)).items())  # of several with equal estimates, the first
     below = [pair for pair in ordered if pair[0] <= estimate]
     above = [pair for pair in ordered if pair[0] >= estimate]
     if not below or not above:
@@ -296,7 +292,7 @@ def beside(estimate: float, known: Sequence[tuple[float, float]]) -> float:
 
 
 def efficiency_of(records: Sequence[Bench], machine: Machine, batch: int) -> Efficiency:
-    """How near their floors steps of a batch come, by the records' steps of the same batch or of others."""
+    """The efficiency of steps at a batch size, from the records' steps at the same or other batch sizes."""
     found: dict[int, tuple[list[tuple[float, float]], list[float]]] = {}
     for bench in records:
         floors, seconds = found.setdefault(bench.work.batch, ([], []))

@@ -1,4 +1,4 @@
-"""Time against loss of every candidate, with the front. Nothing is computed here."""
+"""Plot of time against loss of every candidate, with the Pareto front."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..plots import save
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
-    """Draw a record of ``regroup advise``; the file appears when it is complete.
+    """Draw a record of ``regroup advise``; the file is written atomically.
 
     Raises:
         RegroupError: there is no loss to draw, or the file cannot be written.
@@ -22,12 +22,12 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     key = next((k for k in ("loss_after", "loss", "energy") if rows[0][k] is not None), None)
     if key is None:
         raise RegroupError(
-            "there is no loss to draw", got="a config alone", remedy="give a checkpoint, and text with --calibration"
+            "there is no loss to draw", got="a config alone", remedy="pass a checkpoint, and text with --calibration"
         )
     labels = {
-        "loss_after": "loss over the parent after uptraining, nats a token",
-        "loss": "loss over the parent, nats a token",
-        "energy": "energy of the heads that is lost (ranks, is no loss)",
+        "loss_after": "loss above the original model after uptraining, nats per token",
+        "loss": "loss above the original model, nats per token",
+        "energy": "lost energy of the heads (not a loss)",
     }
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -50,7 +50,9 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     front = sorted((1e3 * row["token_seconds"], row[key]) for row in rows if row["pareto"])
     axes.plot(*zip(*front, strict=True), color="0.6", linestyle="--", zorder=0, label="nothing is faster and better")
     asked = record["configuration"]
-    axes.set_xlabel(f"milliseconds a token, batch {asked['batch']}, context {asked['context']:,}, {asked['hardware']}")
+    axes.set_xlabel(
+        f"milliseconds per token, batch {asked['batch']}, context {asked['context']:,}, {asked['hardware']}"
+    )
     axes.set_ylabel(labels[key])
     axes.set_ylim(bottom=0)
     axes.margins(x=0.18)

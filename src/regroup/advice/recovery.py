@@ -1,6 +1,6 @@
-"""How much of a conversion's loss is left after uptraining: a curve fitted to the records of `uptraining_curve.py`.
+"""The loss of a conversion that remains after uptraining: a curve fitted to the records of `uptraining_curve.py`.
 
-`recovery.json` beside this file holds the fit; `recipes/fit_recovery.py` makes it and a test makes it again.
+`recovery.json` next to this file contains the fit of `recipes/fit_recovery.py`; a test repeats it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Recovery:
-    """The share of the excess that is left after t tokens of distillation: (1 + t / scale)^-power.
+    """The share of the excess loss that remains after t tokens of distillation: (1 + t / scale)^-power.
 
     Attributes:
         scale: tokens.
         power: of the decay.
-        error: factor by which the share was missed, in the geometric mean, when the model that it was asked for was
-            left out of the fit.
-        additivity: what whole models lost over the sum of what their layers lost alone, in the geometric mean.
-        additivity_error: factor by which single models differ from that.
+        error: geometric mean of the factors between predicted and measured shares of a model that was not in the fit.
+        additivity: geometric mean of the loss of whole models over the sum of the losses of their single layers.
+        additivity_error: factor by which single models differ from it.
         source: of the measurements.
     """
 
@@ -34,7 +33,7 @@ class Recovery:
     source: str
 
     def share(self, tokens: int) -> float:
-        """Of the excess that is left after so many tokens."""
+        """The share of the excess that remains after so many tokens."""
         return (1 + tokens / self.scale) ** -self.power
 
     @classmethod
@@ -44,10 +43,10 @@ class Recovery:
 
 
 def fit(curves: list[list[tuple[int, float]]]) -> tuple[float, float]:
-    """Scale and power that come nearest to measured shares, in logarithms, by a search over scales.
+    """Scale and power of the least-squares fit to measured shares, in logarithms, by a search over scales.
 
     Args:
-        curves: for each model tokens and the share of the excess that is left.
+        curves: for each model, tokens and the remaining share of the excess.
     """
     points = [(tokens, share) for curve in curves for tokens, share in curve if tokens]
     best = (math.inf, 1.0, 1.0)
@@ -62,10 +61,10 @@ def fit(curves: list[list[tuple[int, float]]]) -> tuple[float, float]:
 
 
 def left_out_error(models: list[list[list[tuple[int, float]]]]) -> float:
-    """Factor by which the share is missed of a model that was left out of the fit, in the geometric mean.
+    """Geometric mean of the factors between predicted and measured shares of models that are not in the fit.
 
     Args:
-        models: for each model its curves, one a number of KV heads.
+        models: for each model its curves, one per number of KV heads.
     """
     errors: list[float] = []
     for number, left_out in enumerate(models):
@@ -80,7 +79,7 @@ def left_out_error(models: list[list[list[tuple[int, float]]]]) -> float:
 
 
 def curves_of(record: dict[str, Any]) -> list[list[tuple[int, float]]]:
-    """Our way's curves of an uptraining record: tokens and the share of the excess that is left, for each G."""
+    """Regroup's own curves of an uptraining record: tokens and remaining share of the excess, for each G."""
     rows = [row for row in record["results"]["table"] if row["way"].endswith("(ours)")]
     found = []
     for heads in dict.fromkeys(row["num_key_value_heads"] for row in rows):

@@ -1,4 +1,4 @@
-"""``regroup advise`` as one function: candidates, what each takes and costs, and which to choose."""
+"""``regroup advise`` as a function: the candidates, their predictions, and the choice."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from ..plans import CalibrationText, Plan
 from ..processes import SINGLE_PROCESS
 from ..record import record
 from . import hardware
+from .assumptions import assumptions, loss_basis
 from .candidates import Candidate, candidates, from_config
 from .choose import Choice, Prediction, choose, pareto
-from .grounds import assumptions, sure_of
-from .measured import Bench, Machine, beside, efficiency_of, fastest_dtype, measure
+from .measured import Bench, Machine, efficiency_of, fastest_dtype, interpolated, measure
 from .predict import Heads, Setting, Shape, first_token_seconds, largest_batch, memory, step_seconds
 from .recovery import Recovery
 
@@ -34,18 +34,18 @@ THIS = "this"
 
 @dataclass(frozen=True)
 class Advice:
-    """What was found.
+    """The predictions and the recommendation.
 
     Attributes:
-        predictions: of the parent first, then of each candidate.
+        predictions: of the original model, then of each candidate.
         front: whether each is on the Pareto front of time and loss.
-        choice: the recommendation, and why it is.
-        setting: how the model is served, its dtype settled.
-        rests_on: what is known of loss: ``"config"`` (nothing), ``"weights"`` (a ranking) or ``"text"``.
-        sure: how sure the loss is, a line.
-        plan: of it, or None where it is the parent itself.
-        assumptions: what the figures rest on, a line each.
-        record: everything (see ``regroup.record``).
+        choice: the recommendation, and its reason.
+        setting: how the model is served, with the chosen dtype.
+        rests_on: the basis of the loss: ``"config"`` (none), ``"weights"`` (a ranking) or ``"text"``.
+        sure: the certainty of the loss, one line.
+        plan: of the recommendation, or None for the original model.
+        assumptions: of the predictions, one line each.
+        record: all results (see ``regroup.record``).
     """
 
     predictions: list[Prediction]
@@ -87,75 +87,75 @@ def advise(
     """Predict memory, time and loss of every number of KV heads, uniform and by layer, and choose one.
 
     Args:
-        source: a checkpoint folder or hub id; a ``config.json`` alone gives no loss.
-        hardware_name: of ``hardware.KNOWN``, or ``"this"``: what this machine is measured to do.
-        context, batch, new, dtype, tensor_parallel: how the model is served (see ``predict.Setting``). Without a dtype
-            it is bfloat16, and on ``"this"`` hardware the one of bfloat16 (on a GPU without it float16) and float32 in
-            which the original model is faster.
-        memory_bytes: that a device may fill; 90% of the hardware's by default.
-        max_loss: nats per token over the original model at most, after uptraining where tokens of it are given; the
-            fastest candidate within it is chosen. Without it, see ``choose``.
-        max_seconds: a token at most.
-        uptrain_tokens: of distillation afterwards.
-        calibration, repair, device: text on which layers are converted to see what it costs (see ``plan_checkpoint``).
+        source: a checkpoint folder or hub id; a ``config.json`` gives no loss.
+        hardware_name: a key of ``hardware.KNOWN``, or ``"this"``: this machine is measured.
+        context, batch, new, dtype, tensor_parallel: how the model is served (see ``predict.Setting``). The default
+            dtype is bfloat16; on ``"this"`` hardware it is bfloat16 (float16 on a GPU without bfloat16) or float32,
+            whichever is faster for the original model.
+        memory_bytes: memory limit of a device; 90% of the hardware's memory by default.
+        max_loss: limit of the loss above the original model in nats per token, after uptraining, if any; the
+            fastest candidate within it is chosen. Without a limit, see ``choose``.
+        max_seconds: limit of seconds per token.
+        uptrain_tokens: tokens of distillation after the conversion.
+        calibration, repair, device: text to measure the loss of converted layers (see ``plan_checkpoint``).
         bench: records of ``regroup bench decode`` on the same hardware.
         revision: of a hub id.
-        listener: told how it goes on.
+        listener: for progress.
 
     Raises:
-        RegroupError: anything that cannot be read or predicted; nothing keeps to the limits.
+        RegroupError: something cannot be read or predicted, or nothing is within the limits.
     """
-    told = listener or Listener()
+    listener = listener or Listener()
     check_asked({"repair": repair, "calibration": calibration}, device, SINGLE_PROCESS)
     if max_loss is not None and calibration is None:
         raise RegroupError(
-            "a limit of loss needs text to measure it on",
+            "a limit of the loss needs text",
             got=f"--max-loss {max_loss:g} without text",
-            remedy="add --calibration FILE: weights alone rank candidates and say nothing of nats",
+            remedy="add --calibration FILE: weights give a ranking of candidates, but no loss in nats",
         )
     if uptrain_tokens is not None and calibration is None:
         raise RegroupError(
-            "what is left after uptraining follows from what was lost, which needs text",
-            remedy="add --calibration FILE, or leave the uptraining out",
+            "the loss after uptraining needs text",
+            remedy="add --calibration FILE, or omit the uptraining",
         )
     own = str(device_named(device)) if hardware_name == THIS else "cpu"
     dtypes = (dtype,) if dtype is not None else _dtypes(own) if hardware_name == THIS else ("bfloat16",)
-    # Dtypes and numbers are refused before anything is downloaded.
+    # Check dtypes and numbers before anything is downloaded.
     works = [Work(batch, context, max(2, new), name, own) for name in dtypes]
     known = None if hardware_name == THIS else hardware.named(hardware_name)
     config, folder = read_config(source, revision=revision)
-    parent = describe(config, kv_heads=None, layers=None)
-    room = max(1, context - (0 if parent.is_encoder_decoder else 2))
-    check_positions(parent, Work(batch, room, 2, "float32", "cpu"), asked="the context", options="--context")
-    if not parent.is_encoder_decoder:
-        # The step that makes the last token, for which all the context is in the cache.
+    original = describe(config, kv_heads=None, layers=None)
+    room = max(1, context - (0 if original.is_encoder_decoder else 2))
+    check_positions(original, Work(batch, room, 2, "float32", "cpu"), asked="the context", options="--context")
+    if not original.is_encoder_decoder:
+        # The step of the last token, with the whole context in the cache.
         works = [replace(work, prompt=max(1, context - 1), new=2) for work in works]
     records = [Bench.load(path, processor=known is None and own == "cpu") for path in bench]
     available = memory_bytes
     if available is None:
         free = known.memory if known else free_memory(own)
         if free is None:
-            raise RegroupError("the system does not say how much memory is free", remedy="say it with --memory GB")
+            raise RegroupError("the free memory is unknown", remedy="set it with --memory GB")
         available = int(USABLE * free)
     if folder is None:
         if calibration is not None:
-            raise RegroupError("the source has no weights to measure a loss with", file=source, got="a config alone")
+            raise RegroupError("the source has no weights to measure the loss of", file=source, got="a config alone")
         found = from_config(config, tensor_parallel)
     else:
         with open_source(source, revision=revision) as opened:
-            found = candidates(opened, config, calibration, told, tensor_parallel, repair, device)
-    with told.stage("building every candidate without memory", len(found), "candidates") as count:
+            found = candidates(opened, config, calibration, listener, tensor_parallel, repair, device)
+    with listener.stage("building every candidate on the meta device", len(found), "candidates") as count:
         models = []
         for candidate in found:
             models.append(describe(candidate.config, kv_heads=None, layers=None))
             count(1)
     own_rates = None
     if known is None:
-        own_rates = measure(own, models, works, [(model, b.work) for b in records for model, _ in b.models], told)
+        own_rates = measure(own, models, works, [(model, b.work) for b in records for model, _ in b.models], listener)
     machine = Machine(known, own_rates)
     work, why = works[0], None
     if len(works) > 1:
-        work, why = fastest_dtype(machine, parent, works)
+        work, why = fastest_dtype(machine, original, works)
     setting = Setting(batch, context, new, work.dtype, tensor_parallel)
     efficiency = efficiency_of(records, machine, batch)
     recovery = Recovery.load()
@@ -164,11 +164,11 @@ def advise(
         return step_seconds(*divided(model, work, setting.devices), machine.rates(model, work), efficiency)
 
     # Records are of one device.
-    just = [pair for bench in records for pair in bench.of_just(parent, work)] if tensor_parallel == 1 else []
+    just = [pair for bench in records for pair in bench.in_setting(original, work)] if tensor_parallel == 1 else []
     timed = [(estimate(model), took) for model, took in just]
     predictions = []
     for candidate, model in zip(found, models, strict=True):
-        seconds = beside(estimate(model), timed) if timed else estimate(model)
+        seconds = interpolated(estimate(model), timed) if timed else estimate(model)
         predictions.append(
             _predict(candidate, model, setting, work, machine, seconds, available, recovery, uptrain_tokens)
         )
@@ -177,16 +177,16 @@ def advise(
     if plan is not None and folder is not None:
         if calibration is None:
             with open_source(source, revision=revision) as opened:
-                plan = grouped(opened, plan, told)
+                plan = grouped(opened, plan, listener)
         plan.check(detect(config))
     front = pareto(predictions)
     lines = assumptions(
-        machine, efficiency, records, len(timed), calibration, recovery, uptrain_tokens, parent, tensor_parallel
+        machine, efficiency, records, len(timed), calibration, recovery, uptrain_tokens, original, tensor_parallel
     )
     if why is not None:
         lines.insert(1, why)
     rests_on = "config" if folder is None else "weights" if calibration is None else "text"
-    sure = sure_of(rests_on, calibration, recovery, uptrain_tokens)
+    sure = loss_basis(rests_on, calibration, recovery, uptrain_tokens)
     asked = {
         "model": Path(source).name if Path(source).exists() else source,
         "hardware": hardware_name,
@@ -214,7 +214,7 @@ def advise(
 
 
 def _dtypes(device: str) -> tuple[str, ...]:
-    """Those that are tried where none is asked for, the one that is preferred first."""
+    """The dtypes that are tried by default, the preferred one first."""
     if torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "float16", "float32"
     return "bfloat16", "float32"
@@ -265,17 +265,17 @@ def _predict(
 
 
 def divided(model: Model, work: Work, devices: int) -> tuple[Cost, Cost]:
-    """Costs of a step on one of several devices, which wait for each other."""
+    """Costs of a step on one of several devices."""
     part = replace(model, attention=tuple(Heads.of(layer, devices) for layer in model.attention))
     weights, attention = step_costs(part, work)
     return Cost(weights.nbytes // devices, weights.flops // devices), attention
 
 
 def prompt_flops(model: Model, held: int, setting: Setting) -> int:
-    """Operations up to the first token: 2 for each weight and token of the prompt, and causal attention.
+    """Operations up to the first token: 2 per weight and token of the prompt, and causal attention.
 
-    Of an encoder-decoder the encoder reads the prompt; its attention looks at all of it, and is counted with the heads
-    of the decoder.
+    In an encoder-decoder the encoder reads the prompt; its attention is not causal, and is counted with the decoder's
+    heads.
     """
     tokens = setting.batch * setting.context
     pairs = tokens * setting.context

@@ -1,4 +1,4 @@
-"""The mechanism: grouped-query attention, prefill and decode, by the backend that serves a call best."""
+"""Grouped-query attention, prefill and decode, with the best backend for each call."""
 
 from .call import Call, make_call
 from .grouped import BACKENDS, Choice, explain, grouped_query_attention

@@ -5,22 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Devices that have autocast; of others PyTorch refuses even to say whether it is on.
+# Devices with autocast. For any other device PyTorch raises an error when asked whether it is enabled.
 _DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What ``torch.autocast`` casts to on a device, or None where it is off."""
+    """The dtype that ``torch.autocast`` casts to on a device, or None if it is off."""
     if device.type not in _DEVICES or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def lowered(tensor: Tensor) -> Tensor:
-    """A tensor as autocast hands it to PyTorch's ``scaled_dot_product_attention``.
+    """A tensor in the dtype that autocast gives PyTorch's ``scaled_dot_product_attention``.
 
-    That operator is of the kind that autocast runs in the lower precision: every floating argument but float64 is
-    cast (aten/src/ATen/autocast_mode.h, version 2.13).
+    Autocast runs that operator in lower precision: it casts every floating-point argument except float64
+    (aten/src/ATen/autocast_mode.h, version 2.13).
     """
     dtype = autocast_dtype(tensor.device)
     if dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:

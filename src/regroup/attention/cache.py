@@ -1,7 +1,7 @@
-"""A KV cache that is written in place and handed to attention as a view of its filled part: what a model is given.
+"""The KV cache of a model: written in place, and passed to attention as a view of its filled part.
 
-A token is written where it stays; nothing is copied for it, and nothing but what is filled is attended to. The layers
-are in :mod:`regroup.attention.cache_layers`.
+Each token is written once and never copied, and attention sees filled slots only. The layers are in
+:mod:`regroup.attention.cache_layers`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class KVCache(DynamicCache):
     """A cache to give to a model, or to ``generate``, as ``past_key_values``; see :meth:`for_model`.
 
     Args:
-        layers: one for each attention layer; those that are missing are added as they are used, without a window.
-        max_length: tokens that added layers hold.
-        spare: tokens that added layers leave room for, without ``max_length``.
+        layers: one for each attention layer; missing ones are added when they are first used, without a window.
+        max_length: tokens that added layers can hold.
+        spare: tokens for which added layers reserve memory if there is no ``max_length``.
     """
 
     def __init__(
@@ -39,20 +39,20 @@ class KVCache(DynamicCache):
     def for_model(model: Any, max_length: int | None = None) -> KVCache | EncoderDecoderKVCache:
         """An empty cache for a model of transformers, or its configuration.
 
-        Every layer allocates with its first token, for the batch and the KV heads that it is given, which may differ
-        from layer to layer.
+        Every layer allocates its memory when it gets its first token, for the batch size and KV heads of that token,
+        which may differ between layers.
 
         Args:
             model: the model or its ``config``.
-            max_length: tokens that a sequence may have in the decoder, prompt and all but the last new one. Memory is
-                allocated once, and a further token is refused. None: the cache grows by doubling.
+            max_length: the most tokens of a decoder sequence: the prompt and all new tokens except the last. Memory is
+                allocated once, and any further token raises an error. None: the cache grows by doubling.
 
         Returns:
-            A KVCache, or for encoder-decoders an EncoderDecoderKVCache. Layers with a sliding window keep no more
-            than the window.
+            A KVCache, or for encoder-decoders an EncoderDecoderKVCache. Layers with a sliding window keep
+            only the window.
 
         Raises:
-            RegroupError: the model has layers that are no attention layers with keys and values of their own.
+            RegroupError: the model has layers that do not cache keys and values.
         """
         config = getattr(model, "config", model)
         decoder = config.get_text_config(decoder=True)
@@ -68,21 +68,21 @@ class KVCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the states (B, G, T, D) of a layer's T new tokens; return what they attend to."""
+        """Write the states (B, G, T, D) of a layer's T new tokens; return the keys and values that they attend to."""
         while len(self.layers) <= layer_idx:
             self.layers.append(KVLayer(self.max_length, self.spare))
         layer: Any = self.layers[layer_idx]
         return layer.update(key_states, value_states)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens of every layer, given as a negative number; of none, if a layer cannot."""
+        """Remove the last tokens, given as a negative number, from every layer, or from none if one layer cannot."""
         for layer in self.layers:
             if isinstance(layer, KVLayer):
                 layer.length_after(tokens_to_remove)
         super().crop(tokens_to_remove)
 
     def activate_past_recording(self) -> None:
-        """Keep what leaves a window until :meth:`crop` (assisted generation): such layers copy at every token."""
+        """Keep tokens that leave a window until :meth:`crop` (assisted generation). They then copy every step."""
         self.layers[:] = [layer.recording() if isinstance(layer, SlidingKVLayer) else layer for layer in self.layers]
 
     @property
@@ -92,7 +92,7 @@ class KVCache(DynamicCache):
 
 
 class EncoderDecoderKVCache(EncoderDecoderCache):
-    """A cache of the decoder's tokens and one of the encoder's, which is filled once and takes what it needs."""
+    """One cache for the decoder's tokens and one for the encoder's, which is filled once at its exact size."""
 
     self_attention_cache: KVCache
     cross_attention_cache: KVCache
@@ -108,10 +108,10 @@ def _layer_types(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
     known = {"full_attention", "sliding_attention", "chunked_attention", "dummy"}
     if not known.issuperset(types):
         raise RegroupError(
-            "the model has layers that keep something else than keys and values",
+            "some layers of the model cache something other than keys and values",
             expected="layers with full or sliding attention",
             got=", ".join(sorted(set(types) - known)),
-            remedy="use transformers' own cache: leave past_key_values out",
+            remedy="use transformers' own cache: omit past_key_values",
         )
     return types, options
 

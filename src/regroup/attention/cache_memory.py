@@ -1,4 +1,4 @@
-"""The states that a cache is given, checked, and the blocks of memory that they are written to."""
+"""Checks of the states that a cache gets, and the memory blocks that they are written to."""
 
 from __future__ import annotations
 
@@ -13,25 +13,29 @@ from .checks import whole_number
 
 
 def checked_length(max_length: Any) -> int | None:
-    """``max_length`` as a number of Python's, or None.
+    """``max_length`` as a Python number, or None.
 
     Raises:
-        RegroupError: it is no whole number, or less than 1.
+        RegroupError: it is not a whole number, or less than 1.
     """
     if max_length is None:
         return None
     length = whole_number(max_length)
     if length is None or length < 1:
-        raise RegroupError("the cache holds no token", expected="max_length of 1 or more", got=repr(max_length))
+        raise RegroupError("the cache would hold no tokens", expected="max_length of 1 or more", got=repr(max_length))
     return length
 
 
-def taken(key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-    """New states, checked, in the dtype in which attention will read them."""
+def checked_states(key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+    """New states in the dtype in which attention will read them.
+
+    Raises:
+        RegroupError: keys and values do not match.
+    """
     for name, states in (("key", key_states), ("value", value_states)):
         if not isinstance(states, Tensor) or states.dim() != 4:
             raise RegroupError(
-                f"the {name} states have no four dimensions",
+                f"the {name} states must have four dimensions",
                 tensor=name,
                 expected="(batch, KV heads, tokens, width)",
                 got=tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__,
@@ -47,7 +51,7 @@ def taken(key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kinds_of(pair: tuple[Tensor, Tensor], *, dtypes: bool = False) -> list[tuple[Any, ...]]:
-    """What must be the same of new states and of the blocks that they are written to: all but tokens and dtype."""
+    """The properties that new states share with the blocks that they are written to: all but tokens and dtype."""
     return [(*each.shape[:2], each.shape[3], each.device, each.dtype if dtypes else None) for each in pair]
 
 
@@ -56,7 +60,7 @@ def common_dtype(one: Tensor, other: Tensor) -> torch.dtype:
 
 
 def widened(block: Tensor, states: Tensor, length: int) -> Tensor:
-    """A block in a dtype that holds these states too."""
+    """The block in a dtype that can also represent these states."""
     dtype = common_dtype(block, states)
     return block if dtype == block.dtype else longer(block, block.shape[2], length, dtype)
 

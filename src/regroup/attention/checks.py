@@ -1,4 +1,4 @@
-"""What a call of the operator must be like: every argument checked, alone and against the others."""
+"""Checks of the operator's arguments, each by itself and against the others."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _FORMS = {
 
 
 def check_each(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Check that each is a tensor of four dimensions and of a dtype that attention takes."""
+    """Check that each is a tensor of four dimensions and a supported dtype."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         form = _FORMS[name]
         _check_dense(tensor, name, form)
         if tensor.dim() != 4:
-            raise RegroupError(f"the {name} has no four dimensions", tensor=name, expected=form, got=_shape(tensor))
+            raise RegroupError(f"the {name} must have four dimensions", tensor=name, expected=form, got=_shape(tensor))
         if tensor.dtype not in DTYPES:
             raise RegroupError(
-                f"attention does not take a {name} of this dtype",
+                f"the dtype of the {name} is not supported",
                 tensor=name,
                 expected="float32, bfloat16, float16 or float64",
                 got=tensor.dtype,
@@ -47,7 +47,7 @@ def check_each(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def _check_dense(tensor: Any, name: str, form: str | None = None) -> None:
     if not isinstance(tensor, Tensor):
-        raise RegroupError(f"the {name} is no tensor", tensor=name, expected=form, got=type(tensor).__name__)
+        raise RegroupError(f"the {name} is not a tensor", tensor=name, expected=form, got=type(tensor).__name__)
     if tensor.is_nested or tensor.layout != torch.strided:
         raise RegroupError(
             f"the {name} is not a dense tensor",
@@ -65,7 +65,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, is_certain: Callabl
                 tensor=name,
                 expected=query.dtype,
                 got=tensor.dtype,
-                remedy="convert one of them, or compute under torch.autocast, which does (float64 excepted)",
+                remedy="convert one of them, or use torch.autocast, which does so (except for float64)",
             )
         if tensor.device != query.device:
             raise RegroupError(
@@ -81,7 +81,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, is_certain: Callabl
                 tensor=name,
                 expected=query.shape[0],
                 got=tensor.shape[0],
-                remedy="expand to one batch before (an expanded tensor takes no memory)",
+                remedy="expand the smaller one first (an expanded tensor takes no memory)",
             )
     for name, tensor in (("query", query), ("key", key)):
         if is_certain(tensor.shape[1] == 0):
@@ -90,7 +90,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, is_certain: Callabl
         raise RegroupError(
             "query and key differ in head_dim",
             tensor="key",
-            expected=f"{query.shape[3]}, as of the query {_shape(query)}",
+            expected=f"{query.shape[3]}, as in the query {_shape(query)}",
             got=f"{key.shape[3]} of {_shape(key)}",
         )
     for which, axis in (("KV heads", 1), ("keys", 2)):
@@ -98,12 +98,12 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, is_certain: Callabl
             raise RegroupError(
                 f"key and value differ in the number of {which}",
                 tensor="value",
-                expected=f"{key.shape[axis]}, as of the key {_shape(key)}",
+                expected=f"{key.shape[axis]}, as in the key {_shape(key)}",
                 got=f"{value.shape[axis]} of {_shape(value)}",
             )
     if is_certain(query.shape[1] % key.shape[1] != 0):
         raise RegroupError(
-            "the query heads do not divide into groups of one size",
+            "the query heads do not divide into groups of equal size",
             tensor="key",
             expected=f"a number of KV heads that divides {query.shape[1]}",
             got=key.shape[1],
@@ -112,14 +112,14 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, is_certain: Callabl
 
 
 def _check_extra(tensor: Tensor | None, name: str, query: Tensor, key: Tensor) -> None:
-    """Check what is added to scores or masks them."""
+    """Check a mask or bias."""
     if tensor is None:
         return
     _check_dense(tensor, name)
     may_be_bool = name == "mask"
     if not (tensor.is_floating_point() or (may_be_bool and tensor.dtype == torch.bool)):
         raise RegroupError(
-            f"a {name} cannot be of this dtype",
+            f"the {name} cannot have this dtype",
             tensor=name,
             expected="bool (True: may attend) or floating (added to scores)" if may_be_bool else "floating",
             got=tensor.dtype,
@@ -137,13 +137,13 @@ def _check_extra(tensor: Tensor | None, name: str, query: Tensor, key: Tensor) -
     if not fits:
         remedy = None
         if tuple(tensor.shape) == (full[0], full[3]):
-            remedy = f"give padding of (batch, keys) as {name}[:, None, None, :]"
+            remedy = f"pass padding of (batch, keys) as {name}[:, None, None, :]"
         elif tensor.dim() == 3 and tensor.shape[0] == full[0]:
-            remedy = f"give what is the same for all heads as {name}[:, None]"
+            remedy = f"pass a {name} that is the same for all heads as {name}[:, None]"
         raise RegroupError(
-            f"the {name} does not fit the scores",
+            f"the {name} does not match the scores",
             tensor=name,
-            expected=f"what broadcasts to (batch, heads, queries, keys) = {full}",
+            expected=f"a shape that broadcasts to (batch, heads, queries, keys) = {full}",
             got=_shape(tensor),
             remedy=remedy,
         )
@@ -152,31 +152,31 @@ def _check_extra(tensor: Tensor | None, name: str, query: Tensor, key: Tensor) -
 def check_together(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, is_causal: Any
 ) -> tuple[int, int, int, int]:
-    """Check tensors against each other. Of sizes that are open, what is certain is refused.
+    """Check tensors against each other. With dynamic sizes, only certain mismatches raise an error.
 
     Returns:
         H, G, D and Dv.
     """
-    # What is fixed is compared as it is, which takes half the time.
+    # Comparing static sizes directly takes half the time.
     certain = bool if is_fixed(*query.shape, *key.shape, *value.shape) else is_certain
     _check_shapes(query, key, value, certain)
     _check_extra(mask, "mask", query, key)
     _check_extra(bias, "bias", query, key)
     if not isinstance(is_causal, (bool, torch.SymBool)):
-        raise RegroupError("is_causal is neither True nor False", expected="a bool", got=type(is_causal).__name__)
+        raise RegroupError("is_causal is not True or False", expected="a bool", got=type(is_causal).__name__)
     if is_causal and certain(query.shape[2] > key.shape[2]) and certain(key.shape[2] > 0):
         raise RegroupError(
-            "causal attention has more queries than keys: the first queries would see nothing",
+            "causal attention has more queries than keys: the first queries would see no key",
             tensor="query",
             expected=f"at most {key.shape[2]} queries",
             got=query.shape[2],
-            remedy="give the keys of all tokens, those of the queries among them",
+            remedy="pass the keys of all tokens, including those of the queries",
         )
     return query.shape[1], key.shape[1], query.shape[3], value.shape[3]
 
 
 def whole_number(number: Any) -> int | None:
-    """A number that is whole by its type: Python's, NumPy's, a tensor without dimensions; None for all others."""
+    """The value of a Python or NumPy integer or an integer tensor without dimensions; None for anything else."""
     if isinstance(number, bool):
         return None
     if isinstance(number, (int, torch.SymInt)):
@@ -193,7 +193,7 @@ def whole_number(number: Any) -> int | None:
 def checked_number(number: Any, name: str, remedy: str | None = None) -> Any:
     if not isinstance(number, (Real, torch.SymInt, torch.SymFloat)):
         raise RegroupError(
-            f"the {name} is no number", expected="None or a number", got=type(number).__name__, remedy=remedy
+            f"the {name} is not a number", expected="None or a number", got=type(number).__name__, remedy=remedy
         )
     return number
 

@@ -1,6 +1,6 @@
 """``attn_implementation="regroup"`` for the models of transformers that go through its attention interface.
 
-Importing this module makes the name known, as do :func:`regroup.register` and ``regroup.load``.
+Importing this module registers the name, as do :func:`regroup.register` and ``regroup.load``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAME = "regroup"
 
 logger: Any = logging.get_logger(__name__)
 
-# What some families pass to their attention function and this one does not compute.
+# Arguments that some families pass to their attention function, and that are not supported here.
 _REFUSED = {
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
@@ -56,19 +56,19 @@ def attention_forward(
     """The attention function, as transformers calls it.
 
     Args:
-        module: the attention module; its ``is_causal`` counts where the argument is not given.
+        module: the attention module; its ``is_causal`` is used if the argument is None.
         query, key, value: (B, H, T, D), (B, G, S, D), (B, G, S, Dv).
-        attention_mask: what :func:`attention_mask` made, or any mask that broadcasts to (B, H, T, S), bool or added.
-            A mask says everything about positions; ``is_causal`` and ``sliding_window`` count without one.
-        position_bias: added to the scores, broadcasts to (B, H, T, S). One that is the same for all keys by its
-            strides is left out: softmax does not see it.
-        dropout: in training, of attention weights.
+        attention_mask: the result of :func:`attention_mask`, or any mask that broadcasts to (B, H, T, S), bool or
+            added. ``is_causal`` and ``sliding_window`` are used only without a mask.
+        position_bias: added to the scores, broadcasts to (B, H, T, S). A bias that is
+            the same for all keys by its strides is omitted: it does not change the softmax.
+        dropout: of attention weights, in training.
 
     Returns:
         (B, T, H, Dv), contiguous, and None instead of weights.
 
     Raises:
-        RegroupError: the family passes something that is not computed here (sinks).
+        RegroupError: the family passes something that is not supported (attention sinks).
     """
     for name, what in _REFUSED.items():
         if kwargs.get(name) is not None:
@@ -94,22 +94,22 @@ def attention_forward(
 
 
 def _warn_of_weights(kwargs: dict[str, Any]) -> None:
-    """Say once, as transformers' ``sdpa`` does, that weights were asked for and there are none.
+    """Warn once, as transformers' ``sdpa`` does, that attention weights were requested but are not available.
 
-    Some families (GPT-2, OPT) keep the argument to themselves; what transformers collects tells of it in all.
+    Some families (GPT-2, OPT) do not pass the argument on; the outputs that transformers collects show it for all.
     """
     collector = getattr(output_capturing, "_active_collector", None)
     collected = (None if collector is None else collector.get()) or ()
     if kwargs.get("output_attentions") or any("attentions" in name for name in collected):
         logger.warning_once(
-            f'attn_implementation="{NAME}" has no attention weights, and `output_attentions=True` gives none. '
+            f'attn_implementation="{NAME}" does not return attention weights with `output_attentions=True`. '
             'Use attn_implementation="eager" for them.'
         )
 
 
 def _refusal(module: nn.Module, what: str, got: str) -> RegroupError:
     return RegroupError(
-        f'attn_implementation="{NAME}" does not have {what}',
+        f'attn_implementation="{NAME}" does not support {what}',
         layer=type(module).__name__,
         got=got,
         remedy='use attn_implementation="eager"',
@@ -134,14 +134,14 @@ def attention_mask(
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """A mask only where attention needs one, as transformers asks for it: bool (B, 1, T, S), True may attend, or None.
+    """The mask function of transformers: bool (B, 1, T, S), True: may attend; None if no mask is needed.
 
-    None where ``is_causal``, by the last query, says it all: no padding, and no key that a window or a chunk hides.
-    Beside the arguments of transformers' ``sdpa_mask``, this sees to the order of slots of a full window
+    None if ``is_causal``, aligned to the last query, is sufficient: no padding, and no key hidden by a window or chunk.
+    It takes the arguments of transformers' ``sdpa_mask``, and handles the order of slots of a full window
     (:class:`~regroup.attention.cache.SlidingKVLayer`).
 
     Raises:
-        RegroupError: the model's class does not go through the attention interface, and would ignore or misread it.
+        RegroupError: the model's class does not use the attention interface, and would ignore or misread the mask.
     """
     if config is not None and not torch.compiler.is_compiling():
         check_family(type(config))
@@ -165,7 +165,7 @@ def attention_mask(
         mask_function,
         attention_mask,
         local_size,
-        allow_is_causal_skip=False,  # its rules align the first query with the first key
+        allow_is_causal_skip=False,  # its is_causal aligns the first query with the first key
         **kwargs,
     )
     if mask is not None and slots is not None:
@@ -175,7 +175,7 @@ def attention_mask(
 
 
 def _is_plain(q_length: int, kv_length: int, q_offset: Any, kv_offset: int, padding: Tensor | None) -> bool:
-    """Whether the last query is at the last key, and no key is padding; of a graph, whenever it runs."""
+    """Whether the last query is at the last key, and no key is padding, whenever a graph runs."""
     if isinstance(q_offset, Tensor) or is_traced() or not is_certain(q_offset + q_length == kv_offset + kv_length):
         return False
     if padding is None:
@@ -187,7 +187,7 @@ def _is_plain(q_length: int, kv_length: int, q_offset: Any, kv_offset: int, padd
 
 @cache
 def check_family(config: type) -> None:
-    """Refuse the families that would take the mask and not the attention function, by their configuration's class.
+    """Refuse families that would use the mask but not the attention function, by their configuration class.
 
     Raises:
         RegroupError: the family's file does not use transformers' attention interface (BLOOM, Falcon).
@@ -199,15 +199,15 @@ def check_family(config: type) -> None:
             modeling = importlib.import_module(name)
     if modeling is not None and name != config.__module__ and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
         raise RegroupError(
-            f'attn_implementation="{NAME}" cannot serve a family that does not use the attention interface',
+            f'attn_implementation="{NAME}" does not support this family, which does not use the attention interface',
             layer=name.rpartition(".")[2],
-            expected="a family whose attention goes through the interface",
-            remedy='load it with attn_implementation="eager", or "sdpa" where it has that',
+            expected="a family that uses transformers' attention interface",
+            remedy='load it with attn_implementation="eager", or "sdpa" if it supports that',
         )
 
 
 def _without_zeros(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """T5's attention makes a bias of zeros (1, H, T, S) for cross-attention; here it is one number, seen S times."""
+    """Replace the zero bias (1, H, T, S) that T5 allocates for cross-attention by one expanded zero."""
 
     @wraps(stock)
     def forward(
@@ -234,7 +234,7 @@ def _without_zeros(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register() -> None:
-    """Make ``attn_implementation="regroup"`` known to transformers. Calling it again changes nothing."""
+    """Register ``attn_implementation="regroup"`` with transformers. Further calls change nothing."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
     for attention in (T5Attention, MT5Attention):

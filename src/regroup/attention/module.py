@@ -1,4 +1,4 @@
-"""``GroupedQueryAttention``: the layer, for models that are trained from scratch."""
+"""``GroupedQueryAttention``: a layer for models that are trained from scratch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .grouped import grouped_query_attention
 
 
 class LayerCache(Protocol):
-    """What the layer asks of a cache: :class:`regroup.attention.cache.KVLayer` has it."""
+    """The interface of a layer's cache, such as :class:`regroup.attention.cache.KVLayer`."""
 
     keys: Tensor | None
     values: Tensor | None
@@ -25,35 +25,35 @@ class LayerCache(Protocol):
 class GroupedQueryAttention(nn.Module):
     """Attention whose query heads share key/value heads in groups (Ainslie et al. 2023, section 2.2).
 
-    ``num_kv_heads = num_heads`` is multi-head attention, 1 is multi-query attention (Shazeer 2019). Query head h uses
-    KV head h // (num_heads / num_kv_heads). Parameters are named as in Llama: ``q_proj`` (H·D, hidden),
+    ``num_key_value_heads = num_heads`` is multi-head attention, 1 is multi-query attention (Shazeer 2019). Query head h
+    uses KV head h // (num_heads / num_key_value_heads). Parameters are named as in Llama: ``q_proj`` (H·D, hidden),
     ``k_proj`` and ``v_proj`` (G·D, hidden or memory), ``o_proj`` (hidden, H·D).
 
     Args:
         hidden_size: width of input and output.
         num_heads: H, query heads.
-        num_kv_heads: G, divides H; H by default.
+        num_key_value_heads: G, a divisor of H; H by default.
         head_dim: D; hidden_size / H by default.
         bias: whether q, k and v have biases.
-        output_bias: whether the output has one; as ``bias`` by default.
-        rotary: base of rotary position embeddings (Su et al. 2021, section 3.4.2), 10000 in most models; None for
-            none. The pairs are those of Llama and GPT-NeoX: (i, i + D/2). Only self-attention is rotated.
-        rotary_dim: how many of the D numbers are rotated, the first ones; all by default.
-        is_causal: whether self-attention sees earlier positions alone.
-        window: how many keys a query sees, its own among them; None for all.
-        softcap: c, for scores c · tanh(score / c).
-        scale: of the products; 1 / sqrt(D) by default.
+        output_bias: whether the output projection has a bias; the value of ``bias`` by default.
+        rotary: base of rotary position embeddings (Su et al. 2021, section 3.4.2), 10000 in most models; None:
+            no rotation. The pairs are those of Llama and GPT-NeoX: (i, i + D/2). Only self-attention is rotated.
+        rotary_dim: how many of the D elements are rotated, from the first; all by default.
+        is_causal: whether self-attention sees only earlier positions.
+        window: how many keys a query sees, including its own; None: all.
+        softcap: c; scores become c · tanh(score / c).
+        scale: factor of the products; 1 / sqrt(D) by default.
         memory_size: width of the memory, for cross-attention; hidden_size by default.
 
     Raises:
-        RegroupError: sizes that are no whole numbers, heads that do not divide, or an odd rotary dimension.
+        RegroupError: a size is not a whole number, heads do not divide evenly, or the rotary dimension is odd.
     """
 
     def __init__(
         self,
         hidden_size: int,
         num_heads: int,
-        num_kv_heads: int | None = None,
+        num_key_value_heads: int | None = None,
         head_dim: int | None = None,
         *,
         bias: bool = False,
@@ -70,37 +70,37 @@ class GroupedQueryAttention(nn.Module):
     ) -> None:
         super().__init__()
         hidden_size, num_heads = _count(hidden_size, "hidden_size"), _count(num_heads, "num_heads")
-        groups = num_heads if num_kv_heads is None else whole_number(num_kv_heads)
+        kv_heads = num_heads if num_key_value_heads is None else whole_number(num_key_value_heads)
         head_dim = None if head_dim is None else _count(head_dim, "head_dim")
-        if groups is None or groups < 1 or num_heads % groups:
+        if kv_heads is None or kv_heads < 1 or num_heads % kv_heads:
             raise RegroupError(
-                "the query heads do not divide into groups of one size",
-                expected=f"num_kv_heads that divides {num_heads}",
-                got=repr(num_kv_heads),
+                "the query heads do not divide into groups of equal size",
+                expected=f"num_key_value_heads that divides {num_heads}",
+                got=repr(num_key_value_heads),
             )
         if head_dim is None and hidden_size % num_heads:
             raise RegroupError(
                 "the hidden size does not divide into heads",
                 expected=f"a multiple of {num_heads}",
                 got=hidden_size,
-                remedy="give head_dim",
+                remedy="pass head_dim",
             )
-        self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, groups
+        self.hidden_size, self.num_heads, self.num_key_value_heads = hidden_size, num_heads, kv_heads
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.is_causal, self.window, self.softcap, self.scale = is_causal, window, softcap, scale
         made = {"device": device, "dtype": dtype}
         memory = hidden_size if memory_size is None else _count(memory_size, "memory_size")
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias, **made)
-        self.k_proj = nn.Linear(memory, groups * self.head_dim, bias, **made)
-        self.v_proj = nn.Linear(memory, groups * self.head_dim, bias, **made)
+        self.k_proj = nn.Linear(memory, kv_heads * self.head_dim, bias, **made)
+        self.v_proj = nn.Linear(memory, kv_heads * self.head_dim, bias, **made)
         last = bias if output_bias is None else output_bias
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, last, **made)
         self.rotary = None if rotary is None else checked_number(rotary, "rotary base")
         self.rotary_dim = self.head_dim if rotary_dim is None else _count(rotary_dim, "rotary_dim")
         if rotary is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
             raise RegroupError(
-                "rotary embeddings turn pairs of numbers",
-                expected=f"an even rotary_dim of {self.head_dim} at most",
+                "rotary embeddings rotate pairs of elements",
+                expected=f"an even rotary_dim, at most {self.head_dim}",
                 got=self.rotary_dim,
             )
 
@@ -119,22 +119,22 @@ class GroupedQueryAttention(nn.Module):
         Args:
             states: (B, T, hidden_size).
             memory: (B, S, memory_size), for cross-attention: no causality, window or rotation. With a filled ``cache``
-                its keys and values are used, and ``memory`` counts for nothing but that.
-            mask: broadcasts to (B, H, T, S): bool (True: may attend), or added to the scores; padding of (B, S) as
-                ``mask[:, None, None, :]``. In addition to causality and window.
+                its keys and values are used instead of those of ``memory``.
+            mask: broadcasts to (B, H, T, S): bool (True: may attend), or added to the scores; pass padding (B, S) as
+                ``mask[:, None, None, :]``. It applies in addition to causality and window.
             bias: broadcasts to (B, H, T, S), added to the scores.
-            positions: (T,) or (B, T), for rotation; from the cache's length on by default.
-            cache: of this layer, for decoding, such as ``regroup.KVLayer(max_length)``; new states are appended.
+            positions: (T,) or (B, T), for rotation; by default they start at the cache's length.
+            cache: for decoding, such as ``regroup.KVLayer(max_length)``; new states are appended.
 
         Returns:
             (B, T, hidden_size).
 
         Raises:
-            RegroupError: shapes that do not fit each other.
+            RegroupError: the shapes are inconsistent.
         """
         if not isinstance(states, Tensor) or states.dim() != 3 or states.shape[2] != self.hidden_size:
             raise RegroupError(
-                "the states do not fit the layer",
+                "the states do not match the layer",
                 expected=f"(batch, length, {self.hidden_size})",
                 got=tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__,
             )
@@ -172,27 +172,27 @@ class GroupedQueryAttention(nn.Module):
 
     def _rotated(self, query: Tensor, key: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         assert self.rotary is not None
-        # In float32, and no buffer that is converted with the module: bfloat16 has no whole numbers beyond 256.
+        # Computed in float32, not in a buffer that is converted with the module: bfloat16 is not exact beyond 256.
         pairs = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=query.device)
         angles = positions[..., None].float() * self.rotary ** -(pairs / self.rotary_dim)
         angles = angles[:, None] if positions.dim() == 2 else angles
         cos, sin = angles.cos().to(query.dtype), angles.sin().to(query.dtype)
-        return _turn(query, cos, sin), _turn(key, cos, sin)
+        return _rotate(query, cos, sin), _rotate(key, cos, sin)
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+        return f"num_heads={self.num_heads}, num_key_value_heads={self.num_key_value_heads}, head_dim={self.head_dim}"
 
 
 def _count(number: object, name: str) -> int:
-    """A size as a number of Python's, 1 or more."""
+    """A size as a Python number, 1 or more."""
     count = whole_number(number)
     if count is None or count < 1:
-        raise RegroupError(f"{name} is no size", expected="a whole number, 1 or more", got=repr(number))
+        raise RegroupError(f"{name} is not a valid size", expected="a whole number, 1 or more", got=repr(number))
     return count
 
 
-def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + R/2) of the first R numbers, R twice the width of cos and sin."""
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + R/2) of the first R elements, where R is twice the width of cos and sin."""
     half = cos.shape[-1]
     first, second, rest = states[..., :half], states[..., half : 2 * half], states[..., 2 * half :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)

@@ -1,7 +1,7 @@
-"""Sizes that compilers, exporters and tracers keep open: no branch of Python may depend on them.
+"""Dynamic sizes of compilers, exporters and tracers, on which no Python branch may depend.
 
 A size is then a symbol (``torch.compile``, ``torch.export``, ``make_fx``) or, under ``torch.jit.trace``, a number that
-is true of the example alone.
+holds for the example only.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ _SYMBOLS = frozenset({torch.SymInt, torch.SymFloat})
 
 
 def is_traced() -> bool:
-    """Whether ``torch.jit.trace`` records, which takes every size as open."""
+    """Whether ``torch.jit.trace`` is recording, which makes every size dynamic."""
     return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 
 def is_exported() -> bool:
-    """Whether the graph leaves this process, so that PyTorch's own operators alone may be in it."""
+    """Whether the graph leaves this process, so that it may contain only PyTorch's own operators."""
     return torch.compiler.is_exporting() or is_traced()
 
 
 def untraced(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function while ``torch.jit.trace`` looks away: what it reads from shapes is a number, and not recorded."""
+    """Call a function without ``torch.jit.trace`` recording it: the sizes that it reads are plain numbers."""
     if not is_traced():
         return function(*arguments)
     state = torch._C._get_tracing_state()
@@ -38,7 +38,7 @@ def untraced(function: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def is_fixed(*sizes: Any) -> bool:
-    """Whether these sizes are numbers, and will be the same whenever the graph runs."""
+    """Whether these sizes are static: numbers that are the same whenever the graph runs."""
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
@@ -47,7 +47,7 @@ def is_fixed(*sizes: Any) -> bool:
 
 
 def is_certain(condition: Any) -> bool:
-    """Whether a comparison of sizes holds whatever the open ones turn out to be; nothing is assumed of them."""
+    """Whether a comparison of sizes holds for all values of the dynamic ones."""
     if torch.compiler.is_compiling() or isinstance(condition, torch.SymBool):
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 

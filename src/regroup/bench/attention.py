@@ -1,4 +1,4 @@
-"""How fast the attention operator decodes alone, beside PyTorch's ways to do it and the least time that it takes."""
+"""Decoding speed of the attention operator, compared with PyTorch's alternatives and with its least possible time."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch.nn import functional
 from ..attention import BACKENDS, explain, grouped_query_attention
 from ..errors import RegroupError, human_bytes
 from .build import DTYPES
-from .machine import Bystanders, Rate, product_rate, quantiles, read_bandwidth, timed
+from .machine import OtherProcesses, Rate, product_rate, quantiles, read_bandwidth, timed
 from .roofline import Cost, operator_cost
 
-# Keys and values are taken in turn from so many bytes of them, so that none is found in a cache.
+# Bytes of different keys and values, used in turn so that none are in the processor's cache.
 _COLD_BYTES = 128 << 20
 _RUN_SECONDS = 0.004
 _SHAPE_SECONDS = 1.5
 _ROUNDS = 7
 _FAR, _FAR_ROUNDS = 8, 2
-# Beyond it KV heads are not repeated: the copy would take more than a shared machine has.
+# The largest copy with repeated KV heads: more could exceed the memory of a shared machine.
 _REPEATED_BYTES = 5_000_000_000
 
 
@@ -43,7 +43,7 @@ class Shape:
     def __post_init__(self) -> None:
         for name in ("batch", "context", "kv_heads", "heads", "head_dim"):
             if getattr(self, name) < 1:
-                raise RegroupError(f"the {name} cannot be less than 1", got=getattr(self, name))
+                raise RegroupError(f"the {name} must be at least 1", got=getattr(self, name))
         if self.heads % self.kv_heads:
             raise RegroupError(
                 "the query heads cannot be divided into that many groups",
@@ -52,7 +52,7 @@ class Shape:
                 remedy="choose --kv-heads that divide --heads",
             )
         if self.dtype not in DTYPES:
-            raise RegroupError("the dtype is not known", expected=" or ".join(DTYPES), got=self.dtype)
+            raise RegroupError("unknown dtype", expected=" or ".join(DTYPES), got=self.dtype)
 
     @property
     def group(self) -> int:
@@ -81,10 +81,10 @@ def grid(
     heads: int = 32,
     head_dim: int = 128,
 ) -> list[Shape]:
-    """All combinations, KV heads varying fastest.
+    """All combinations, with KV heads varying fastest.
 
     Raises:
-        RegroupError: numbers that cannot be.
+        RegroupError: impossible numbers.
     """
     return [
         Shape(batch, context, count, dtype, heads, head_dim)
@@ -96,7 +96,7 @@ def grid(
 
 
 class OperatorRoofs:
-    """Rates of this machine for this operator, each measured when it is first asked for."""
+    """Rates of this machine for this operator, each measured when it is first used."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
@@ -112,10 +112,10 @@ class OperatorRoofs:
 
 
 def measure(shape: Shape, roofs: OperatorRoofs, *, flex: bool = False) -> dict[str, Any]:
-    """Time every way of computing a shape, and reads and products of the machine, in turns, in one run.
+    """Time every way of computing a shape, with reads and products of the machine in turns.
 
     Args:
-        flex: FlexAttention too, which compiles anew for each shape, for some seconds to a minute.
+        flex: also FlexAttention, which compiles for each shape, up to a minute.
 
     Returns:
         The shape; its floor, from the medians of reads and of products of (H / G, D) with keys; and for each way its
@@ -129,7 +129,7 @@ def measure(shape: Shape, roofs: OperatorRoofs, *, flex: bool = False) -> dict[s
     actions, reasons = _ways(shape, query, pairs)
     if not flex:
         del actions["regroup flex"]
-        reasons["regroup flex"] = "compiles anew for each shape: only where it is asked for"
+        reasons["regroup flex"] = "compiles for each shape: it is measured only on request"
     with torch.inference_mode():
         outputs = {}
         for name, action in list(actions.items()):
@@ -145,11 +145,11 @@ def measure(shape: Shape, roofs: OperatorRoofs, *, flex: bool = False) -> dict[s
             for name, action in actions.items()
         }
         counts = {name: max(1, min(1000, round(_RUN_SECONDS / max(seconds, 1e-7)))) for name, seconds in once.items()}
-        # What is far behind needs no precision, and would take most of the time.
+        # The slowest ways need no precision, and would take most of the time.
         far = {name for name, seconds in once.items() if seconds > _FAR * min(once.values())}
         order, end = list(actions), time.perf_counter() + _SHAPE_SECONDS
         shuffle = random.Random(0)
-        with Bystanders() as bystanders:
+        with OtherProcesses() as others:
             while len(reads) < _ROUNDS or time.perf_counter() < end:
                 shuffle.shuffle(order)
                 reads.append(roofs.bandwidth.probe.run())
@@ -175,18 +175,18 @@ def measure(shape: Shape, roofs: OperatorRoofs, *, flex: bool = False) -> dict[s
         "product_flops_per_second": rate,
         "floor_ms": 1e3 * shape.cost.floor(bandwidth, rate),
         "auto_takes": choice.backend,
-        "other_processes_share_of_cpu": bystanders.share,
+        "other_processes_share_of_cpu": others.share,
         "ways": ways,
     }
 
 
 def _tensors(shape: Shape, device: torch.device) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """The queries, and pairs of keys and values: views of blocks with a little room, as a cache gives them."""
+    """The queries, and pairs of keys and values: views of slightly larger blocks, as in a cache."""
     dtype = getattr(torch, shape.dtype)
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(shape.batch, shape.heads, 1, shape.head_dim, generator=generator).to(device, dtype)
     count = max(1, min(64, _COLD_BYTES // shape.cost.nbytes))
-    room = torch.randn(1 << 20, generator=generator).to(device, dtype)
+    noise = torch.randn(1 << 20, generator=generator).to(device, dtype)
     pairs = []
     for _ in range(count):
         blocks = []
@@ -195,9 +195,9 @@ def _tensors(shape: Shape, device: torch.device) -> tuple[Tensor, list[tuple[Ten
                 shape.batch, shape.kv_heads, shape.context + 64, shape.head_dim, dtype=dtype, device=device
             )
             flat = block.view(-1)
-            for start in range(0, flat.numel(), room.numel()):
-                piece = flat[start : start + room.numel()]
-                piece.copy_(room[: piece.numel()])
+            for start in range(0, flat.numel(), noise.numel()):
+                piece = flat[start : start + noise.numel()]
+                piece.copy_(noise[: piece.numel()])
             blocks.append(block[:, :, : shape.context])
         pairs.append((blocks[0], blocks[1]))
     return query, pairs
@@ -206,7 +206,7 @@ def _tensors(shape: Shape, device: torch.device) -> tuple[Tensor, list[tuple[Ten
 def _ways(
     shape: Shape, query: Tensor, pairs: list[tuple[Tensor, Tensor]]
 ) -> tuple[dict[str, Callable[[int], Tensor]], dict[str, str]]:
-    """What is compared, by name: a function of the number of a pair; and what is not, with the reason."""
+    """The ways that are compared, by name, as functions of a pair's index; and the reasons why others are not."""
 
     def enable_gqa(index: int) -> Tensor:
         return functional.scaled_dot_product_attention(query, *pairs[index], enable_gqa=True)
@@ -239,7 +239,7 @@ def _ways(
 
 
 def _run(action: Callable[[int], Tensor], count: int, pairs: int, device: torch.device) -> float:
-    """Seconds a call, over ``count`` calls that take the pairs in turn, from where the last run ended."""
+    """Seconds per call, over ``count`` calls that take the pairs in turn, from where the last run ended."""
 
     def calls() -> None:
         for index in range(count):
@@ -248,8 +248,8 @@ def _run(action: Callable[[int], Tensor], count: int, pairs: int, device: torch.
     return timed(calls, device) / count
 
 
-def too_large(shape: Shape, limit: int) -> str | None:
-    """Why a shape is left out of a grid, or None."""
+def unsupported_reason(shape: Shape, limit: int) -> str | None:
+    """The reason why a shape is omitted from a grid, or None."""
     if shape.cost.nbytes > limit:
         return f"{shape.cost.nbytes / 1e9:.3g} GB of keys and values, more than the limit of {limit / 1e9:.3g} GB"
     return None

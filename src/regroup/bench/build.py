@@ -1,4 +1,4 @@
-"""Models to benchmark: from a name to a config, to what a step of it costs, to a model in memory."""
+"""Models to benchmark: the config of a name, the costs of a step, and the model in memory."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Model:
-    """A model as it is benchmarked, known from its config alone.
+    """A model to benchmark, described by its config.
 
     Attributes:
         config: its ``config.json``.
-        kv_heads: G of every layer; None where layers differ.
+        kv_heads: num_key_value_heads of every layer; None if layers differ.
         attention: its attention layers.
-        weights: what a step reads.
-        parameters: of all that is held in memory: an encoder is not, for its output is made up.
-        layers, full_layers: of the decoder here, and of the model that was asked for.
-        vocabulary, hidden, intermediate: sizes.
-        folder: where its weights are; None: random.
+        weights: the weights that a step reads.
+        parameters: number of parameters in memory; without an encoder, whose output is random.
+        layers, full_layers: decoder layers of this model, and of the whole model.
+        vocabulary, hidden, intermediate: vocabulary size, hidden size and feed-forward size.
+        folder: the folder of its weights; None: random weights.
     """
 
     config: dict[str, Any]
@@ -56,11 +56,11 @@ class Model:
 
 
 def read_config(source: str, *, revision: str | None = None) -> tuple[dict[str, Any], Path | None]:
-    """The config that a name stands for, and the folder with its weights where there are some.
+    """The config of a model, and the folder with its weights or None.
 
     Args:
-        source: a checkpoint folder, a folder with a config alone, a ``config.json``, or a hub id, of which nothing
-            but config and headers is downloaded.
+        source: a checkpoint folder, a folder with a config alone, a ``config.json``, or a hub id, of which
+            only config and headers are downloaded.
 
     Raises:
         RegroupError: it is none of these.
@@ -80,10 +80,10 @@ def read_config(source: str, *, revision: str | None = None) -> tuple[dict[str, 
 def describe(
     config: Mapping[str, Any], *, kv_heads: int | None, layers: int | None, folder: Path | None = None
 ) -> Model:
-    """What a model of this config, KV heads and layers holds and reads.
+    """Describe a model of this config with other KV heads or fewer layers.
 
     Args:
-        folder: of the weights of ``config``; they are used where nothing was changed.
+        folder: the weights of ``config``; they are used if nothing is changed.
 
     Raises:
         RegroupError: see :func:`variants.variant`; or transformers cannot build it.
@@ -103,7 +103,7 @@ def describe(
         x.num_key_value_heads for x in _attention(own)[1]
     ]
     if same and folder is not None:
-        # Said here, before the machine is measured, and not when the weights are loaded.
+        # Raise errors before the machine is measured, not when the weights are loaded.
         check_loadable(own, open_checkpoint(folder).tensors, folder)
     return Model(
         config=made,
@@ -121,15 +121,15 @@ def describe(
 
 
 def parameters_of(config: Mapping[str, Any]) -> int:
-    """Parameters that a whole model of this config holds, its encoder's too; shared ones count once."""
+    """Number of parameters of a whole model, including its encoder; shared parameters count once."""
     return sum(p.numel() for p in {id(p): p for p in _on_meta(config, encoder=True).parameters()}.values())
 
 
 def build(model: Model, dtype: str, device: torch.device) -> Any:
-    """The model in memory, in evaluation mode: with its weights where they fit it, else with random ones.
+    """The model in memory, in evaluation mode, with its own weights or with random ones.
 
-    Random matrices are small normal numbers, vectors of norms 1 and biases 0: no infinities and no denormals, which
-    would be slow. An encoder keeps no layers. Attention is transformers' default.
+    Random matrices have small normal numbers, norms are 1 and biases 0: infinities and denormals would be slow. Layers
+    of an encoder are removed. Attention is transformers' default.
     """
     if model.folder is not None:
         from ..modeling import load
@@ -159,13 +159,13 @@ def _class_and_config(config: Mapping[str, Any]) -> tuple[Any, Any]:
     try:
         cls = getattr(modeling_regroup if name.startswith(modeling_regroup.PREFIX) else transformers, name)
         return cls, CONFIG_MAPPING[config["model_type"]].from_dict(dict(runnable(config)))
-    # Configs are data of strangers: what is built from one may fail in any way.
+    # Configs are untrusted data: building a model may fail in any way.
     except Exception as error:
         raise _unbuildable(name, error) from error
 
 
 def _on_meta(config: Mapping[str, Any], *, encoder: bool = False) -> Any:
-    """The model without memory, its encoder without layers unless it is asked for."""
+    """The model on the meta device, by default without the layers of its encoder."""
     cls, made = _class_and_config(config)
     try:
         with torch.device("meta"), quiet():
@@ -190,13 +190,13 @@ def _unbuildable(name: str, error: Exception) -> RegroupError:
         "transformers cannot build a model of this config",
         file="config.json",
         got=f"{name}: {str(error).strip()[:300]}",
-        remedy="correct it; config.json of a published checkpoint is a good start",
+        remedy="correct it, for example from the config.json of a published checkpoint",
     )
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Have transformers tell nothing below an error within the block."""
+    """Suppress transformers' messages below errors within the block."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -208,7 +208,7 @@ def quiet() -> Iterator[None]:
 
 
 def _drop_encoder(model: Any) -> None:
-    """Leave the encoder of an encoder-decoder no layers: its output is made up, as decoding alone is measured."""
+    """Remove the encoder's layers: only decoding is measured, with random encoder output."""
     if not model.config.is_encoder_decoder:
         return
     for module in list(model.get_encoder().modules()):
@@ -225,10 +225,10 @@ def _attention(config: Mapping[str, Any]) -> tuple[set[str], tuple[DecodingLayer
 
 
 def _weights(model: Any, excluded: set[str]) -> Weights:
-    """Of a model without an encoder's layers: what each step reads, by what kinds of parameters there are.
+    """The weights that each step of a model without encoder layers reads.
 
     Args:
-        excluded: names of linear layers that are read once a sequence.
+        excluded: names of linear layers that are read once per sequence.
     """
     head = model.get_output_embeddings()
     looked_up = {
@@ -244,7 +244,7 @@ def _weights(model: Any, excluded: set[str]) -> Weights:
         encoder = {id(parameter) for parameter in model.get_encoder().parameters()}
         encoder -= {id(parameter) for parameter in (head.parameters() if head is not None else ())}
     read = multiplied = experts = 0
-    # Names of a head class may have a prefix that the layout does not know of, or the other way round.
+    # Names of a head class may have a prefix that the layout's names lack, or the reverse.
     for name, parameter in model.named_parameters():
         if id(parameter) in looked_up or id(parameter) in encoder or _named(name.rpartition(".")[0], excluded):
             continue
@@ -266,7 +266,7 @@ def _named(name: str, names: set[str]) -> bool:
 
 @torch.no_grad()
 def _fill(model: Any) -> None:
-    """Random matrices, norms of one, biases of zero; copied from one block, which is quick."""
+    """Fill with random matrices, norms of 1 and biases of 0. Matrices are copied from one block, for speed."""
     generator = torch.Generator().manual_seed(0)
     block = torch.empty((1 << 20) + 7).normal_(0, 0.02, generator=generator)
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""How fast a model decodes, beside the least time that its bytes and its arithmetic take on this machine."""
+"""Decoding speed of models, compared with the least time that their bytes and arithmetic take on this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .build import Model, build, quiet
-from .machine import Bystanders, quantiles
+from .machine import OtherProcesses, quantiles
 from .variants import decoder_layers
 from .work import Ceiling, Roofs, Work, cache_bytes
 
@@ -22,7 +22,7 @@ PATHS = ("regroup", "transformers")
 
 @dataclass
 class Timing:
-    """Seconds to the first token and of each further one; bytes of the cache afterwards, where it is ours."""
+    """Seconds to the first token and per further token; final bytes of the cache, if it is regroup's."""
 
     first: list[float] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
@@ -35,8 +35,8 @@ def measure(model: Model, work: Work, paths: Sequence[str] = ("regroup",)) -> di
     """Time ``generate`` on random prompts.
 
     Args:
-        paths: ``"regroup"``: attention, cache and linear layers of regroup; ``"transformers"``: all as it is by
-            default. One after the other, with the same weights.
+        paths: ``"regroup"``: attention, cache and linear layers of regroup; ``"transformers"``: its
+            defaults. Both use the same weights.
 
     Returns:
         A timing for each path.
@@ -45,20 +45,20 @@ def measure(model: Model, work: Work, paths: Sequence[str] = ("regroup",)) -> di
     with quiet():
         made = build(model, work.dtype, device)
     timings = {}
-    # transformers first: what is prepared for inference stays so.
+    # transformers first: prepare_for_inference cannot be undone.
     for path in sorted(paths, key=PATHS.index, reverse=True):
         prepared = {"attention": str(made.config._attn_implementation), "linear_layers": "as they are"}
         if path == "regroup":
             prepared = prepare(made)
         _generate(made, model, Work(work.batch, min(8, work.prompt), 3, work.dtype, work.device), path)
         timing = Timing(prepared=prepared)
-        with Bystanders() as bystanders:
+        with OtherProcesses() as others:
             for _ in range(work.repeats):
                 stamps, nbytes = _generate(made, model, work, path)
                 timing.first.append(stamps[1] - stamps[0])
                 timing.tokens += [after - before for before, after in itertools.pairwise(stamps[1:])]
                 timing.cache_bytes = nbytes
-        timing.others = bystanders.share
+        timing.others = others.share
         timings[path] = timing
     del made
     gc.collect()
@@ -66,10 +66,10 @@ def measure(model: Model, work: Work, paths: Sequence[str] = ("regroup",)) -> di
 
 
 def prepare(model: Any) -> dict[str, str]:
-    """Give a model what regroup has for inference: its attention, and fast linear layers on a CPU.
+    """Prepare a model for inference with regroup: its attention, and fast linear layers on a CPU.
 
     Returns:
-        What attention and linear layers are now: some families and dtypes keep theirs.
+        The attention and linear layers that are used now: some families and dtypes keep theirs.
     """
     from ..attention.cpu.linear_layers import fast_layer
     from ..attention.interface import NAME, register
@@ -87,7 +87,7 @@ def prepare(model: Any) -> dict[str, str]:
 
 
 def _generate(made: Any, model: Model, work: Work, path: str) -> tuple[list[float], int | None]:
-    """Times of the start and of each token, and the bytes of the cache if it is ours."""
+    """Times of the start and of each token, and the bytes of the cache if it is regroup's."""
     from transformers import GenerationConfig, GenerationMixin
     from transformers.generation.streamers import BaseStreamer
     from transformers.modeling_outputs import BaseModelOutput
@@ -114,7 +114,7 @@ def _generate(made: Any, model: Model, work: Work, path: str) -> tuple[list[floa
     else:
         ids = torch.randint(0, model.vocabulary, (work.batch, work.prompt), generator=generator)
         inputs["input_ids"] = ids.to(device)
-    # Nothing ends a text early.
+    # Without end-of-sequence token, so that all tokens are generated.
     made.generation_config = GenerationConfig(
         do_sample=False,
         pad_token_id=0,
@@ -128,7 +128,7 @@ def _generate(made: Any, model: Model, work: Work, path: str) -> tuple[list[floa
         own = work.new if model.is_encoder_decoder else work.prompt + work.new - 1
         cache = KVCache.for_model(made, max_length=own)
         inputs["past_key_values"] = cache
-    # Some families have a generate of their own, for audio.
+    # Some speech families override generate.
     generate: Any = GenerationMixin.generate  # pyright: ignore[reportAttributeAccessIssue]
     generate(made, **inputs, max_new_tokens=work.new)
     assert len(stamps) == work.new + 1
@@ -165,17 +165,17 @@ def result(model: Model, work: Work, ceiling: Ceiling, timings: dict[str, Timing
 
 
 def compare(results: list[dict[str, Any]], heads: int, paths: Sequence[str]) -> None:
-    """Add to each result how much faster it is than multi-head attention, if that is among them, and may be at most."""
-    parent = next((found for found in results if found["kv_heads"] == heads), None)
+    """Add to each result its speedup over multi-head attention, if that was measured, and the largest possible one."""
+    multi_head = next((found for found in results if found["kv_heads"] == heads), None)
     for found in results:
         if "transformers" in found and "regroup" in found:
             ratio = found["transformers"]["token_ms"]["p50"] / found["regroup"]["token_ms"]["p50"]
             found["regroup"]["speedup_over_transformers"] = ratio
-        if parent is None:
+        if multi_head is None:
             continue
-        found["floor_speedup_over_mha"] = parent["floor_ms"] / found["floor_ms"]
+        found["floor_speedup_over_mha"] = multi_head["floor_ms"] / found["floor_ms"]
         for path in paths:
-            speedup = parent[path]["token_ms"]["p50"] / found[path]["token_ms"]["p50"]
+            speedup = multi_head[path]["token_ms"]["p50"] / found[path]["token_ms"]["p50"]
             found[path]["speedup_over_mha"] = speedup
 
 
@@ -188,12 +188,12 @@ def benchmark(
     roofs: Roofs | None = None,
     each: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Measure models one after the other and make a record of it.
+    """Measure models one after the other, and return a record.
 
     Args:
-        source: what the user named; a folder's own name goes into the record, not where it lies.
-        models: of :func:`models_for`.
-        each: is given each result when it is there.
+        source: the model as the user named it; only a folder's name is recorded, not its path.
+        models: see :func:`models_for`.
+        each: called with each result.
 
     Returns:
         A record (see ``regroup.record``).

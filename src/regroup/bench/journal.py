@@ -1,4 +1,4 @@
-"""A grid of attention shapes, measured in one go or in pieces that a file keeps."""
+"""A grid of attention shapes, measured in one run or in several, with results in a file."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from ..errors import RegroupError
 from ..record import record
-from .attention import OperatorRoofs, Shape, measure, too_large
+from .attention import OperatorRoofs, Shape, measure, unsupported_reason
 
-# Beyond it a result is measured anew when its file is used again, and kept if it was calmer.
+# With a larger share of other processes, a shape is measured again in the next run, and the calmer result is kept.
 DISTURBED = 0.05
 
 
@@ -27,21 +27,21 @@ def run_grid(
     flex: bool = False,
     each: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any] | None:
-    """Measure shapes that are not measured yet, or were disturbed.
+    """Measure shapes that are not measured yet, or were disturbed by other processes.
 
     Args:
-        limit: bytes of keys and values beyond which a shape is left out, which the record says.
-        work: a file of results, a line each; made if it is not there. Shapes in it are left out, unless other
-            processes disturbed them.
-        minutes: stop after so long; None: not before the end.
+        limit: largest size of keys and values in bytes; the record lists larger shapes as omitted.
+        work: a file of results, one per line; created if necessary. Shapes in it are not measured again, unless
+            other processes disturbed them.
+        minutes: time limit; None: no limit.
         flex: see :func:`attention.measure`.
-        each: is given each result when it is there.
+        each: called with each result.
 
     Returns:
-        The record, or None if it is not complete yet.
+        The record, or None if it is not complete.
 
     Raises:
-        RegroupError: the file holds something else.
+        RegroupError: the file has other contents.
     """
     found = _read(work)
     started = time.perf_counter()
@@ -52,7 +52,7 @@ def run_grid(
             continue
         if minutes is not None and time.perf_counter() - started > 60 * minutes:
             return None
-        reason = too_large(shape, limit)
+        reason = unsupported_reason(shape, limit)
         if reason is not None:
             result: dict[str, Any] = {**asdict(shape), "left_out": reason}
         else:
@@ -79,7 +79,7 @@ def run_grid(
 
 
 def _share(result: dict[str, Any]) -> float:
-    """Of the processors, what others had while a shape was measured."""
+    """The share of the processors that other processes had while a shape was measured."""
     return result.get("other_processes_share_of_cpu") or 0.0
 
 
@@ -101,11 +101,11 @@ def _read(work: Path | None) -> dict[str, dict[str, Any]]:
             shape = Shape(**{name: result[name] for name in Shape.__dataclass_fields__})
         except (ValueError, KeyError, TypeError) as error:
             raise RegroupError(
-                "the file of results holds something else",
+                "the file does not contain results of this benchmark",
                 file=f"{work}, line {number}",
-                expected="what an earlier run with --work wrote",
+                expected="a file of an earlier run with --work",
                 got=line[:80],
-                remedy="name another file, or remove this one",
+                remedy="choose another file, or remove this one",
             ) from error
         found[_key(shape)] = result
     return found

@@ -1,4 +1,4 @@
-"""How fast this machine reads memory and multiplies matrices, measured: the roofs that results are held against."""
+"""Measured memory bandwidth and matrix product rates of this machine, the limits that results are compared with."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ import torch
 
 from ..attention.cpu.linear_layers import fast_layer
 
-# Far above every cache, and little beside what is benchmarked.
+# Much larger than every cache, and small compared with the benchmarked models.
 _READ_BYTES = 512 << 20
-# Products are a few at once, and their operands stay in the caches: the matrix has one of these sizes. With many rows
-# reading does not bind, and a large matrix shows what starting the threads hides in a small one.
+# Sizes of the matrix in several simultaneous products, whose operands stay in the caches. With many rows reading is
+# not the limit, and a large matrix hides the time to start threads.
 _CACHED_BYTES = (128 << 10, 512 << 10, 4 << 20)
 _PRODUCTS = 8
-# A product of more rows is no faster: arithmetic binds long before. As many as somebody asks about fit in no memory.
+# A product of more rows is not faster: arithmetic is the limit long before. Unlimited rows would not fit into memory.
 _MOST_ROWS = 1024
 _SECONDS = 0.1
-# A product's rate is known after so many seconds even where a dtype is emulated, which can be a thousand times slower.
+# Time limit of measuring a product: an emulated dtype can be a thousand times slower.
 _MOST_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A piece of work of known size, to be timed in turns with what it is compared with.
+    """A piece of work of known size, to be timed in turns with other work.
 
     Attributes:
-        way: what it does.
-        action: does it.
-        work: bytes or operations of it.
-        repeats: how often a run does it, so that it is long enough for the clock.
-        device: where.
+        way: its name.
+        action: the function to time.
+        work: bytes or operations per call.
+        repeats: calls per run, so that a run is long enough for the clock.
+        device: its device.
     """
 
     way: str
@@ -46,7 +46,7 @@ class Probe:
     device: torch.device
 
     def run(self) -> float:
-        """Bytes or operations a second, of one run of some milliseconds."""
+        """Bytes or operations per second of one run of some milliseconds."""
 
         def runs() -> None:
             for _ in range(self.repeats):
@@ -58,11 +58,11 @@ class Probe:
 
 @dataclass(frozen=True)
 class Rate:
-    """A measured rate, and what measured it.
+    """A measured rate, and its probe.
 
     Attributes:
-        best, median: of all runs of the way that was best; bytes or operations a second.
-        probe: that way, to measure again.
+        best, median: of all runs of the fastest way; bytes or operations per second.
+        probe: the fastest way, to measure again.
     """
 
     best: float
@@ -70,25 +70,25 @@ class Rate:
     probe: Probe
 
     def again(self, runs: int = 9) -> float:
-        """The median of some more runs: memory is shared with other machines, and rates change within minutes."""
+        """The median of further runs: virtual machines share memory bandwidth, and rates change within minutes."""
         return statistics.median(self.probe.run() for _ in range(runs))
 
 
 def read_bandwidth(device: torch.device | str = "cpu", *, nbytes: int | None = None) -> Rate:
-    """Bytes a second that all threads together read from memory.
+    """Bytes per second that all threads together read from memory.
 
     Args:
-        device: whose memory.
-        nbytes: of the block that is read, which must not fit into a cache; 512 MiB by default.
+        device: the device with the memory.
+        nbytes: size of the block that is read, which must exceed the caches; 512 MiB by default.
 
     Returns:
-        The best of several ways to read a block once (sums by row, of numbers of two widths, and a maximum). A GPU is
-        also asked to copy: bytes read and written count then. Its probe keeps the block.
+        The best of several ways to read a block once (sums of rows, as float32 and float64, and a maximum). On a GPU
+        also a copy, whose bytes read and written both count. The probe keeps the block.
     """
     device = torch.device(device)
     nbytes = _READ_BYTES if nbytes is None else nbytes
     count = 16 * max(1, torch.get_num_threads())
-    # Whole rows of numbers of either width, whatever the number of threads.
+    # Whole rows of both dtypes, for any number of threads.
     nbytes = max(1, nbytes // (8 * count)) * 8 * count
     block = torch.ones(nbytes // 4, device=device)
     rows = block.view(count, -1)
@@ -112,16 +112,16 @@ def product_rate(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Rate:
-    """Floating-point operations a second of matrix products of ``rows`` rows, with operands that lie in a cache.
+    """Floating-point operations per second of matrix products of ``rows`` rows, with operands in a cache.
 
-    The product is that of decoding: (rows, inner) queries or hidden states with a (columns, inner) matrix of keys or
-    weights, or its transpose, several such products at once. ``rows`` is H / G in attention and the batch in linear
-    layers. On a GPU operands are large, for it has no such caches.
+    The products are those of decoding: (rows, inner) queries or hidden states with a (columns, inner) matrix of keys or
+    weights, or its transpose, several at once. ``rows`` is H / G in attention and the batch size in linear layers. On a
+    GPU operands are large, because it has no such caches.
 
     Returns:
-        The best of several forms of the product, our fast linear layers among them; of more than 1,024 rows it is that
-        of 1,024. It is known after some seconds
-        however slow the machine is in this dtype: larger products are left out there, and the smallest made smaller.
+        The best of several forms of the product, including regroup's linear layers; for more rows than 1,024, of 1,024.
+        It takes some seconds however slow the machine is in this dtype: then larger products are omitted, and the
+        smallest is made smaller.
     """
     device, rows = torch.device(device), min(rows, _MOST_ROWS)
     size = torch.empty((), dtype=dtype).element_size()
@@ -155,7 +155,7 @@ def product_rate(
 
 
 def _affordable(rows: int, inner: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Operations of a product that may be repeated some hundred times: from one small product of the same form."""
+    """Operations of a product that can be repeated some hundred times, estimated from one small product."""
     columns = 16
     left, matrix = (torch.full(sizes, 0.5, dtype=dtype, device=device) for sizes in ((rows, inner), (inner, columns)))
 
@@ -164,22 +164,22 @@ def _affordable(rows: int, inner: int, dtype: torch.dtype, device: torch.device)
 
     with torch.inference_mode():
         took = once()
-        # The first call also prepares things; where it was slow there is no time to see how much of it that was.
+        # The first call includes initialisation, but if it is slow there is no time for another.
         took = min(took, once()) if took < _MOST_SECONDS / 10 else took
     return 2 * rows * inner * columns / max(took, 1e-7) * _MOST_SECONDS / 60
 
 
-class Bystanders:
-    """How busy other processes keep the processors while a block runs; they spoil timings of work on all threads.
+class OtherProcesses:
+    """How much other processes use the processors while a block runs, which disturbs timings.
 
     Attributes:
-        share: processors' worth of time that others took, over the processors' number; None where the system does
-            not say. Known after the block.
+        share: the processor time of other processes, divided by that of all processors; None if the system does not
+            say. Known after the block.
     """
 
     share: float | None = None
 
-    def __enter__(self) -> Bystanders:
+    def __enter__(self) -> OtherProcesses:
         self._start = _processor_seconds()
         return self
 
@@ -191,7 +191,7 @@ class Bystanders:
 
 
 def _processor_seconds() -> tuple[float, float, float] | None:
-    """Of all processors since the start: seconds in all, seconds at work, and those of this process."""
+    """Seconds of all processors since the start: total, busy, and of this process."""
     try:
         with Path("/proc/stat").open(encoding="ascii") as file:
             ticks = [int(value) for value in file.readline().split()[1:9]]
@@ -204,13 +204,13 @@ def _processor_seconds() -> tuple[float, float, float] | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was started on a device."""
+    """Wait for the work that was started on a device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:
-    """Seconds that an action takes, to its end on the device."""
+    """Seconds that an action takes, including its work on the device."""
     synchronize(device)
     start = time.perf_counter()
     action()
@@ -219,7 +219,7 @@ def timed(action: Callable[[], object], device: torch.device) -> float:
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
-    """The 20, 50 and 80% quantiles, by linear interpolation, of one value or more."""
+    """The 20, 50 and 80% quantiles, by linear interpolation, of at least one value."""
     ordered = torch.tensor(values, dtype=torch.float64)
     names = ("p20", "p50", "p80")
     return dict(zip(names, torch.quantile(ordered, torch.tensor([0.2, 0.5, 0.8]).double()).tolist(), strict=True))
@@ -227,7 +227,7 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
 @torch.inference_mode()
 def _best(ways: dict[str, tuple[Callable[[], object], int]], device: torch.device) -> Rate:
-    """Alternate the ways for a while, and keep the one that was fastest once."""
+    """Time the ways in turns, and return the one with the fastest run."""
     probes = []
     last = time.perf_counter() + _MOST_SECONDS
     for name, (action, work) in ways.items():
@@ -236,7 +236,7 @@ def _best(ways: dict[str, tuple[Callable[[], object], int]], device: torch.devic
         once = timed(action, device)
         if once < _SECONDS:
             once = min(once, timed(action, device), timed(action, device))
-        # A run is long enough for the clock, and short enough to be left alone by the system now and then.
+        # A run is long enough for the clock, and short enough that some runs are not interrupted.
         probes.append(Probe(name, action, work, max(1, round(0.004 / max(once, 1e-7))), device))
     rates: list[list[float]] = [[] for _ in probes]
     end = time.perf_counter() + _SECONDS * len(ways)

@@ -1,4 +1,4 @@
-"""The plot of the paper's Figure 6: time against the number of groups. Nothing is computed here."""
+"""Plot of time per token against the number of KV heads, like Figure 6 of the paper."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _LABELS = {"regroup": "regroup", "transformers": "transformers' default"}
 
 
 def draw_groups(record: Mapping[str, Any], path: Path) -> None:
-    """Draw milliseconds a token against KV heads, with the floor, from a record of ``bench decode``.
+    """Draw milliseconds per token against KV heads, with the floor, from a record of ``bench decode``.
 
-    Bars show the 20 and 80% quantiles. The file appears when it is complete.
+    Bars show the 20 and 80% quantiles. The file is written atomically.
 
     Raises:
         RegroupError: fewer than two numbers of KV heads, or the file cannot be written.
@@ -27,7 +27,7 @@ def draw_groups(record: Mapping[str, Any], path: Path) -> None:
         key=lambda model: model["kv_heads"],
     )
     if len(models) < 2:
-        raise RegroupError("a plot against KV heads needs two numbers of them or more", got=len(models))
+        raise RegroupError("a plot against KV heads needs at least two numbers of KV heads", got=len(models))
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     axes = figure.subplots()
     heads = [model["kv_heads"] for model in models]
@@ -47,7 +47,7 @@ def draw_groups(record: Mapping[str, Any], path: Path) -> None:
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_xlabel("KV heads (groups)")
-    axes.set_ylabel("milliseconds a token")
+    axes.set_ylabel("milliseconds per token")
     done = record["configuration"]
     part = models[0]
     cut = "" if part["layers"] == part["layers_of_the_model"] else f", {part['layers']} layers"

@@ -1,4 +1,4 @@
-"""What a decoding step reads and computes, and the least time that takes: arithmetic on plain numbers alone."""
+"""The bytes and operations of a decoding step, and its least possible time: arithmetic on plain numbers."""
 
 from __future__ import annotations
 
@@ -6,52 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-# Bytes an element, by safetensors name and by the name that people use.
-DTYPE_BYTES = {
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F64": 8,
-    "F8": 1,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "float64": 8,
-}
-
-# Safetensors names of what a cache is kept in, by the name that people use.
-_CACHE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-
-
-def cache_dtype(stored: str | None) -> tuple[str, str]:
-    """In what the cache of a checkpoint is counted where nothing else is asked for, and how that is called.
-
-    Args:
-        stored: what its attention weights are stored in (safetensors name); None where that is not known.
-
-    Returns:
-        That dtype where a cache can be of it, as it is when the model is loaded with ``dtype="auto"``; else 16 bits.
-    """
-    if stored in _CACHE_DTYPES:
-        return stored, _CACHE_DTYPES[stored]
-    return "BF16", "16-bit"
-
-
-class CachedLayer(Protocol):
-    """What the cache of an attention layer depends on."""
-
-    @property
-    def num_key_value_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def window(self) -> int | None: ...
+from ..layout.kv_cache import DTYPE_BYTES, CachedLayer, cached_tokens
 
 
 class DecodingLayer(CachedLayer, Protocol):
-    """And what its arithmetic depends on."""
+    """A layer with the number of its query heads."""
 
     @property
     def num_attention_heads(self) -> int: ...
@@ -59,13 +18,13 @@ class DecodingLayer(CachedLayer, Protocol):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a part of a step reads from memory, in bytes, and computes, in floating-point operations."""
+    """Bytes that a part of a step reads from memory, and its floating-point operations."""
 
     nbytes: int
     flops: int
 
     def floor(self, bandwidth: float, rate: float) -> float:
-        """Seconds that it takes at least, at ``bandwidth`` bytes and ``rate`` operations a second: the larger."""
+        """The least time in seconds, at ``bandwidth`` bytes and ``rate`` operations per second."""
         return max(self.nbytes / bandwidth, self.flops / rate)
 
 
@@ -74,9 +33,9 @@ class Experts:
     """The experts of a mixture, over all its layers.
 
     Attributes:
-        parameters: of all experts of all layers.
-        number: experts a layer.
-        chosen: experts that a token goes through, in each layer.
+        parameters: the number in all experts of all layers.
+        number: experts per layer.
+        chosen: experts per token, in each layer.
     """
 
     parameters: int
@@ -86,43 +45,17 @@ class Experts:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a decoding step reads of a model's weights; the rows of an embedding that it looks up are left out.
+    """The weights that a decoding step reads, without the embedding rows that it looks up.
 
     Attributes:
-        parameters: read at every step, whatever the batch.
-        multiplied: of them, elements of matrices that a token's hidden state is multiplied with.
-        experts: read as far as tokens are sent to them; None without a mixture.
+        parameters: the number read at every step, for any batch.
+        multiplied: the number of those in matrices that multiply a hidden state.
+        experts: read if a token uses them; None without a mixture of experts.
     """
 
     parameters: int
     multiplied: int
     experts: Experts | None = None
-
-
-def kv_cache_bytes(
-    layers: Iterable[CachedLayer],
-    *,
-    context: int = 1,
-    batch: int = 1,
-    encoder_context: int | None = None,
-    dtype: str | None = "BF16",
-) -> int:
-    """Bytes of keys and values that a decoder keeps.
-
-    Args:
-        layers: attention layers with their KV heads and head_dim.
-        context: tokens in the decoder's cache; a layer with a sliding window keeps at most that many.
-        batch: sequences.
-        encoder_context: tokens that cross-attention keeps; ``context`` by default.
-        dtype: of the cache; None counts 16-bit numbers.
-
-    Returns:
-        2 · Σ_layers G · D · tokens · batch · bytes an element (paper, section 1: the cache shrinks by H / G).
-    """
-    total = sum(
-        2 * layer.num_key_value_heads * layer.head_dim * _tokens(layer, context, encoder_context) for layer in layers
-    )
-    return total * batch * DTYPE_BYTES[dtype or "BF16"]
 
 
 def attention_flops(
@@ -137,18 +70,18 @@ def attention_flops(
         in the scores and again in the sums. It does not depend on the KV heads; softmax is left out.
     """
     return 4 * batch * sum(
-        layer.num_attention_heads * layer.head_dim * _tokens(layer, context, encoder_context) for layer in layers
+        layer.num_attention_heads * layer.head_dim * cached_tokens(layer, context, encoder_context) for layer in layers
     )  # fmt: skip
 
 
 def operator_cost(
     *, batch: int, heads: int, kv_heads: int, head_dim: int, context: int, dtype: str, value_dim: int | None = None
 ) -> Cost:
-    """The attention of one layer to ``context`` tokens, one query a sequence: keys and values read once, two products.
+    """Attention of one layer to ``context`` tokens, one query per sequence: keys and values are read once.
 
     Args:
         heads, kv_heads: H query heads and G KV heads.
-        head_dim, value_dim: of keys and of values; the same by default.
+        head_dim, value_dim: of keys and of values; equal by default.
         dtype: of the cache.
     """
     width = head_dim + (head_dim if value_dim is None else value_dim)
@@ -157,10 +90,10 @@ def operator_cost(
 
 
 def weights_cost(weights: Weights, *, batch: int, dtype: str) -> Cost:
-    """What a step reads of the weights and computes with them, for ``batch`` tokens.
+    """The cost of a step's linear layers, for ``batch`` tokens.
 
-    Of a mixture's experts, those are read that some token is sent to: E · (1 − (1 − k/E)^B) of E are expected for B
-    tokens that choose k evenly.
+    Only those experts are read that some token uses: of E experts, E · (1 − (1 − k/E)^B) are expected for B tokens
+    that choose k uniformly.
     """
     read, multiplied = float(weights.parameters), float(weights.multiplied)
     if weights.experts is not None:
@@ -168,9 +101,3 @@ def weights_cost(weights: Weights, *, batch: int, dtype: str) -> Cost:
         read += weights.experts.parameters * (1 - (1 - share) ** batch)
         multiplied += weights.experts.parameters * share
     return Cost(round(read * DTYPE_BYTES[dtype]), round(2 * multiplied * batch))
-
-
-def _tokens(layer: CachedLayer, context: int, encoder_context: int | None) -> int:
-    if layer.kind == "cross":
-        return context if encoder_context is None else encoder_context
-    return context if layer.window is None else min(context, layer.window)

@@ -1,4 +1,4 @@
-"""The config of a model with other KV heads or fewer layers, to be built with random weights."""
+"""The config of a model with other KV heads or fewer layers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ..writer.converted_config import converted_config
 
 
 def variant(config: Mapping[str, Any], *, kv_heads: int | None = None, layers: int | None = None) -> dict[str, Any]:
-    """A config with this many KV heads in every attention layer of the decoder, and with its first layers alone.
+    """A config with other KV heads in every attention layer of the decoder, or with only its first layers.
 
     Args:
         config: a parsed ``config.json``, stock or written by regroup; not changed.
-        kv_heads: G, a divisor of the query heads; more than the config has is fine. None keeps those that it has.
-        layers: of the decoder, and of the encoder where there is one. None keeps all.
+        kv_heads: G, a divisor of the query heads; it may be more than the config has. None: unchanged.
+        layers: of the decoder, and of an encoder. None: all.
 
     Raises:
-        RegroupError: an unknown family, a G that does not divide the query heads, or layers that there are not.
+        RegroupError: an unknown family, a G that does not divide the query heads, or more layers than there are.
     """
     made = _with_class(copy.deepcopy(dict(as_known(config))))
     layout = detect(made)
@@ -41,14 +41,14 @@ def variant(config: Mapping[str, Any], *, kv_heads: int | None = None, layers: i
 
 
 def decoder_layers(config: Mapping[str, Any]) -> int:
-    """How many layers the decoder has."""
+    """Number of layers of the decoder."""
     family = family_for(config)
     layout = detect(config)
     return len(layout.layers) // (2 if family is not None and family.cross else 1)
 
 
 def memory_projections(layout: Layout) -> set[str]:
-    """Names of the linear layers that make keys and values of the encoder's output: not read again at each step."""
+    """Names of the linear layers for keys and values of the encoder's output, which are not read at each step."""
     return {
         projection.weight.tensor.removesuffix(".weight")
         for layer in layout.layers
@@ -58,7 +58,7 @@ def memory_projections(layout: Layout) -> set[str]:
 
 
 def _with_class(config: dict[str, Any]) -> dict[str, Any]:
-    """A config that names its class, for one that was written by hand."""
+    """The config with its model class, if it is missing."""
     if not config.get("architectures") and (cls := default_class(config.get("model_type"))) is not None:
         config["architectures"] = [cls.__name__]
     return config
@@ -73,13 +73,13 @@ def _first_layers(config: dict[str, Any], layout: Layout, layers: int) -> dict[s
             "the model does not have that many layers",
             expected=f"1 to {present}",
             got=layers,
-            remedy="choose a number of --layers among them, or leave the option out",
+            remedy="choose --layers in this range, or omit it",
         )
     kept = [layer for layer in layout.layers if _index(layer.module) < layers]
     for key in (*family.layers, *((family.encoder_layers,) if family.encoder_layers else ())):
         if config.get(key) is not None:
             config[key] = min(layers, config[key]) if key in family.layers else layers
-    # What is listed layer by layer, such as layer_types.
+    # Lists with one entry per layer, such as layer_types.
     for key, value in config.items():
         if isinstance(value, list) and len(value) == present and key != "architectures":
             config[key] = value[:layers]

@@ -1,4 +1,4 @@
-"""What is to be decoded, whether it fits, and the ceiling over it: everything that is known before a model is built."""
+"""What is decoded, whether it fits into memory, and its least possible time: everything before a model is built."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import torch
 
 from ..devices import USABLE, free_memory
 from ..errors import RegroupError, human_bytes
+from ..layout.kv_cache import DTYPE_BYTES, kv_cache_bytes
 from .build import DTYPES, Model, describe, read_config
 from .machine import Rate, product_rate, read_bandwidth
-from .roofline import DTYPE_BYTES, Cost, attention_flops, kv_cache_bytes, weights_cost
+from .roofline import Cost, attention_flops, weights_cost
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is decoded.
+    """The workload of a benchmark.
 
     Attributes:
-        batch: sequences.
-        prompt: tokens before the first new one; of an encoder-decoder, tokens that cross-attention keeps.
-        new: tokens to make for each sequence, 2 or more: the first one counts apart.
+        batch: number of sequences.
+        prompt: tokens before the first new token; for an encoder-decoder, tokens of the encoder.
+        new: tokens to generate per sequence, at least 2: the first is counted separately.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         device: a torch device.
-        repeats: how often.
+        repeats: number of repetitions.
     """
 
     batch: int = 1
@@ -39,17 +40,17 @@ class Work:
         for name, least in (("batch", 1), ("prompt", 1), ("new", 2), ("repeats", 1)):
             if getattr(self, name) < least:
                 raise RegroupError(
-                    f"there is nothing to decode with such a number of --{name}",
+                    f"--{name} is too small",
                     expected=f"{least} or more",
                     got=getattr(self, name),
                 )
         if self.dtype not in DTYPES:
-            raise RegroupError("the dtype is not known", expected=" or ".join(DTYPES), got=self.dtype)
+            raise RegroupError("unknown dtype", expected=" or ".join(DTYPES), got=self.dtype)
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The roof over a step: what its two parts read and compute, and the rates that were measured for them."""
+    """The upper limit of a step's speed: the costs of its two parts, and the measured rates."""
 
     weights: Cost
     attention: Cost
@@ -58,29 +59,29 @@ class Ceiling:
     attention_rate: float
 
     def between(self, other: Ceiling) -> Ceiling:
-        """The same work at rates halfway to another's: what was measured before and after."""
+        """The same costs with the mean of both rates, measured before and after."""
         mine = (self.bandwidth, self.weights_rate, self.attention_rate)
         theirs = (other.bandwidth, other.weights_rate, other.attention_rate)
         return Ceiling(self.weights, self.attention, *((a + b) / 2 for a, b in zip(mine, theirs, strict=True)))
 
     @property
     def seconds(self) -> float:
-        """The least time of a step: its parts come one after the other."""
+        """The least time of a step, whose parts run one after the other."""
         return self.weights.floor(self.bandwidth, self.weights_rate) + self.attention.floor(
             self.bandwidth, self.attention_rate
         )
 
 
 def models_for(source: str, kv_heads: Sequence[int] | None, work: Work, *, layers: int | None = None) -> list[Model]:
-    """The models to benchmark, one for each G, checked against the work and the memory.
+    """The models to benchmark, one per number of KV heads, which must fit the workload and memory.
 
     Args:
         source: a checkpoint folder, a config or a hub id (see :func:`build.read_config`).
-        kv_heads: numbers of KV heads; None: the model's own.
-        layers: of the decoder; None: all, or as many as memory holds, the same for each G.
+        kv_heads: numbers of KV heads; None: that of the model.
+        layers: of the decoder; None: all, or as many as fit into memory, the same for each model.
 
     Raises:
-        RegroupError: what cannot be built, does not fit into memory, or is asked for more positions than there are.
+        RegroupError: a model cannot be built, does not fit into memory, or has too few positions.
     """
     config, folder = read_config(source)
     wanted: list[int | None] = [None] if kv_heads is None else list(dict.fromkeys(kv_heads))
@@ -95,7 +96,7 @@ def models_for(source: str, kv_heads: Sequence[int] | None, work: Work, *, layer
     if free is None or largest <= free * USABLE:
         return models
     if layers is None:
-        # Memory grows by the same amount with every layer.
+        # Every layer needs the same memory.
         one, two = (max(memory_needed(m, work) for m in made(count)) for count in (1, min(2, models[0].full_layers)))
         if two > one and one <= free * USABLE:
             return made(min(models[0].full_layers - 1, 1 + int((free * USABLE - one) // (two - one))))
@@ -106,12 +107,12 @@ def models_for(source: str, kv_heads: Sequence[int] | None, work: Work, *, layer
         expected=f"at most {USABLE:.0%} of the {human_bytes(free)} that are free",
         got=f"about {human_bytes(largest)} for weights, cache and prompt",
         remedy="lower --batch or --prompt"
-        + (", or leave --layers out: as many are then taken as fit" if layers is not None else ""),
+        + (", or omit --layers, so that as many layers are used as fit" if layers is not None else ""),
     )
 
 
 def memory_needed(model: Model, work: Work) -> int:
-    """An estimate, in bytes: weights, twice the cache (transformers' copies), and the prompt's widest activations."""
+    """Estimated bytes: weights, twice the cache (transformers copies it), and the largest activations of the prompt."""
     size = DTYPE_BYTES[work.dtype]
     tokens = work.batch * (1 if model.is_encoder_decoder else work.prompt)
     activations = tokens * (6 * model.hidden + 3 * model.intermediate) * size
@@ -120,18 +121,18 @@ def memory_needed(model: Model, work: Work) -> int:
 
 
 def cache_bytes(model: Model, work: Work) -> int:
-    """Bytes of the KV cache when the last token has been made."""
+    """Bytes of the KV cache after the last token."""
     own = work.new if model.is_encoder_decoder else work.prompt + work.new - 1
     return kv_cache_bytes(model.attention, context=own, encoder_context=work.prompt, batch=work.batch, dtype=work.dtype)
 
 
 def middle_context(model: Model, work: Work) -> int:
-    """Tokens in the decoder's cache in the middle of the new ones."""
+    """Tokens in the decoder's cache when half of the new tokens are generated."""
     return max(1, work.new // 2 if model.is_encoder_decoder else work.prompt + work.new // 2)
 
 
 def step_costs(model: Model, work: Work) -> tuple[Cost, Cost]:
-    """What a step in the middle of the new tokens reads and computes: the weights' part, and attention's."""
+    """The costs of a step in the middle of the new tokens: linear layers, and attention."""
     sizes = {"context": middle_context(model, work), "batch": work.batch, "encoder_context": work.prompt}
     attention = Cost(
         kv_cache_bytes(model.attention, dtype=work.dtype, **sizes), attention_flops(model.attention, **sizes)
@@ -140,7 +141,7 @@ def step_costs(model: Model, work: Work) -> tuple[Cost, Cost]:
 
 
 class Roofs:
-    """Rates of this machine, each measured when it is first asked for."""
+    """Rates of this machine, each measured when it is first used."""
 
     def __init__(self, work: Work, bandwidth: Rate | None = None) -> None:
         self.work = work
@@ -149,7 +150,7 @@ class Roofs:
         self.products: dict[tuple[int, int], Rate] = {}
 
     def for_work(self, work: Work) -> Roofs:
-        """The same machine's, for other work."""
+        """The same machine, for another workload."""
         return Roofs(work, self.bandwidth)
 
     def product(self, rows: int, inner: int) -> Rate:
@@ -159,9 +160,9 @@ class Roofs:
         return self.products[rows, inner]
 
     def ceiling(self, model: Model, *, again: bool = False) -> Ceiling:
-        """The roof over a step of a model, from medians; ``again`` measures the rates once more."""
+        """The ceiling of a model's step, from median rates; ``again``: measure the rates again."""
         weights, attention = step_costs(model, self.work)
-        # Layers may differ; the one with most queries for a KV head has the fastest product.
+        # Layers may differ; the one with most queries per KV head has the fastest product.
         layer = max(model.attention, key=lambda layer: layer.num_attention_heads // layer.num_key_value_heads)
         group = layer.num_attention_heads // layer.num_key_value_heads
         rates = (self.bandwidth, self.product(self.work.batch, model.hidden), self.product(group, layer.head_dim))
@@ -188,12 +189,11 @@ def check_positions(
     asked: str = "the prompt with the new tokens",
     options: str = "--prompt or --new",
 ) -> None:
-    """Refuse more tokens than the model has positions for.
+    """Check that the model has enough positions.
 
     Args:
-        model, work: what is decoded.
-        asked: what the tokens of a decoder-only model are called, and
-        options: what the command line calls them, both for the message.
+        model, work: the model and its workload.
+        asked, options: for the message: what a decoder-only model's tokens are, and their options.
     """
     config = model.config
     if config.get("model_type") in ("t5", "mt5", "umt5", "bloom") or config.get("alibi"):

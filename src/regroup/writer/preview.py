@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bench.roofline import cache_dtype, kv_cache_bytes
 from ..checkpoint import Checkpoint
 from ..checkpoint.header import nbytes_of
+from ..layout.kv_cache import cache_dtype, kv_cache_bytes
 from ..layout.types import AttentionLayer, Layout
 from ..modeling.expected import check_generation_config, check_loadable
 from ..plans import PLAN_FILE, RESULT_FILE, Plan

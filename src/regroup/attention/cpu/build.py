@@ -1,8 +1,8 @@
-"""Builds the CPU kernels with the compiler that is present, once for each machine, and loads them.
+"""Builds the CPU kernels with the installed C++ compiler, once per machine, and loads them.
 
-The one file of this room that reaches the disk. The library lies in the user's cache (``$XDG_CACHE_HOME`` or
-``~/.cache``, below ``regroup/``) under a name made of everything that it depends on; it is built under another name
-and renamed, so that two processes at once do no harm. What others could have put there is not loaded.
+The only file of this package that accesses the disk. The library is in the user's cache (``$XDG_CACHE_HOME`` or
+``~/.cache``, below ``regroup/``) under a hash of everything that it depends on. It is built under another name and
+renamed, so that several processes may build it at once. A file that other users could have written is not loaded.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from pathlib import Path
 
 import torch
 
+from ..tracing import constant
+
 _SOURCES = ("decode.cpp", "linear.cpp", "vectors.h")
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared")
 _SECONDS = 120
-# What the library says of the processor that it is built for (regroup_features in decode.cpp).
+# Features of the processor that the library is built for (regroup_features in decode.cpp).
 HALVES, AVX2 = 1, 2
 _INSTALL = "install a C++ compiler (Debian, Ubuntu: apt-get install g++), or name one in $CXX"
 
 
 @dataclass(frozen=True)
 class Built:
-    """The loaded library, or why there is none."""
+    """The loaded library, or the reason why there is none."""
 
     library: ctypes.CDLL | None
-    reason: str | None
+    unsupported_reason: str | None
 
 
 def find_compiler() -> list[str] | None:
@@ -65,7 +67,7 @@ def _native() -> list[str]:
 
 
 def _finished(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """A command that has run; compilers may speak in any encoding."""
+    """The result of a command; compilers may write any encoding."""
     return subprocess.run(
         command, capture_output=True, encoding="utf-8", errors="replace", timeout=_SECONDS, check=False
     )
@@ -78,23 +80,23 @@ def cache_folder() -> Path:
 
 
 def _require_private(place: Path) -> None:
-    """See that nobody but this user and root can have written a file or folder.
+    """Check that only this user and root can have written a file or folder.
 
     Raises:
-        PermissionError: others can.
+        PermissionError: others could have.
     """
     state = place.stat()
     if state.st_uid not in (0, os.getuid()) or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"{place} can be written to by others")
+        raise PermissionError(f"{place} is writable by others")
 
 
 def _make_private(folder: Path) -> None:
-    """Make a folder, or see that it is this user's, and take it from all others."""
+    """Create a folder that only this user can write to, or make it so."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for above in folder.resolve().parents:
         mode = above.stat().st_mode
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            raise PermissionError(f"{above} can be written to by everybody, who could replace what it holds")
+            raise PermissionError(f"{above} is writable by everybody, who could replace its contents")
     state = folder.stat()
     if state.st_uid == os.getuid() and state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         folder.chmod(0o700)
@@ -102,7 +104,7 @@ def _make_private(folder: Path) -> None:
 
 
 def _open(library: Path) -> Built:
-    """Load a built library, or remove what cannot be loaded."""
+    """Load a built library; remove it if it cannot be loaded."""
     _require_private(library)
     try:
         return Built(ctypes.CDLL(str(library)), None)
@@ -112,7 +114,7 @@ def _open(library: Path) -> Built:
 
 
 def _compile(command: list[str], target: Path) -> str | None:
-    """Build under another name and rename; what the compiler complained about, if it failed."""
+    """Build under another name and rename; return the compiler's error, if it failed."""
     folder = Path(__file__).parent
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=".part")
     os.close(handle)
@@ -147,17 +149,17 @@ def _load(command: list[str]) -> Built:
         _make_private(target.parent)
         return _open(target) if target.exists() else _make(full, target)
     except (OSError, RuntimeError):
-        # No home, no cache to write to, none that programs may be loaded from, or one that others can write to: built
-        # for this process alone.
+        # There is no home, or the cache is not writable, does not allow execution, or is writable by others: build for
+        # this process only.
         with tempfile.TemporaryDirectory(prefix="regroup-") as private:
             return _make(full, Path(private) / name)
 
 
 @functools.cache
 def build() -> Built:
-    """The kernels of this machine, built when first asked for (some seconds), then from the cache. Never raises."""
+    """The kernels of this machine, built at first use (some seconds), then from the cache. Raises no errors."""
     if os.name != "posix":
-        return Built(None, "it is built on POSIX systems alone")
+        return Built(None, "it is built only on POSIX systems")
     command = find_compiler()
     if command is None:
         wanted = os.environ.get("CXX")
@@ -169,6 +171,13 @@ def build() -> Built:
         return Built(None, f"it could not be built: {error}; {_INSTALL}")
 
 
+@constant
+def unsupported_reason() -> str | None:
+    """The reason why there are no kernels, or None. Builds them if necessary."""
+    return build().unsupported_reason
+
+
+@constant
 def features() -> int:
     """What the built kernels can use: a sum of :data:`HALVES` (float16) and :data:`AVX2` (that, and nothing wider); 0
     where there are no kernels."""
@@ -176,11 +185,16 @@ def features() -> int:
     return 0 if library is None else library.regroup_features()
 
 
+def has_short_vectors() -> bool:
+    """Whether this processor has AVX2 and nothing wider."""
+    return bool(features() & AVX2)
+
+
 @functools.cache
 def parallel() -> int:
     """Address of ``GOMP_parallel`` in the OpenMP runtime that torch runs on, 0 if there is none (then one thread).
 
-    GNU's, Intel's and LLVM's runtimes all have it. Loading another runtime beside torch's would start a second pool of
+    GNU's, Intel's and LLVM's runtimes all have it. A second runtime next to torch's would start a second pool of
     threads on the same cores.
     """
     try:
@@ -188,7 +202,7 @@ def parallel() -> int:
     except OSError:
         maps = []
     files = {line.split(maxsplit=5)[-1] for line in maps if "omp" in line.rpartition("/")[2]}
-    # torch's own first, should there be several; last, whatever the process has loaded for all.
+    # torch's own first if there are several; last, the global symbols of the process.
     for place in [*sorted(files, key=lambda file: ("/torch/" not in file, file)), None]:
         try:
             found = ctypes.cast(ctypes.CDLL(place).GOMP_parallel, ctypes.c_void_p).value

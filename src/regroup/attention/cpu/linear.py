@@ -1,6 +1,6 @@
-"""Linear layers of few rows on a CPU by a compiled kernel: every weight is read once, as it lies in the checkpoint.
+"""Linear layers of few rows on a CPU by a compiled kernel, which reads every weight once, in the checkpoint's layout.
 
-``linear.cpp`` says how. It is built together with the kernel of attention (``build.py``).
+The kernel is ``linear.cpp``, which ``build.py`` builds together with the attention kernel.
 """
 
 from __future__ import annotations
@@ -12,36 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..onlookers import constant, hidden_from_kernels, is_recorded
-from .build import AVX2, build, features, parallel
+from .. import tracing
+from .build import build, parallel
 
 # Rows beyond which PyTorch's matrix product is as fast (benchmarks/linear.py).
 MAX_ROWS = 64
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-@constant
-def missing() -> str | None:
-    """Why the kernel is not there, or None. Builds it, if that was not done before."""
-    return build().reason
-
-
-def is_best() -> bool:
-    """Whether this processor is one where the kernel is faster than oneDNN's packed layers.
-
-    Measured on AVX2; with AVX-512, oneDNN's have instructions for bfloat16 that this has not.
-    """
-    return bool(features() & AVX2)
-
-
 def serves(states: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether :func:`linear` can compute a product; where it cannot, PyTorch's can."""
+    """Whether :func:`linear` supports a product; PyTorch's supports all."""
     tensors = (states, weight) if bias is None else (states, weight, bias)
-    if states.dtype not in _TYPES or hidden_from_kernels(tensors) is not None:
+    if states.dtype not in _TYPES or tracing.unsupported_reason(tensors) is not None:
         return False
     if any(tensor.dtype != states.dtype or tensor.device.type != "cpu" for tensor in tensors):
         return False
-    # The kernel believes what it is told of sizes. Where they do not fit, PyTorch says so, or broadcasts.
+    # The kernel does not check sizes. If they do not match, PyTorch raises an error or broadcasts.
     if states.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
         return False
     if weight.stride() != (weight.shape[1], 1) or (bias is not None and bias.stride() != (1,)):
@@ -89,16 +75,16 @@ def _(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` of few rows, summed in float32 and rounded once. Only where :func:`serves` says so.
+    """``F.linear`` of few rows, summed in float32 and rounded once. Only if :func:`serves` returns True.
 
-    A row gives the same bits by itself and in any batch, on any number of threads.
+    A row has the same bits in any batch, and with any number of threads.
 
     Args:
-        states: (…, in), float32 or bfloat16, with at most :data:`MAX_ROWS` rows in all.
+        states: (…, in), float32 or bfloat16, with at most :data:`MAX_ROWS` rows in total.
         weight: (out, in), contiguous.
         bias: (out,) or None.
 
     Returns:
         (…, out) in the dtype of the states.
     """
-    return (_op if is_recorded() else _linear)(states, weight, bias)
+    return (_op if tracing.is_recorded() else _linear)(states, weight, bias)

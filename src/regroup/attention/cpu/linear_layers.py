@@ -1,11 +1,11 @@
 """Linear layers for decoding on CPUs: plain weights with a kernel for few rows, or weights in oneDNN's layout.
 
-With few rows, as in decoding, PyTorch's ``F.linear`` on CPUs reads its weights at a fraction of the memory's speed
-(docs/decoding.md has the times). :class:`DirectLinear` has a kernel of its own for few rows (``linear.cpp``), and
-leaves many to PyTorch. Where no compiler is present or oneDNN has instructions that the kernel has not,
-:class:`PackedLinear` has oneDNN's own layout. PyTorch has one public way there, ``torch.utils.mkldnn``, which converts
-the activations of every call and does not keep the fast layout; here are the two operators that ``torch.compile``
-itself has for oneDNN on CPUs. They are tried before a weight is touched.
+With few rows, as in decoding, PyTorch's ``F.linear`` on CPUs reads its weights at a fraction of the memory bandwidth
+(times: docs/decoding.md). :class:`DirectLinear` uses a compiled kernel for few rows (``linear.cpp``), and PyTorch for
+many. :class:`PackedLinear` uses oneDNN's layout; it is for machines without a compiler, or where oneDNN has
+instructions that the kernel does not use. PyTorch's public way to that layout, ``torch.utils.mkldnn``, converts the
+activations in every call and does not keep the fast layout. This module uses the two operators that ``torch.compile``
+uses for oneDNN on CPUs, and tries them before it changes a weight.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ...errors import RegroupError
-from .linear import is_best, missing, serves
+from .build import has_short_vectors, unsupported_reason
 from .linear import linear as linear_of_few_rows
+from .linear import serves
 
 DTYPES = (torch.float32, torch.bfloat16)
-# Weights that are widened to float32 at once: 16 MiB, enough rows for a matrix product at full speed.
+# Elements of weights widened to float32 at once: 16 MiB, enough rows for a matrix product at full speed.
 _WIDENED = 2**22
 
 
@@ -36,28 +37,28 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        # No row count: the layout suits any. Not in the state dict, which should hold weights that others can read.
+        # Without a row count the layout suits any. Not in the state dict, whose weights others should be able to read.
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         self.register_buffer("weight", packed, persistent=False)
-        # The operator reads a bias as if it were contiguous.
+        # The operator assumes that a bias is contiguous.
         self.register_buffer("bias", None if bias is None else bias.detach().contiguous(), persistent=False)
 
     def forward(self, states: Tensor) -> Tensor:
         if states.requires_grad and torch.is_grad_enabled():
             raise RegroupError(
                 "a prepared model has no gradients",
-                remedy="run under torch.no_grad(), or train the model that was loaded, without preparing it",
+                remedy="run under torch.no_grad(), or train the loaded model without preparing it",
             )
         if states.dtype != self.weight.dtype:
             raise RegroupError(
-                "the states of a packed linear layer are of another dtype than its weight",
+                "the states of a packed linear layer have another dtype than its weight",
                 expected=self.weight.dtype,
                 got=states.dtype,
                 remedy="convert the model before prepare_for_inference, and do not use torch.autocast after it",
             )
         if states.shape[-1:] != (self.in_features,):
             raise RegroupError(
-                "the states do not fit a packed linear layer",
+                "the states do not match a packed linear layer",
                 expected=f"(…, {self.in_features})",
                 got=tuple(states.shape),
             )
@@ -79,14 +80,14 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> Any:
         raise RegroupError(
-            "a prepared model cannot be copied or pickled: its weights are in a layout of this machine",
+            "a prepared model cannot be copied or pickled: its weights are in a machine-specific layout",
             layer=repr(self),
             remedy="copy the model before prepare_for_inference",
         )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         raise RegroupError(
-            "a prepared model cannot be saved: its weights are in a layout of this machine",
+            "a prepared model cannot be saved: its weights are in a machine-specific layout",
             tensor=f"{prefix}weight",
             remedy="save the model before prepare_for_inference, or keep the checkpoint that it was loaded from",
         )
@@ -95,16 +96,15 @@ class PackedLinear(nn.Module):
 class DirectLinear(nn.Module):
     """``nn.Linear`` for inference on CPUs: the compiled kernel for few rows, PyTorch for many. x (…, in) to (…, out).
 
-    Many rows of bfloat16 are multiplied in float32, weights widened for the call, where the processor has no
-    products of bfloat16: PyTorch's own are emulated there, and several times slower. Of a large weight some rows are
-    widened at a time, so that a long input takes memory for itself and for those.
+    Many rows of bfloat16 are multiplied in float32, with weights widened for the call: on processors without bfloat16
+    products, PyTorch emulates them, several times slower. Large weights are widened in parts, to limit memory.
 
     Args:
-        weight: (out, in). It is kept as it is, shared with whoever has it, unless it is a transposed view.
+        weight: (out, in). It is shared, not copied, unless it is a transposed view.
         bias: (out,) or None.
 
     Attributes:
-        stored_transposed: whether state dicts hold the weight as (in, out), as that of the layer in whose place it is.
+        stored_transposed: whether state dicts hold the weight as (in, out), as the replaced layer did.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -154,26 +154,27 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 
 def fast_layer(dtype: torch.dtype) -> tuple[type[DirectLinear | PackedLinear] | None, str]:
-    """The class of fast linear layers for weights of a dtype on this machine, or None; and why.
+    """The class of fast linear layers for a dtype on this machine, or None; and why.
 
-    :class:`DirectLinear` where its kernel is the fastest, or is there and oneDNN's layout is not;
-    else :class:`PackedLinear`.
+    :class:`DirectLinear` if its kernel is the fastest, or is available and oneDNN's layout is not; otherwise
+    :class:`PackedLinear`.
     """
     if dtype not in DTYPES:
-        return None, f"{dtype} is not served, float32 and bfloat16 are"
-    if is_best():
+        return None, f"{dtype} is not supported; float32 and bfloat16 are"
+    # Measured: with AVX-512, oneDNN's layers have instructions for bfloat16 that the kernel has not.
+    if has_short_vectors():
         return DirectLinear, "the compiled kernel is the fastest on this processor"
-    without = unavailable(dtype)
-    if without is None:
+    not_packed = packed_unsupported_reason(dtype)
+    if not_packed is None:
         return PackedLinear, "oneDNN's layout"
-    why_not = missing()
-    if why_not is None:
-        return DirectLinear, f"the compiled kernel: {without}"
-    return None, f"{without}; the compiled kernel is missing: {why_not}"
+    no_kernel = unsupported_reason()
+    if no_kernel is None:
+        return DirectLinear, f"the compiled kernel: {not_packed}"
+    return None, f"{not_packed}; the compiled kernel is not available: {no_kernel}"
 
 
-def unavailable(dtype: torch.dtype) -> str | None:
-    """Why weights of a dtype cannot be packed here, or None: one small product is computed and compared."""
+def packed_unsupported_reason(dtype: torch.dtype) -> str | None:
+    """The reason why weights of a dtype cannot be packed here, or None; it computes and compares a small product."""
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch was built without oneDNN"
     generator = torch.Generator().manual_seed(0)
@@ -183,9 +184,9 @@ def unavailable(dtype: torch.dtype) -> str | None:
         with torch.no_grad():
             found = PackedLinear(weight, weight[:, 0])(states)
     except (AttributeError, RuntimeError, NotImplementedError, TypeError) as error:
-        return f"oneDNN's operators of PyTorch {torch.__version__} do not serve: {str(error).splitlines()[0][:120]}"
+        return f"oneDNN's operators of PyTorch {torch.__version__} do not work: {str(error).splitlines()[0][:120]}"
     wanted = linear(states, weight, weight[:, 0])
     error = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max()
     if not error < (1e-5 if dtype == torch.float32 else 2e-2):
-        return f"oneDNN's operators of PyTorch {torch.__version__} give other results (relative error {error:.1e})"
+        return f"oneDNN's operators of PyTorch {torch.__version__} give wrong results (relative error {error:.1e})"
     return None

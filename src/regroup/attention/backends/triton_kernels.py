@@ -1,4 +1,4 @@
-"""The Triton kernels of ``triton_decode.py``. Imports Triton, and is itself imported when it is first needed."""
+"""The Triton kernels of ``triton_decode.py``. It imports Triton, and is imported when it is first needed."""
 
 # Kernels are traced, not called: what they take has the types of tl, and shape parameters are in capitals.
 # ruff: noqa: ANN001, ANN201

@@ -1,7 +1,7 @@
-"""One call of PyTorch's ``scaled_dot_product_attention`` with all that is hidden in one mask, and no branch on sizes.
+"""One call of PyTorch's ``scaled_dot_product_attention`` with everything hidden in one mask, and no branch on sizes.
 
 For graphs that serve any length (``torch.compile`` with dynamic shapes, ``torch.export``, ``torch.jit.trace``), and for
-dropout. The mask is as large as the scores of one head; where nothing is hidden, or causality is all, there is none.
+dropout. The mask is as large as the scores of one head; there is none if no key is hidden or the call is only causal.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .call import Call
-from .sdpa import addable, sum_of_extras
-from .sizes import is_certain, is_traced
+from ..call import Call
+from ..masks import addable, sum_of_extras
+from ..registry import Backend, Preference, register
+from ..sizes import is_certain, is_traced
 
 
-def reason(call: Call) -> str | None:
-    """Why this backend cannot serve a call, or None if it can."""
+def unsupported_reason(call: Call) -> str | None:
+    """The reason why this backend cannot serve a call, or None."""
     return None if call.softcap is None else "SDPA has no soft cap"
 
 
@@ -29,7 +30,7 @@ def run(call: Call) -> Tensor:
     extra, is_causal = _added(call)
     query, R = call.query, call.group
     key, value = call.key, call.value
-    # Elsewhere SDPA would repeat the KV heads in memory: there a group's query heads are folded into the queries.
+    # Otherwise SDPA would repeat the KV heads in memory, so a group's query heads are folded into the queries.
     folds = R > 1 and not is_causal and (extra is None or not _takes_groups(call))
     if folds:
         G, T = call.num_key_value_heads, call.query_length
@@ -53,12 +54,12 @@ def run(call: Call) -> Tensor:
 
 
 def _takes_groups(call: Call) -> bool:
-    """Whether SDPA takes grouped heads with a mask as they are."""
+    """Whether SDPA supports grouped heads with a mask."""
     return call.query.device.type == "cpu" and is_certain(call.head_dim == call.value_dim)
 
 
 def _added(call: Call) -> tuple[Tensor | None, bool]:
-    """What is added to the scores, or masks them, and whether SDPA's own causality says it instead."""
+    """What is added to the scores or masks them, and whether SDPA's ``is_causal`` replaces it."""
     if call.window is None:
         if not call.is_causal:
             return sum_of_extras(None, (call.bias, call.mask)), False
@@ -68,9 +69,23 @@ def _added(call: Call) -> tuple[Tensor | None, bool]:
             return None, True
     rows = torch.arange(call.query_length, device=call.query.device)[:, None] + (call.context - call.query_length)
     columns = torch.arange(call.context, device=call.query.device)[None, :]
-    seen = torch.ones_like(columns <= rows)
+    visible = torch.ones_like(columns <= rows)
     if call.is_causal:
-        seen = columns <= rows
+        visible = columns <= rows
     if call.window is not None:
-        seen = seen & (columns > rows - call.window)
-    return sum_of_extras(seen[None, None], (call.bias, call.mask)), False
+        visible = visible & (columns > rows - call.window)
+    return sum_of_extras(visible[None, None], (call.bias, call.mask)), False
+
+
+register(
+    Backend(
+        name="dense",
+        preferences=(
+            # ONNX's form of SDPA has no grouped heads, or no zeros for hidden rows.
+            Preference(5, lambda call: not torch.onnx.is_in_onnx_export(), "it supports any length, and dropout"),
+        ),
+        unsupported_reason=unsupported_reason,
+        run=run,
+        not_preferred="it could, with a mask as large as a head's scores; it is for graphs of any length, and dropout",
+    )
+)

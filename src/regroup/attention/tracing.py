@@ -1,4 +1,4 @@
-"""Who looks on while a kernel is to run: compilers, tracers, transformations, tensors that are not what they seem."""
+"""Compilers, tracers, transformations and tensor types that a kernel, which gets only addresses, would ignore."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def constant(function: Function) -> Function:
-    """What ``torch.compiler.assume_constant_result`` does, which would import the compiler: seconds for everybody."""
+    """``torch.compiler.assume_constant_result`` without importing the compiler, which takes seconds."""
     function.__dict__["_dynamo_marked_constant"] = True
     return function
 
 
-def hidden_from_kernels(tensors: Iterable[Tensor]) -> str | None:
-    """Why a kernel that is given addresses would miss what tensors are, or None.
+def unsupported_reason(tensors: Iterable[Tensor]) -> str | None:
+    """The reason why a kernel that gets only addresses would compute something wrong, or None.
 
-    Under ``torch.compile`` the kernel is an operator of the graph, and the tensors are made plain before it runs.
+    Under ``torch.compile`` the kernel is an operator of the graph, which gets plain tensors.
     """
     if torch.compiler.is_compiling():
         return None
     # Neither is public: torch.func's transformations (vmap, jvp), and forward-mode differentiation.
     if _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return "torch.func or forward-mode differentiation is at work, and follows PyTorch's own operators alone"
+        return "torch.func or forward-mode differentiation is active, and only supports PyTorch's own operators"
     for tensor in tensors:
         if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
-            return f"a {type(tensor).__name__} may hold its numbers elsewhere"
+            return f"a {type(tensor).__name__} may store its data elsewhere"
         if tensor.layout is not torch.strided or tensor.is_nested:
-            return "a tensor's numbers do not lie in rows (sparse, nested, or oneDNN's layout)"
+            return "a tensor is not strided (sparse, nested, or in oneDNN's layout)"
         if tensor.is_neg():
-            return "a tensor is a view that is negated when it is read"
+            return "a tensor is a lazily negated view"
     return None
 
 
 def is_recorded() -> bool:
-    """Whether somebody needs to see operators instead of kernels.
+    """Whether something records operators, and so must see them instead of kernels.
 
     ``torch.compile``, ``torch.jit.trace``, or a dispatch mode (``make_fx``, a profiler of operators).
     """

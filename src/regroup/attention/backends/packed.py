@@ -1,9 +1,9 @@
 """The query heads of a group folded into the query length: each KV head is read once for its whole group.
 
-The folded query is (B, G, R · T, D) with R = H / G, so that scores and sums are matrix products over the KV heads
-that there are, and nothing of the cache is repeated (Ainslie et al. 2023, section 2.2; Shazeer 2019, section 3). Two
-routes: PyTorch's fused kernel, where it takes what is added to the scores as it is, and plain matrix products, for what
-it does not take (soft cap, trained bias, a value width of its own) and where they are faster.
+The folded query is (B, G, R · T, D) with R = H / G, so that scores and sums are matrix products with the G KV heads,
+and the cache is not repeated (Ainslie et al. 2023, section 2.2; Shazeer 2019, section 3). There are two routes:
+PyTorch's fused kernel, and plain matrix products for what that does not support (soft cap, trained bias, another width
+of the value) or where they are faster.
 """
 
 from __future__ import annotations
@@ -12,30 +12,35 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .call import Call
-from .sdpa import addable, sum_of_extras
+from ..call import Call
+from ..cpu.build import has_short_vectors
+from ..decoding import decodes_without_grad
+from ..masks import addable, sum_of_extras
+from ..registry import Backend, Preference, register
 
-# Elements in memory at once, of scores or of what is added to them: longer queries go in pieces.
+# Elements of scores, or of masks and biases, in memory at once: longer queries are divided into pieces.
 _PIECE = 1 << 24
-# Queries of a piece when positions hide keys: short pieces skip more of what is hidden, long ones cost fewer calls.
+# Queries per piece if positions hide keys: short pieces skip more hidden keys, long pieces need fewer calls.
 _ROWS = 256
-# Elements of 16-bit keys or values that are widened to float32 at once, so that they are read back from a cache.
+# Elements of 16-bit keys or values that are widened to float32 at once, so that they stay in the processor's cache.
 _WIDENED = 1 << 20
 # Bytes of keys and values below which one fused call is faster than several small ones.
 _MANY_BYTES = {torch.float32: 1 << 23, torch.bfloat16: 1 << 21, torch.float16: 1 << 19}
-# Queries of a block of PyTorch's fused kernel on CPUs: its threads share out heads and blocks, nothing smaller.
+# Queries per block of PyTorch's fused kernel on CPUs, whose threads divide heads and blocks, nothing smaller.
 _FUSED_BLOCK = 32
-# Folded queries up to which the product with the keys on the left is faster, as it runs along memory.
+# Folded queries up to which the product with the keys on the left is faster: it reads memory in order.
 _KEYS_LEFT = 32
+# Query rows of a KV head from which decoding is bound by arithmetic on processors with short vectors.
+_MANY_ROWS = 32
 
 
-def reason(call: Call) -> str | None:
-    """Why this backend cannot serve a call, or None if it can."""
+def unsupported_reason(call: Call) -> str | None:
+    """The reason why this backend cannot serve a call, or None."""
     return "dropout is for the dense backend" if call.dropout else None
 
 
 def run(call: Call) -> Tensor:
-    """Attention with the groups folded, in pieces of the queries where they are many.
+    """Attention with folded groups, in pieces if there are many queries.
 
     Returns:
         (B, H, T, Dv) in the query's dtype.
@@ -50,7 +55,7 @@ def run(call: Call) -> Tensor:
 
 
 def is_fused(call: Call) -> bool:
-    """Whether PyTorch's fused kernel can take the folded query, and is not slower than matrix products."""
+    """Whether PyTorch's fused kernel supports the folded query, and is not slower than matrix products."""
     if call.softcap is not None or call.learns_scores:
         return False
     if call.query.device.type != "cpu":
@@ -59,7 +64,7 @@ def is_fused(call: Call) -> bool:
     if call.value_dim != call.head_dim or any(tensor.stride(-1) != 1 for tensor in tensors):
         return False
     if call.needs_grad or (call.query.element_size() == 2 and torch.compiler.is_compiling()):
-        # Widened blocks are counted in Python: under a compiler every context would be another program.
+        # A Python loop widens blocks: a compiler would compile again for every context.
         return True
     first, last = call.span(0, call.query_length)
     heads = call.batch * call.num_key_value_heads
@@ -82,7 +87,7 @@ def _products_win(call: Call, heads: int) -> bool:
 
 
 def _rows_at_once(call: Call, fused: bool) -> int:
-    """Queries of a piece, so that no piece makes more than _PIECE scores, or numbers added to them."""
+    """Queries per piece, so that no piece needs more than _PIECE elements of scores, or of masks and biases."""
     length = call.query_length
     if length == 1:
         return 1
@@ -101,7 +106,7 @@ def _rows_at_once(call: Call, fused: bool) -> int:
 
 
 def _takes_groups(call: Call) -> bool:
-    """Whether the fused kernel takes grouped heads with a mask as they are, without folding."""
+    """Whether the fused kernel supports grouped heads with a mask, without folding."""
     return call.query.device.type == "cpu"
 
 
@@ -115,14 +120,14 @@ def _folds(extra: Tensor, group: int, length: int) -> bool:
 
 
 def _part(tensor: Tensor, start: int, stop: int, first: int, last: int) -> Tensor:
-    """What of a mask or bias is for some queries and keys; what broadcasts stays as it is."""
+    """The part of a mask or bias for some queries and keys; dimensions that broadcast are unchanged."""
     if tensor.shape[2] > 1:
         tensor = tensor[:, :, start:stop]
     return tensor[..., first:last] if tensor.shape[3] > 1 else tensor
 
 
 def _grouped(tensor: Tensor, groups: int) -> Tensor:
-    """A mask or bias as a view of (b, g, r, t, s): heads split into groups, or left to broadcast."""
+    """A mask or bias as a view of (b, g, r, t, s): heads divided into groups, or broadcasting."""
     return tensor.unflatten(1, (groups, -1)) if tensor.shape[1] > 1 else tensor.unsqueeze(1)
 
 
@@ -144,7 +149,7 @@ def _fused(call: Call, start: int, stop: int) -> Tensor:
     if extra is not None:
         extra = _grouped(extra, G)
         if extra.shape[2:4] != (1, 1):
-            # A view if it changes along heads alone or queries alone; else, on GPUs, a copy as large as a piece.
+            # A view if it varies only along heads or only along queries; else, on GPUs, a copy as large as a piece.
             extra = extra.expand(-1, -1, R, T, -1)
         extra = extra.flatten(2, 3).expand(-1, -1, R * T, last - first)
     out = scaled_dot_product_attention(query.reshape(B, G, R * T, -1), key, value, attn_mask=extra, scale=call.scale)
@@ -152,11 +157,11 @@ def _fused(call: Call, start: int, stop: int) -> Tensor:
 
 
 def _sum_of_extras(call: Call, start: int, stop: int) -> Tensor | None:
-    """All that is added to the scores of these queries, in four dimensions; bool if there are no numbers."""
+    """The sum of mask, bias and positions of these queries, in four dimensions; bool if all are bool."""
     first, last = call.span(start, stop)
-    seen = call.positions(start, stop)
+    visible = call.positions(start, stop)
     parts = [_part(extra, start, stop, first, last) for extra in (call.bias, call.mask) if extra is not None]
-    return sum_of_extras(None if seen is None else seen[None, None], parts)
+    return sum_of_extras(None if visible is None else visible[None, None], parts)
 
 
 def _products(call: Call, start: int, stop: int) -> Tensor:
@@ -169,12 +174,12 @@ def _products(call: Call, start: int, stop: int) -> Tensor:
     scores = _scores(query, key)
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
-    seen = call.positions(start, stop)
+    visible = call.positions(start, stop)
     extras = [extra for extra in (call.bias, call.mask) if extra is not None]
-    if extras or seen is not None:
+    if extras or visible is not None:
         scores = scores.view(B, G, R, T, last - first)
-        if seen is not None:
-            scores = scores.masked_fill(~seen, float("-inf"))
+        if visible is not None:
+            scores = scores.masked_fill(~visible, float("-inf"))
         for extra in extras:
             part = _grouped(_part(extra, start, stop, first, last), G)
             scores = scores.masked_fill(~part, float("-inf")) if part.dtype == torch.bool else scores + part
@@ -182,7 +187,7 @@ def _products(call: Call, start: int, stop: int) -> Tensor:
     if not extras:
         out = _sums(torch.softmax(scores, -1), value)
     else:
-        # A row that sees nothing is all -inf, whose softmax is NaN: its exponentials are made to sum to nothing.
+        # A row without visible keys is all -inf, and its softmax would be NaN: here its exponentials sum to 0.
         top = scores.detach().amax(-1, keepdim=True)
         weights = torch.exp(scores - top.masked_fill(top == float("-inf"), 0.0))
         total = weights.sum(-1, keepdim=True)
@@ -235,3 +240,34 @@ def _sums(weights: Tensor, value: Tensor) -> Tensor:
         products = [_bmm(some, block.to(weights.dtype)) for some, block in blocks]
         rows.append(products[0] if len(products) == 1 else torch.stack(products).sum(0))
     return torch.cat(rows)
+
+
+def _beats_cpu_kernel(call: Call) -> bool:
+    """Whether PyTorch's fused kernel decodes faster than the compiled one (measured: docs/benchmarks.md).
+
+    It multiplies faster on AVX2, and gives whole KV heads to its threads.
+    """
+    if not decodes_without_grad(call, "cpu"):
+        return False
+    heads = call.batch * call.num_key_value_heads
+    if call.group * call.query_length < _MANY_ROWS or heads < 2 * torch.get_num_threads():
+        return False
+    return has_short_vectors() and is_fused(call)
+
+
+register(
+    Backend(
+        name="packed",
+        preferences=(
+            Preference(
+                60,
+                _beats_cpu_kernel,
+                "so many query heads share a KV head that arithmetic takes longer than reading",
+            ),
+            Preference(10, lambda call: not call.any_size, "it serves every call without repeating KV heads"),
+        ),
+        unsupported_reason=unsupported_reason,
+        run=run,
+        not_preferred="it could, but is not the fastest for this call",
+    )
+)

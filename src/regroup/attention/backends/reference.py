@@ -1,15 +1,16 @@
-"""Grouped-query attention as it is written down: the truth that all else is tested against."""
+"""Grouped-query attention as defined, the reference for the tests of the other backends."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .call import Call
+from ..call import Call
+from ..registry import Backend, Preference, register
 
 
-def reason(call: Call) -> str | None:
-    """Why this backend cannot serve a call: it serves every one."""
+def unsupported_reason(call: Call) -> str | None:
+    """None: it serves every call."""
     return None
 
 
@@ -43,9 +44,23 @@ def run(call: Call) -> Tensor:
             scores = scores + call.mask
     scores = scores.masked_fill(hidden, float("-inf"))
     dead = (scores == float("-inf")).all(-1, keepdim=True)
-    # Softmax of a row of -inf is NaN, and so would its gradient be: such rows are set apart before.
+    # The softmax of a row of -inf and its gradient are NaN, so such rows are replaced first.
     weights = torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
     if call.dropout:
         weights = torch.nn.functional.dropout(weights, call.dropout)
     weights = weights.unflatten(1, (call.num_key_value_heads, call.group))
     return torch.einsum("bgrts,bgsv->bgrtv", weights, call.value.to(wide)).flatten(1, 2).to(call.query.dtype)
+
+
+register(
+    Backend(
+        name="reference",
+        preferences=(
+            Preference(100, lambda call: call.is_empty, "there is nothing to compute"),
+            Preference(0, lambda call: True, "it serves every call, of any length"),
+        ),
+        unsupported_reason=unsupported_reason,
+        run=run,
+        not_preferred="it could, in float32 with all scores in memory; it is the reference for tests",
+    )
+)

@@ -1,7 +1,7 @@
 """Decoding on a CPU by a compiled kernel: each KV head is read once for all of its query heads, by all threads.
 
-``decode.cpp`` says how. It is built when it is first needed (``build.py``); where that is not possible
-:func:`reason` says why and the other backends serve.
+The kernel is ``cpu/decode.cpp``. It is built when it is first needed (``cpu/build.py``); if that is not possible,
+:func:`unsupported_reason` returns why, and other backends serve.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import ctypes
 import torch
 from torch import Tensor
 
+from .. import decoding, tracing
 from ..call import Call
-from ..decoding import arguments, result_of, strides_of, unserved
-from ..onlookers import constant, hidden_from_kernels, is_recorded
-from .build import AVX2, HALVES, build, features, parallel
+from ..cpu import build as kernels
+from ..decoding import arguments, result_of, strides_of
+from ..registry import Backend, Preference, register
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 
@@ -36,53 +37,36 @@ class _Call(ctypes.Structure):
     )
 
 
-@constant
-def _missing() -> str | None:
-    """Why the kernel is not there."""
-    return build().reason
-
-
-@constant
-def _features() -> int:
-    return features()
-
-
-@constant
-def has_short_vectors() -> bool:
-    """Whether this processor has AVX2 and nothing wider."""
-    return bool(features() & AVX2)
-
-
 def _in_rows(tensor: Tensor) -> bool:
-    """Whether the numbers of a head lie side by side."""
+    """Whether the elements of a head are contiguous."""
     return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
 
 
-def reason(call: Call) -> str | None:
-    """Why this backend cannot serve a call; None if it can. Builds the kernel if it would serve the call."""
+def unsupported_reason(call: Call) -> str | None:
+    """The reason why the kernel cannot serve a call, or None. Builds the kernel if it supports the call."""
     if call.query.device.type != "cpu":
         return f"the tensors are on {call.query.device.type}, not on the CPU"
-    other = unserved(call)
+    other = decoding.unsupported_reason(call)
     if other is not None:
         return other
     if not _in_rows(call.key) or not _in_rows(call.value):
         return "the last dimension of key or value is not contiguous"
     for name, extra in (("mask", call.mask), ("bias", call.bias)):
         if extra is not None and extra.dtype not in _TYPES:
-            return f"a {name} of {extra.dtype} is not served"
-    hidden = hidden_from_kernels(call.tensors)
-    if hidden is not None:
-        return hidden
-    missing = _missing()
+            return f"a {name} of {extra.dtype} is not supported"
+    intercepted = tracing.unsupported_reason(call.tensors)
+    if intercepted is not None:
+        return intercepted
+    missing = kernels.unsupported_reason()
     if missing is not None:
-        return f"the compiled kernel is missing: {missing}"
-    if call.query.dtype == torch.float16 and not _features() & HALVES:
-        return "this processor does not convert float16"
+        return f"the compiled kernel is not available: {missing}"
+    if call.query.dtype == torch.float16 and not kernels.features() & kernels.HALVES:
+        return "this processor has no float16 conversion"
     return None
 
 
 def _extra(tensor: Tensor | None) -> tuple[int | None, int, tuple[int, ...]]:
-    """Address, type and strides of a mask or bias; what broadcasts has stride 0."""
+    """Address, type and strides of a mask or bias; stride 0 for dimensions that broadcast."""
     if tensor is None:
         return None, 0, strides_of(None)
     return tensor.data_ptr(), _TYPES[tensor.dtype], strides_of(tensor)
@@ -99,7 +83,7 @@ def _decode(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    library = build().library
+    library = kernels.build().library
     assert library is not None
     if query.stride(-1) != 1:
         query = query.contiguous()
@@ -109,7 +93,7 @@ def _decode(
     mask_at, mask_type, mask_stride = _extra(mask)
     bias_at, bias_type, bias_stride = _extra(bias)
     call = _Call(
-        *(query.data_ptr(), key.data_ptr(), value.data_ptr(), mask_at, bias_at, out.data_ptr(), parallel()),
+        *(query.data_ptr(), key.data_ptr(), value.data_ptr(), mask_at, bias_at, out.data_ptr(), kernels.parallel()),
         *(B, H, G, T, S, D, Dv),
         *(_TYPES[query.dtype], mask_type, bias_type),
         *(query.stride()[:3], key.stride()[:3], value.stride()[:3], mask_stride, bias_stride),
@@ -127,10 +111,28 @@ _op.register_fake(result_of)
 def run(call: Call) -> Tensor:
     """Attention by the compiled kernel, with sums in float32 (bfloat16 products where the processor has them).
 
-    Only for calls of which :func:`reason` says None.
+    Only for supported calls.
 
     Returns:
         (B, H, T, Dv) in the query's dtype.
     """
-    # The dispatcher costs as much as a short context does; only who records operators needs to see one.
-    return (_op if is_recorded() else _decode)(*arguments(call))
+    # PyTorch's dispatcher takes as long as a short context; only what records operators needs to see one.
+    return (_op if tracing.is_recorded() else _decode)(*arguments(call))
+
+
+register(
+    Backend(
+        name="cpu",
+        preferences=(
+            Preference(
+                50,
+                lambda call: decoding.decodes_without_grad(call, "cpu"),
+                "decoding on a CPU: the compiled kernel reads each KV head once, on all threads",
+            ),
+            Preference(50, decoding.decodes_any_length, "decoding a context of any length by a kernel"),
+        ),
+        unsupported_reason=unsupported_reason,
+        run=run,
+        not_preferred="it could, but is not faster for this call",
+    )
+)

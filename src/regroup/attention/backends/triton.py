@@ -1,10 +1,10 @@
-"""Decoding on a GPU by a Triton kernel that cuts the context into parts ("Flash-Decoding", Dao et al. 2023).
+"""Decoding on a GPU by a Triton kernel that splits the context into parts ("Flash-Decoding", Dao et al. 2023).
 
-A program reads one part of one KV head once, for all query heads of its group: they are the rows of a tile of 16 and
-more, so that even one query position makes matrix products. A second kernel merges the parts.
+A program reads one part of one KV head once, for all query heads of its group. They are the rows of a tile of at least
+16, so that even one query position gives matrix products. A second kernel merges the parts.
 
-It has run in Triton's interpreter only, where its results are tested, and compiles for sm_80 and sm_90; it was never
-run nor timed on a GPU, and the sizes of tiles and parts are guesses.
+Its results are tested in Triton's interpreter, and it compiles for sm_80 and sm_90. It has not been run or timed on a
+GPU; the sizes of tiles and parts are guesses.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call
-from .decoding import arguments, result_of, strides_of, unserved
-from .onlookers import constant, hidden_from_kernels
+from .. import decoding, tracing
+from ..call import Call
+from ..decoding import arguments, result_of, strides_of
+from ..registry import Backend, Preference, register
+from ..tracing import constant
 
 MAX_WIDTH = 256
 _FEWEST_KEYS = 128  # of a part
@@ -24,8 +26,8 @@ _MOST_PARTS = 128
 
 
 @constant
-def _missing() -> str | None:
-    """Why there is no Triton."""
+def _triton_unsupported_reason() -> str | None:
+    """The reason why Triton is not available, or None."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -41,9 +43,9 @@ def _interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def reason(call: Call) -> str | None:
-    """Why this backend cannot serve a call; None if it can."""
-    other = unserved(call)
+def unsupported_reason(call: Call) -> str | None:
+    """The reason why the kernel cannot serve a call, or None."""
+    other = decoding.unsupported_reason(call)
     if other is not None:
         return other
     if max(call.head_dim, call.value_dim) > MAX_WIDTH:
@@ -51,24 +53,24 @@ def reason(call: Call) -> str | None:
     device = call.query.device.type
     if device not in ("cuda", "xpu", "cpu"):
         return f"Triton does not run on {device}"
-    hidden = hidden_from_kernels(call.tensors)
-    if hidden is not None:
-        return hidden
-    missing = _missing()
+    intercepted = tracing.unsupported_reason(call.tensors)
+    if intercepted is not None:
+        return intercepted
+    missing = _triton_unsupported_reason()
     if missing is not None:
         return missing
     if device == "cpu" and not _interpreted():
-        return "the tensors are on the CPU, where only Triton's interpreter runs (TRITON_INTERPRET=1, for tests)"
+        return "the tensors are on the CPU, where Triton has only an interpreter (TRITON_INTERPRET=1, for tests)"
     return None
 
 
 def _power(size: int) -> int:
-    """The power of two, 16 and more, that holds so many: the shapes of tiles."""
+    """The next power of two, at least 16: a dimension of a tile."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def _programs(device: torch.device) -> int:
-    """How many programs keep a device busy."""
+    """The number of programs that keep a device busy."""
     if device.type == "cuda":
         return 4 * torch.cuda.get_device_properties(device).multi_processor_count
     if device.type == "xpu":
@@ -91,14 +93,14 @@ def _op(
     from .triton_kernels import attend as attend_kernel
     from .triton_kernels import merge as merge_kernel
 
-    # What triton.jit makes is called with a grid, and with options of its own.
+    # A triton.jit function is called with a grid and with additional options.
     attend: Any = attend_kernel
     merge: Any = merge_kernel
     B, H, T, D = query.shape
     _, G, S, Dv = value.shape
     rows = H // G * T
     line = max(_power(D), _power(Dv)) * query.element_size()
-    # What a program holds of queries, keys and values must fit a processor's shared memory, 100 KB on small GPUs.
+    # A program's queries, keys and values must fit into shared memory, 100 KB on small GPUs.
     tile = min(64 if line <= 512 else 16, _power(rows))
     tiles = -(-rows // tile)
     keys = 64 if line <= 256 else 32 if line <= 512 else 16
@@ -152,9 +154,27 @@ _op.register_fake(result_of)
 
 
 def run(call: Call) -> Tensor:
-    """Attention by the Triton kernels, with sums in float32. Only for calls of which :func:`reason` says None.
+    """Attention by the Triton kernels, with sums in float32. Only for supported calls.
 
     Returns:
         (B, H, T, Dv) in the query's dtype.
     """
     return _op(*arguments(call))
+
+
+register(
+    Backend(
+        name="triton",
+        preferences=(
+            Preference(
+                40,
+                lambda call: decoding.decodes_without_grad(call, "cuda"),
+                "decoding on a GPU: the kernel splits the context over the processors",
+            ),
+            Preference(40, decoding.decodes_any_length, "decoding a context of any length by a kernel"),
+        ),
+        unsupported_reason=unsupported_reason,
+        run=run,
+        not_preferred="it could, but is for decoding (few queries)",
+    )
+)

@@ -1,4 +1,4 @@
-"""Kernels are given addresses; what else tensors are, to tracers, to torch.func, as subclasses, must not be missed."""
+"""Kernels get only addresses, so tracers, torch.func and subclasses of tensors must be detected."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from regroup.attention import explain, grouped_query_attention
 from regroup.attention.cpu import build as cpu_build
-from regroup.attention.onlookers import constant
+from regroup.attention.tracing import constant
 from regroup.errors import RegroupError
 
 
 @pytest.fixture
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
-    """A call that the compiled kernel takes, if nobody looks on."""
-    missing = cpu_build.build().reason
+    """A call that the compiled kernel serves."""
+    missing = cpu_build.build().unsupported_reason
     if missing:
         pytest.skip(missing)
     torch.manual_seed(0)
@@ -122,13 +122,13 @@ def test_a_window_wider_than_kernels_count_is_none(inputs: tuple[Tensor, Tensor,
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"scale": torch.tensor(1.0)}, "the scale is no number"),
-        ({"softcap": "30"}, "the softcap is no number"),
+        ({"scale": torch.tensor(1.0)}, "the scale is not a number"),
+        ({"softcap": "30"}, "the softcap is not a number"),
         ({"query": torch.ones(1, 2, 3, 8).to_sparse()}, "the query is not a dense tensor"),
         ({"key": torch.nested.as_nested_tensor([torch.ones(2, 3, 8)], layout=torch.jagged)}, "the key is not a dense"),
     ],
 )
-def test_what_is_no_number_or_not_dense_is_refused(change: dict[str, Any], says: str) -> None:
+def test_wrong_types_are_refused(change: dict[str, Any], says: str) -> None:
     tensors = {name: torch.ones(1, 2, 3, 8) for name in ("query", "key", "value")}
     with pytest.raises(RegroupError, match=says):
         grouped_query_attention(**{**tensors, **change})
