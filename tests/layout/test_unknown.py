@@ -12,9 +12,9 @@ from transformers.models.auto import modeling_auto
 
 from helpers import refused
 from regroup import RegroupError
+from regroup.families import FAMILIES
+from regroup.families.unknown import sort_of
 from regroup.layout import detect
-from regroup.layout.families import FAMILIES
-from regroup.layout.unknown import sort_of
 
 TYPES = sorted(set(transformers.CONFIG_MAPPING.keys()) - FAMILIES.keys())
 
@@ -145,7 +145,7 @@ def test_what_is_said(config: dict[str, Any], words: tuple[str, ...], tmp_path: 
 
 
 def test_sorts_do_not_overlap() -> None:
-    from regroup.layout import unknown
+    from regroup.families import unknown
 
     lists: list[Any] = [
         *(unknown._ENCODERS, unknown._LATENT, unknown._STATE, unknown._HYBRID, unknown._ENCODER_DECODERS),

@@ -15,6 +15,7 @@ from ..checkpoint import staged_file
 from ..checkpoint.dtypes import TORCH_DTYPES
 from ..checkpoint.writer import check_destination
 from ..errors import RegroupError
+from ..families import FAMILIES
 from ..listener import Listener
 from ..modeling import load_tokenizer
 from ..modeling.lm_head import require_head
@@ -23,10 +24,9 @@ from ..writer.rewrite import Change
 from .gguf_check import check_gguf
 from .gguf_models import rounded
 from .gguf_tokenizer import Vocabulary, vocabulary
-from .heads import LLAMA_LAYERS, heads_of, repeated, spell
+from .heads import heads_of, repeated, spell
 from .run import Exported, Request, foresee_check, source_config, wanted_heads
 
-FAMILIES = (*LLAMA_LAYERS, "qwen2")
 _FILE_TYPES = {
     torch.float32: gguf.LlamaFileType.ALL_F32,
     torch.float16: gguf.LlamaFileType.MOSTLY_F16,
@@ -51,17 +51,20 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
     """
     checkpoint, layout = opened.checkpoint, opened.layout
     heads = wanted_heads(opened, request)
-    if layout.family not in FAMILIES:
+    architecture = FAMILIES[layout.family].gguf
+    if architecture is None:
         raise RegroupError(
             "this family is not written as GGUF here",
             file=opened.folder,
-            expected=" or ".join(FAMILIES),
+            expected=" or ".join(
+                sorted({family.stock_type for family in FAMILIES.values() if family.gguf is not None})
+            ),
             got=layout.family,
             remedy="where the child is stock, llama.cpp's own converter may know it: export it with --to hf first",
         )
     require_head(opened.checkpoint.folder)  # llama.cpp would take the embedding for one that is not there
     uniform = len(set(heads)) == 1
-    arch = ("qwen2" if layout.family == "qwen2" else "llama") if uniform else "deci"
+    arch = architecture if uniform else "deci"
     config = _config(opened)
     dtype = getattr(torch, request.dtype) if request.dtype else TORCH_DTYPES[layout.dtype or "F32"]
     if dtype not in _GGML_TYPES:

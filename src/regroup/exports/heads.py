@@ -9,21 +9,17 @@ from typing import Any
 import torch
 
 from ..errors import RegroupError
+from ..families import FAMILIES, family_for
+from ..families.reading import slow_output
 from ..layout import Layout
-from ..layout.families import slow_output
 from ..layout.nemotron_nas import to_blocks
 from ..layout.types import TensorInfo
 from ..plans import LayerPlan, Plan
 from ..writer.config import child_config, is_stock
 from ..writer.rewrite import Change, Move, rewrite_of
 
-# Families whose layers are Llama's, tensor for tensor, so that Llama's code in another program runs them.
-LLAMA_LAYERS = ("llama", "mistral")
-# Model types whose layout other programs brought up, and which transformers reads in regroup's form alone.
-FOREIGN = ("deci", "nemotron-nas")
-# Families whose classes in vLLM skip a stored output head, whatever the config says of tying (its models/bloom.py,
-# commandr.py, gemma.py, gemma2.py and whisper.py).
-_HEAD_IGNORED = ("bloom", "cohere", "gemma", "gemma2", "whisper")
+# Families whose layers are Llama's, so that Llama's code in another program runs them.
+LLAMA_LAYERS = tuple(sorted({family.stock_type for family in FAMILIES.values() if family.gguf == "llama"}))
 
 
 def heads_of(layout: Layout) -> tuple[int, ...]:
@@ -55,7 +51,7 @@ def check_served(config: Mapping[str, Any], layout: Layout) -> None:
     Raises:
         RegroupError: with the switch; or the model's head is not its embedding, which vLLM takes for it in this family.
     """
-    if layout.family in _HEAD_IGNORED and not layout.tied_embeddings:
+    if FAMILIES[layout.family].vllm == "embedding" and not layout.tied_embeddings:
         raise RegroupError(
             "vLLM would answer otherwise than transformers: it leaves out this family's stored head",
             file="config.json",
@@ -63,7 +59,7 @@ def check_served(config: Mapping[str, Any], layout: Layout) -> None:
             got=f"a {layout.family} with a head of its own",
             remedy="export it with --to hf",
         )
-    if slow_output(config):
+    if slow_output(config, family_for(config)):
         raise RegroupError(
             "vLLM would answer otherwise than transformers: it adds the output biases, which this switch leaves out",
             file="config.json",

@@ -12,6 +12,7 @@ from ..checkpoint import is_gguf, staged_folder
 from ..checkpoint.header import nbytes_of
 from ..checkpoint.writer import check_destination, existing_parent
 from ..errors import RegroupError
+from ..families import FAMILIES
 from ..files import as_named
 from ..listener import Listener
 from ..modeling.expected import check_loadable
@@ -19,7 +20,6 @@ from ..opening import Source, open_source
 from ..writer.rewrite import Change
 from .folder import CONFIGURATION_FILE, write_folder
 from .heads import (
-    FOREIGN,
     LLAMA_LAYERS,
     block_config,
     check_devices,
@@ -139,7 +139,7 @@ def export_checkpoint(
 
 def _export_folder(opened: Source, destination: Path, request: Request) -> Exported:
     checkpoint, layout = opened.checkpoint, opened.layout
-    if request.to == "vllm" and layout.encoder_layers and layout.family != "whisper":
+    if request.to == "vllm" and FAMILIES[layout.family].vllm == "none":
         raise RegroupError(
             "vLLM serves no encoder-decoder of this family",
             got=layout.family,
@@ -200,7 +200,7 @@ def wanted_heads(opened: Source, request: Request) -> tuple[int, ...]:
         request.notes.append(
             f"KV heads were repeated ({spell(layout)}, now {heads[0]} in every layer): the cache grows with them"
         )
-    elif request.to == "hf" and not stock and opened.checkpoint.config.get("model_type") not in FOREIGN:
+    elif request.to == "hf" and not stock and opened.checkpoint.config.get("model_type") == layout.family:
         engines = "export it with --to vllm or --to gguf, " if layout.family in LLAMA_LAYERS else ""
         raise RegroupError(
             "no stock class of transformers holds these KV heads",

@@ -6,8 +6,9 @@ import copy
 from typing import Any
 
 from ..errors import RegroupError
+from ..families import family_for
+from ..families.reading import ties
 from ..layout.detect import CONFIG_KEY
-from ..layout.families import family_for, ties
 from ..layout.nemotron_nas import as_llama
 from ..layout.spelling import as_known
 from ..layout.types import Layout
@@ -36,7 +37,7 @@ def child_config(config: dict[str, Any], layout: Layout, plan: Plan) -> dict[str
     assert family is not None
     child["model_type"] = layout.family
     child.pop("auto_map", None)
-    if child.pop("num_key_value_heads_per_layer", None) is not None or config["model_type"] == "deci":
+    if child.pop("num_key_value_heads_per_layer", None) is not None or config["model_type"] != layout.family:
         child["architectures"] = ["LlamaForCausalLM"]
     if not layout.tied_embeddings and ties(config, family) and len(family.tied) == 1:
         # transformers keeps the stored head either way; other engines would put the embedding in its place. In
@@ -49,9 +50,9 @@ def child_config(config: dict[str, Any], layout: Layout, plan: Plan) -> dict[str
     if not is_stock(layout, plan):
         if layout.native_kv_heads == "mqa":
             child["multi_query"] = False
-        if config["model_type"] == "falcon" and config.get("new_decoder_architecture"):
+        if family.per_layer_obstacle is not None:
             raise RegroupError(
-                "Falcon's new decoder architecture holds one number of KV heads for all layers",
+                family.per_layer_obstacle,
                 expected="the same number in every layer",
                 remedy="plan it with --kv-heads alone",
             )
@@ -65,8 +66,7 @@ def child_config(config: dict[str, Any], layout: Layout, plan: Plan) -> dict[str
         if "num_key_value_heads" in child:
             child["num_key_value_heads"] = plan.uniform
         child["multi_query"] = plan.uniform == 1 and layout.layers[0].num_attention_heads > 1
-        if config["model_type"] == "falcon":
-            child["num_kv_heads"] = plan.uniform
+        child |= dict.fromkeys(family.kv_heads_unread, plan.uniform)
     return child
 
 
