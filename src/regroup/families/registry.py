@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from . import known
 from .family import Family
+from .known import modules
 
 
 def collected(groups: Iterable[tuple[Family, ...]]) -> dict[str, Family]:
@@ -25,10 +23,7 @@ def collected(groups: Iterable[tuple[Family, ...]]) -> dict[str, Family]:
     return found
 
 
-FAMILIES: dict[str, Family] = collected(
-    importlib.import_module(f"{known.__name__}.{module.name}").FAMILIES
-    for module in sorted(pkgutil.iter_modules(known.__path__), key=lambda module: module.name)
-)
+FAMILIES: dict[str, Family] = collected(module.FAMILIES for module in modules())
 
 
 def family_for(config: Mapping[str, Any]) -> Family | None:

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .llama import llama_like
 
+_QWEN2 = llama_like(
+    "qwen2",
+    kv_default=None,
+    head_dim_default=None,
+    rotary_share=1.0,
+    keys_normed="never",
+    clip=None,
+    residual_normed=False,
+    residual_multiplier=None,
+    window="upper",
+    ties=False,
+    initializer_std=0.02,
+    gguf="qwen2",
+    vllm="stored",
+)
+
 FAMILIES = (
-    llama_like(
-        "qwen2",
-        kv_default=None,
-        head_dim_default=None,
-        rotary_share=1.0,
-        keys_normed="never",
-        clip=None,
-        residual_normed=False,
-        residual_multiplier=None,
-        window="upper",
-        ties=False,
-        initializer_std=0.02,
-        gguf="qwen2",
-        vllm="stored",
-    ),
-    llama_like(
-        "qwen2_moe",
-        kv_default=None,
-        head_dim_default=None,
-        rotary_share=1.0,
-        keys_normed="never",
-        clip=None,
-        residual_normed=False,
-        residual_multiplier=None,
-        window="lower even",
-        ties=False,
-        initializer_std=0.02,
-        gguf=None,
-        vllm="stored",
-    ),
+    _QWEN2,
+    replace(_QWEN2, model_type="qwen2_moe", stock_type="qwen2_moe", window="lower even", gguf=None),
     llama_like(
         "qwen3",
         kv_default=None,
