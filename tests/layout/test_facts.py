@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 import tiny
@@ -100,6 +102,60 @@ def test_what_is_assumed_is_what_the_config_class_assumes(model_type: str) -> No
     assert family.speech == (config.__class__.__name__ == "WhisperConfig")
     for key in (family.clip, family.residual_multiplier):
         assert key is None or key in plain
+
+
+def small(model_type: str, **more: Any) -> Any:
+    """A config of the class with few heads and layers, and the class's own defaults in everything else."""
+    family = FAMILIES[model_type]
+    sizes = {family.hidden[0]: 96, family.heads[0]: 3, family.layers[0]: 4}
+    return transformers.CONFIG_MAPPING[model_type](**sizes, **more)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_sizes_that_a_config_leaves_out(model_type: str) -> None:
+    family, config = FAMILIES[model_type], small(model_type)
+    assert (getattr(config, family.head_dim[0], None) or 32) == (family.head_dim_default or 32)
+    if family.native == "any":
+        assert family.kv_default == ("heads" if config.num_key_value_heads in (None, 3) else None)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_which_layers_have_a_window(model_type: str) -> None:
+    family = FAMILIES[model_type]
+    knows = "sliding_window" in transformers.CONFIG_MAPPING[model_type]().to_dict()
+    switched = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 2} if knows else {}
+    config = small(model_type, **switched, **({"num_key_value_heads": 3} if family.kv_heads else {}))
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if knows else "full_attention"] * 4
+    plain = {key: value for key, value in config.to_dict().items() if key != "layer_types"}
+    expected = [5 if kind == "sliding_attention" else None for kind in kinds]
+    assert [layer.window for layer in detect(plain).layers if layer.kind == "self"] == expected
+
+
+@pytest.mark.parametrize("model_type", [name for name in TYPES if FAMILIES[name].pairs is not None])
+def test_which_dimensions_rotate_together(model_type: str) -> None:
+    module = sys.modules[type(tiny.build(model_type)).__module__]
+    turned = module.rotate_half(torch.arange(8.0)[None]).tolist()[0]
+    pairs = {"half": [-4, -5, -6, -7, 0, 1, 2, 3], "interleaved": [-1, 0, -3, 2, -5, 4, -7, 6]}
+    assert turned == pairs[str(FAMILIES[model_type].pairs)]
+
+
+@pytest.mark.parametrize("name", [name for name, one in tiny.FAMILIES.items() if one.kind == "causal"])
+@torch.no_grad()
+def test_whether_a_norm_follows_attention(name: str) -> None:
+    """A norm between attention and the residual stream takes away every factor; an addition does not."""
+    model: Any = tiny.build(name)
+    layer = detect(model.config.to_dict()).layers[0]
+    attention = model.base_model.get_submodule(layer.module)
+
+    def hidden_after(factor: float) -> torch.Tensor:
+        hook = attention.register_forward_hook(lambda _module, _inputs, out: (out[0] * factor, *out[1:]))
+        hidden = model(**tiny.inputs(name, 1, 5), output_hidden_states=True).hidden_states[1]
+        hook.remove()
+        return hidden
+
+    seen = [hidden_after(factor) for factor in (1.0, 3.0)]
+    same = torch.allclose(*seen, rtol=1e-3, atol=1e-3)
+    assert same == FAMILIES[tiny.FAMILIES[name].model_type].residual_normed == (layer.residual_scale is None)
 
 
 def test_encoder_decoders_of_unknown_families_say_so_themselves() -> None:
