@@ -21,11 +21,12 @@ from ..modeling import load_tokenizer
 from ..modeling.lm_head import require_head
 from ..opening import Source
 from ..writer.rewrite import Change
+from .check import expect_memory
 from .gguf_check import check_gguf
 from .gguf_models import rounded
 from .gguf_tokenizer import Vocabulary, vocabulary
-from .heads import heads_of, repeated, spell
-from .run import Exported, Request, foresee_check, source_config, wanted_heads
+from .heads import heads_of, repeated, source_config, spell, wanted_heads
+from .request import Exported, Request
 
 _FILE_TYPES = {
     torch.float32: gguf.LlamaFileType.ALL_F32,
@@ -84,7 +85,7 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
     elements = sum(math.prod((changed.get(name) or entry).shape) for name, entry in checkpoint.tensors.items())
     check_destination(destination, opened.folder, elements * dtype.itemsize)
     if request.check:
-        foresee_check(opened, changed, request.told)
+        expect_memory(opened, changed, request.listener)
     with staged_file(destination) as file:
         with contextlib.closing(gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[arch]])) as writer:
             _describe(writer, config, heads, layout.layers[0].head_dim, _FILE_TYPES[dtype], opened.folder.name)
@@ -92,7 +93,7 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
                 writer.add_tokenizer_model("no_vocab")
             else:
                 vocab.add_to(writer)
-            _write_tensors(writer, opened, changed, arch, config, heads, dtype, request.told)
+            _write_tensors(writer, opened, changed, arch, config, heads, dtype, request.listener)
         checked = None
         if request.check:
             checked = check_gguf(opened, file, config, dtype, vocab, request)
@@ -182,7 +183,7 @@ def _write_tensors(
     config: Any,
     heads: tuple[int, ...],
     dtype: torch.dtype,
-    told: Listener,
+    listener: Listener,
 ) -> None:
     """Header first, then one tensor at a time."""
     made: list[tuple[str, torch.dtype, tuple[int, ...], Callable[[], torch.Tensor]]] = []
@@ -202,7 +203,7 @@ def _write_tensors(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    with told.writing(sum(sizes)) as progress:
+    with listener.writing(sum(sizes)) as progress:
         for (name, kind, _, read), nbytes in zip(made, sizes, strict=True):
             writer.write_tensor_data(rounded(read(), kind, name).contiguous().view(torch.uint8).numpy())
             progress(nbytes)

@@ -12,7 +12,8 @@ from ..layout.detect import CONFIG_KEY
 from ..layout.nemotron_nas import as_llama
 from ..layout.spelling import as_known
 from ..layout.types import Layout
-from ..modeling import grouped_config, stock_architecture
+from ..modeling import grouped_config
+from ..modeling.spelled import stock_architecture
 from ..plans import Plan
 
 
