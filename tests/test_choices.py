@@ -13,7 +13,7 @@ from regroup.bench.build import DTYPES as BENCH_DTYPES
 from regroup.conversion.plan import GROUPINGS, REPAIRS
 from regroup.evaluation.metrics import CHOOSING, GENERATING
 from regroup.evaluation.run import _DTYPES as SCORED_DTYPES
-from regroup.exports.run import TARGETS
+from regroup.exports.request import TARGETS
 from regroup.plans import ASKED_METHODS, METHODS, LayerPlan
 from regroup.uptraining.settings import OBJECTIVES, OPTIMIZERS, SCHEDULES, STAGES
 

@@ -13,7 +13,7 @@ import typer.main
 import regroup
 from helpers import load_recipe
 from regroup.cli import app
-from regroup.layout.families import FAMILIES, Family
+from regroup.families import FAMILIES, Family
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(regroup.__file__).parent

@@ -10,15 +10,22 @@ from .errors import RegroupError, two_sizes
 USABLE = 0.9
 
 
+def on_cpu(name: str | None) -> bool:
+    """Whether a run that was asked for this device, or for none, runs on the CPU: there may be no GPU."""
+    import torch
+
+    return name == "cpu" or not torch.cuda.is_available()
+
+
 def device_named(name: str | None) -> str:
-    """A torch device that works here: the one that was asked for, or a GPU where there is one, or the CPU.
+    """A torch device that works here: the one that was asked for, else a GPU where there is one, else the CPU.
 
     Raises:
         RegroupError: no such device, or torch was built without it.
     """
     import torch
 
-    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = name or ("cpu" if on_cpu(name) else "cuda")
     try:
         torch.zeros(1, device=chosen)
     # torch says it in three ways, by the kind of device.

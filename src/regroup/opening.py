@@ -13,9 +13,10 @@ from .checkpoint import Checkpoint, fetch, headers_of, is_hub_id, open_checkpoin
 from .checkpoint.forms import refuse_adapter
 from .checkpoint.pickles import pickled_files, unpickle
 from .checkpoint.reader import read_json
+from .families import family_for
+from .families.reading import stored_ties, ties
 from .files import as_named
 from .layout import Layout, detect
-from .layout.families import family_for, stored_ties, ties
 from .layout.spelling import as_known
 
 

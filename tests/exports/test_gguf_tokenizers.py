@@ -25,7 +25,8 @@ from regroup.exports.gguf_vocabulary import tokenizer_of
 from regroup.exports.pretokenizers import PRE_TOKENIZERS, PROBE, REFUSED, recognise
 from regroup.modeling import load_tokenizer
 
-needs_llama_cpp = pytest.mark.skipif(llama_cpp.trouble(()) is not None, reason="llama-cpp-python does not work here")
+DOES_NOT_WORK = "llama-cpp-python does not work here"
+needs_llama_cpp = pytest.mark.skipif(llama_cpp.unsupported_reason(()) is not None, reason=DOES_NOT_WORK)
 
 # What GPT-2's alphabet of bytes makes of a text, to be read: spaces are Ġ, newlines Ċ, tabs ĉ.
 CUTS: dict[str, list[tuple[str, list[str]]]] = {
@@ -156,7 +157,7 @@ def test_every_name_there_and_back(name: str, vocabularies: dict[bool, Tokenizer
     if name not in ("default",) and not row.raw:
         other = tokenizer_of(read_gguf(in_file(tmp_path, vocabularies[False], None)))
         assert ids(made, [PROBE]) != ids(other, [PROBE])
-    if llama_cpp.trouble(()) is None:
+    if llama_cpp.unsupported_reason(()) is None:
         texts = texts_for(made)
         in_file(tmp_path, vocabularies[row.raw], name)
         assert llama_cpp.ask(tmp_path / "m.gguf", {"texts": texts})["ids"] == ids(made, texts)
@@ -276,11 +277,11 @@ def test_a_broken_llama_cpp_is_not_the_files_fault(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=":")
     spec = importlib.machinery.ModuleSpec("llama_cpp", None)
     monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: spec)
-    llama_cpp._trouble.cache_clear()
+    llama_cpp._unsupported_reason.cache_clear()
     try:
         status, _, message = run("export", saved("llama"), tmp_path / "m.gguf", "--to", "gguf")
     finally:
-        llama_cpp._trouble.cache_clear()
+        llama_cpp._unsupported_reason.cache_clear()
     assert status == 0, message
     assert "does not work here" in message
     assert word in message

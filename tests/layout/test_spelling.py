@@ -16,8 +16,8 @@ import regroup
 import tiny
 from helpers import config_of, convert_heads, refused, run
 from regroup import RegroupError
+from regroup.families import FAMILIES
 from regroup.layout import detect
-from regroup.layout.families import FAMILIES
 from regroup.layout.spelling import as_known
 
 Saved = Callable[[str], Path]

@@ -75,7 +75,7 @@ def test_an_export_of_hidden_states_that_differ_is_refused(
     bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: without a head the comparison still compares something."""
-    from regroup.exports import check as exports
+    from regroup.exports import run as exports
 
     given = exports.folder_logits
     results: list[torch.Tensor] = []

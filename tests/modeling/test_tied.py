@@ -14,8 +14,9 @@ import transformers
 import regroup
 import tiny
 from helpers import config_of, copy, edit_json, logits, refused, run, tensors, write
+from regroup.families import FAMILIES, family_for
+from regroup.families.reading import stored_ties, ties
 from regroup.layout import detect
-from regroup.layout.families import FAMILIES, family_for, stored_ties, ties
 from regroup.opening import open_source
 from regroup.uptraining.export import check_names, write_model
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RegroupError
+from ..families import family_for
 from ..layout import Layout, detect
 from ..layout.detect import CONFIG_KEY
-from ..layout.families import family_for
 from ..layout.spelling import as_known
 from ..modeling.expected import default_class
 from ..plans import make_plan
@@ -44,7 +44,7 @@ def decoder_layers(config: Mapping[str, Any]) -> int:
     """Number of layers of the decoder."""
     family = family_for(config)
     layout = detect(config)
-    return len(layout.layers) // (2 if family is not None and family.cross else 1)
+    return len(layout.layers) // (2 if family is not None and family.is_encoder_decoder else 1)
 
 
 def memory_projections(layout: Layout) -> set[str]:
@@ -100,13 +100,13 @@ def _multi_head(config: dict[str, Any], layout: Layout) -> dict[str, Any]:
     heads = max(layer.num_attention_heads for layer in layout.layers)
     for key in (CONFIG_KEY, "num_key_value_heads_per_layer", "auto_map"):
         config.pop(key, None)
-    if config["model_type"] == "deci":
-        config["model_type"], config["architectures"] = "llama", ["LlamaForCausalLM"]
+    if config["model_type"] != family.stock_type:
+        config["model_type"] = family.stock_type
+        config["architectures"] = [default_class(family.stock_type).__name__]
     config["architectures"] = [name.removeprefix("Regroup") for name in config["architectures"]]
     for key in (*family.kv_heads, *(("num_key_value_heads",) if "num_key_value_heads" in config else ())):
         config[key] = heads
     if family.native == "mqa":
         config["multi_query"] = False
-        if config["model_type"] == "falcon":
-            config["num_kv_heads"] = heads
+        config |= dict.fromkeys(family.kv_heads_unread, heads)
     return config

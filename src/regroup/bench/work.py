@@ -10,6 +10,7 @@ import torch
 
 from ..devices import USABLE, free_memory
 from ..errors import RegroupError, human_bytes
+from ..families import family_for
 from ..layout.kv_cache import DTYPE_BYTES, kv_cache_bytes
 from .build import DTYPES, Model, describe, read_config
 from .machine import Rate, product_rate, read_bandwidth
@@ -196,7 +197,8 @@ def check_positions(
         asked, options: for the message: what a decoder-only model's tokens are, and their options.
     """
     config = model.config
-    if config.get("model_type") in ("t5", "mt5", "umt5", "bloom") or config.get("alibi"):
+    family = family_for(config)
+    if config.get("alibi") or (family is not None and family.positions in ("relative", "alibi")):
         return
 
     def check(what: str, tokens: int, keys: tuple[str, ...]) -> None:

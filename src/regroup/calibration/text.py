@@ -13,7 +13,8 @@ import torch
 from ..data import causal_batches, document_windows, pair_batches, read_pairs, read_texts, token_windows
 from ..data.text import check_window
 from ..errors import RegroupError
-from ..layout.families import slow_output
+from ..families import family_for, is_encoder_decoder
+from ..families.reading import slow_output
 from ..modeling import load_tokenizer
 from ..plans import CalibrationText
 
@@ -33,11 +34,11 @@ def calibration_batches(text: CalibrationText, folder: Path, config: dict[str, A
         RegroupError: a model that hears, windows longer than its positions, no tokenizer, unreadable text, or too
             little for one batch to fit and one to hold out.
     """
-    seq2seq = config.get("is_encoder_decoder") or "decoder_start_token_id" in config
+    seq2seq, family = is_encoder_decoder(config), family_for(config)
     # What can be told from the config is told before anything is read.
-    if config.get("model_type") == "whisper" or "num_mel_bins" in config:
+    if family is not None and family.speech:
         raise RegroupError("calibration needs pairs of text, and this model hears", remedy="leave --calibration out")
-    if slow_output(config):
+    if slow_output(config, family):
         raise RegroupError(
             "calibration solves output projections, and transformers leaves out their biases here",
             file=folder / "config.json",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import RegroupError
+from ..families import family_for
 from .task import Row, Task
 
 
@@ -95,10 +96,12 @@ def check_positions(model: Any, task: Task, longest: int, what: str) -> None:
 def positions(model: Any) -> int | None:
     """The longest sequence that a model with a fixed number of positions takes, or None."""
     config = model.config.get_text_config()
+    family = family_for({"model_type": config.model_type})
+    if family is not None and family.positions == "relative":  # T5's n_positions is a leftover
+        return None
     for name in ("max_position_embeddings", "n_positions"):
         limit = getattr(config, name, None)
-        # T5's n_positions is a leftover: its positions are relative.
-        if isinstance(limit, int) and config.model_type not in ("t5", "mt5", "umt5"):
+        if isinstance(limit, int):
             return limit
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +15,22 @@ from ..devices import check_fits
 from ..errors import RegroupError
 from ..listener import Listener
 from ..modeling import load
+from ..opening import Source
+from ..solver.rewrite import Change
 
 ROWS, LENGTH = 2, 16
 # Of the largest logit. Float32 sums in another order differ by about 1e-6 of it; one head in a wrong place by 1e-1.
 TOLERANCE = 1e-3
 
 
-def check_memory(source: Path, parameters: int, vocabulary: int, told: Listener) -> None:
+def check_memory(source: Path, parameters: int, vocabulary: int, listener: Listener) -> None:
     """Say what a comparison takes, and refuse one that would not fit, before anything is written.
 
     Args:
         source: what is exported, for the message.
         parameters: of the source or of the result, whichever has more.
         vocabulary: as many logits does each of ``ROWS`` · ``LENGTH`` positions have.
-        told: of the bytes that it takes: one model in float32, and three times its logits.
+        listener: told of the bytes that it takes: one model in float32, and three times its logits.
 
     Raises:
         RegroupError: it needs more than is free.
@@ -40,7 +43,19 @@ def check_memory(source: Path, parameters: int, vocabulary: int, told: Listener)
         got="one model in float32",
         remedy="pass --no-check and compare on a machine with more memory, or free some",
     )
-    told.comparison_ahead(needed)
+    listener.comparison_ahead(needed)
+
+
+def check_length(opened: Source) -> int:
+    """Positions that a check runs over: at most a window's, so that engines without windows answer alike."""
+    return min([LENGTH, *(layer.window for layer in opened.layout.layers if layer.window is not None)])
+
+
+def expect_memory(opened: Source, changed: Mapping[str, Change], listener: Listener) -> None:
+    """Say what memory the check at the end takes, from the headers (see ``check_memory``)."""
+    tensors = opened.checkpoint.tensors
+    parameters = sum(math.prod((changed.get(name) or entry).shape) for name, entry in tensors.items())
+    check_memory(opened.folder, parameters, opened.checkpoint.config.get("vocab_size", 0), listener)
 
 
 @dataclass(frozen=True)

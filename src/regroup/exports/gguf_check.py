@@ -14,13 +14,14 @@ from ..errors import RegroupError
 from ..modeling import load, load_tokenizer
 from ..opening import Source
 from . import llama_cpp
-from .check import Comparison, compare, logits, model_inputs
+from .check import Comparison, check_length, compare, logits, model_inputs
 from .gguf_foreign import stand_in
 from .gguf_structure import check_file
 from .gguf_texts import check_same, ids_of, texts_for
 from .gguf_tokenizer import Vocabulary
 from .gguf_vocabulary import tokenizer_of
-from .run import Request, check_length, source_config
+from .heads import source_config
+from .request import Request
 
 PROMPT = "Once upon a time there was"
 NEW_TOKENS = 24
@@ -37,7 +38,7 @@ def check_gguf(
         config: the transformers config of the source.
         dtype: of the file's matrices.
         vocab: the source's tokenizer as the file has it, or None.
-        request: told of each model that has answered, and of what was not compared.
+        request: told of each model that has advance, and of what was not compared.
 
     Returns:
         What was compared.
@@ -49,21 +50,21 @@ def check_gguf(
     tokenizer = load_tokenizer(opened.folder) if vocab is not None else None
     texts = texts_for(tokenizer) if tokenizer is not None else []
     header = read_gguf(file)
-    trouble = llama_cpp.trouble(tensor.kind for tensor in header.tensors.values())
-    with request.told.comparing() as answered:
-        if trouble is None:
+    reason = llama_cpp.unsupported_reason(tensor.kind for tensor in header.tensors.values())
+    with request.listener.comparing() as advance:
+        if reason is None:
             windows = [layer.window for layer in opened.layout.layers if layer.window is not None]
             longest = min([config.max_position_embeddings, *windows])
-            said = str(_llama_cpp(opened, file, tokenizer, inputs["input_ids"], dtype, longest, answered))
+            said = str(_llama_cpp(opened, file, tokenizer, inputs["input_ids"], dtype, longest, advance))
             if vocab is not None:
                 found = llama_cpp.ask(file, {"texts": texts})["ids"]
                 said += f", {_check_ids(tokenizer, vocab, texts, found, llama_cpp.version(), request)}"
             return said
-        request.notes.append(f"logits were not compared with llama.cpp: {trouble}")
+        request.notes.append(f"logits were not compared with llama.cpp: {reason}")
         checkpoint = opened.checkpoint
         said = check_file(file, opened.layout, config, checkpoint.tensors, checkpoint.read, dtype)
         if vocab is not None:
-            works = llama_cpp.trouble(()) is None
+            works = llama_cpp.unsupported_reason(()) is None
             other = llama_cpp.version() if works else "the tokenizer that regroup makes of the file"
             found = llama_cpp.ask(file, {"texts": texts})["ids"] if works else ids_of(tokenizer_of(header), texts)
             said += f"; {_check_ids(tokenizer, vocab, texts, found, other, request)}, with {other}"
@@ -72,7 +73,7 @@ def check_gguf(
         if made is not None:
             found = logits(made, inputs)
             del made  # one model at a time
-            answered(1)
+            advance(1)
             wanted = logits(_rounded_source(opened, dtype), inputs)
             loader = f"transformers {importlib.metadata.version('transformers')}'s GGUF loader"
             said = f"{compare(wanted, found, loader)}; {said}"
@@ -80,8 +81,8 @@ def check_gguf(
             request.notes.append(
                 "logits were not compared otherwise either: nothing else here reads all of such a file"
             )
-            answered(1)
-        answered(1)
+            advance(1)
+        advance(1)
     return said
 
 
@@ -119,7 +120,7 @@ def _llama_cpp(
     ids: torch.Tensor,
     dtype: torch.dtype,
     longest: int,
-    answered: Callable[[int], None],
+    advance: Callable[[int], None],
 ) -> Comparison:
     """Logits at every position; with a tokenizer also the ids of a prompt and the text that follows greedily."""
     loader, text = llama_cpp.version(), ""
@@ -130,17 +131,17 @@ def _llama_cpp(
         asked |= {"prompt": PROMPT, "new_tokens": max(0, min(NEW_TOKENS, longest - len(prompt)))}
     # Asked before the source is loaded, in a process that has ended by then.
     answer = llama_cpp.ask(file, asked)
-    answered(1)
+    advance(1)
     model = _rounded_source(opened, dtype)
     wanted = logits(model, {"input_ids": ids})
     if tokenizer is not None:
         _same("token ids of a prompt", prompt, answer["prompt_ids"], loader)
         made = answer["greedy_ids"]
-        told = tokenizer.decode([*prompt, *made], skip_special_tokens=True)
-        _same("text of the tokens", told.strip(), (PROMPT + answer["greedy_text"]).strip(), loader)
+        decoded = tokenizer.decode([*prompt, *made], skip_special_tokens=True)
+        _same("text of the tokens", decoded.strip(), (PROMPT + answer["greedy_text"]).strip(), loader)
         same = greedy_agreement(model, prompt, made, loader, tolerance=llama_cpp.TOLERANCES[dtype])
         text = f"{same} of {len(made)} greedy tokens the same" + ("" if same == len(made) else ", the rest near ties")
-    answered(1)
+    advance(1)
     return compare(wanted, answer["logits"], loader, tolerance=llama_cpp.TOLERANCES[dtype], text=text)
 
 

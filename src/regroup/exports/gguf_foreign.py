@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checkpoint import GGUFFile
 from ..devices import check_fits
 from ..errors import RegroupError
-from ..modeling import without_bars
+from ..modeling.silence import without_bars
 from .check import logits
 from .gguf_models import FREQUENCIES
 

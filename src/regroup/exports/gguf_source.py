@@ -21,7 +21,7 @@ from .gguf_models import CLASSES, Model, model_of, rounded
 from .gguf_structure import check_folder
 from .gguf_texts import check_against_llama_cpp, check_reloaded
 from .gguf_vocabulary import described, tokenizer_of
-from .run import Exported, Request
+from .request import Exported, Request
 
 _SPELLED = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -46,7 +46,7 @@ def export_from_gguf(file: Path, destination: Path, request: Request) -> Exporte
     dtype = getattr(torch, request.dtype) if request.dtype else _stored(found)
     check_destination(destination, None, found.parameters * dtype.itemsize)
     if request.check:
-        check_memory(file, found.parameters, 0, request.told)
+        check_memory(file, found.parameters, 0, request.listener)
     arch = found.values.get("general.architecture")
     model = model_of(found) if arch in CLASSES else foreign_model(found, dtype)
     _check_largest(found)
@@ -111,7 +111,7 @@ def _write(model: Model | ForeignModel, dtype: torch.dtype, stage: Path, request
     specs = {name: (_SPELLED[dtype], tensors[source].shape) for name, source in model.names.items()}
     written = ShardFile(stage / "model.safetensors", specs, {"format": "pt"})
     try:
-        with request.told.writing(written.nbytes) as progress:
+        with request.listener.writing(written.nbytes) as progress:
             for name, (_, shape) in specs.items():
                 written.write(name, rounded(model.read(name), dtype, name))
                 progress(dtype.itemsize * int(torch.Size(shape).numel()))
@@ -123,30 +123,30 @@ def _compare(model: Model | ForeignModel, dtype: torch.dtype, stage: Path, token
     """Against llama.cpp where it works, which reads the file by code of its own; else what the file says, anew."""
     file = model.file
     inputs = model_inputs(model.config)
-    trouble = llama_cpp.trouble(tensor.kind for tensor in file.tensors.values())
-    with request.told.comparing() as answered:
-        if trouble is None:
+    reason = llama_cpp.unsupported_reason(tensor.kind for tensor in file.tensors.values())
+    with request.listener.comparing() as advance:
+        if reason is None:
             asked = {"rows": inputs["input_ids"].tolist()}
             answer: Tensor = llama_cpp.ask(file.path, asked)["logits"]
-            answered(1)
+            advance(1)
             found = folder_logits(stage, None)
-            answered(1)
+            advance(1)
             loader = f"transformers {importlib.metadata.version('transformers')}, against {llama_cpp.version()}"
             # Whatever the file's blocks are.
             said = str(compare(answer, found, loader, tolerance=llama_cpp.TOLERANCES[torch.bfloat16]))
             if tokenizer is not None:
                 said += f", {check_against_llama_cpp(file.path, tokenizer)}"
             return said
-        request.notes.append(f"logits were not compared with llama.cpp: {trouble}")
+        request.notes.append(f"logits were not compared with llama.cpp: {reason}")
         if isinstance(model, ForeignModel):
             wanted = model.logits(inputs)
-            answered(1)
+            advance(1)
             found = folder_logits(stage, None)
-            answered(1)
+            advance(1)
             loader = f"transformers {importlib.metadata.version('transformers')}, against its GGUF loader"
             return str(compare(wanted, found, loader, tolerance=TOLERANCE))
         said = check_folder(file.path, stage, dtype)
-        if tokenizer is not None and llama_cpp.trouble(()) is None:
+        if tokenizer is not None and llama_cpp.unsupported_reason(()) is None:
             said += f", {check_against_llama_cpp(file.path, tokenizer)}"
         elif tokenizer is not None:
             request.notes.append("token ids were not compared: nothing else that works here reads the file's tokenizer")
@@ -155,14 +155,14 @@ def _compare(model: Model | ForeignModel, dtype: torch.dtype, stage: Path, token
         if other is not None:
             wanted = logits(other.float(), inputs)
             del other  # one model at a time
-            answered(1)
+            advance(1)
             loader = f"transformers {importlib.metadata.version('transformers')}, against its GGUF loader"
             said = f"{compare(wanted, folder_logits(stage, None), loader, tolerance=TOLERANCE)}; {said}"
         else:
             request.notes.append(
                 "logits were not compared otherwise either: nothing else here reads all of such a file"
             )
-            answered(1)
+            advance(1)
             folder_logits(stage, None)
-        answered(1)
+        advance(1)
     return said

@@ -15,18 +15,19 @@ from ..checkpoint import staged_file
 from ..checkpoint.dtypes import TORCH_DTYPES
 from ..checkpoint.writer import check_destination
 from ..errors import RegroupError
+from ..families import FAMILIES
 from ..listener import Listener
 from ..modeling import load_tokenizer
 from ..modeling.lm_head import require_head
 from ..opening import Source
 from ..solver.rewrite import Change
+from .check import expect_memory
 from .gguf_check import check_gguf
 from .gguf_models import rounded
 from .gguf_tokenizer import Vocabulary, vocabulary
-from .heads import LLAMA_LAYERS, heads_of, repeated, spell
-from .run import Exported, Request, foresee_check, source_config, wanted_heads
+from .heads import heads_of, repeated, source_config, spell, wanted_heads
+from .request import Exported, Request
 
-FAMILIES = (*LLAMA_LAYERS, "qwen2")
 _FILE_TYPES = {
     torch.float32: gguf.LlamaFileType.ALL_F32,
     torch.float16: gguf.LlamaFileType.MOSTLY_F16,
@@ -51,17 +52,20 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
     """
     checkpoint, layout = opened.checkpoint, opened.layout
     heads = wanted_heads(opened, request)
-    if layout.family not in FAMILIES:
+    architecture = FAMILIES[layout.family].gguf
+    if architecture is None:
         raise RegroupError(
             "this family is not written as GGUF here",
             file=opened.folder,
-            expected=" or ".join(FAMILIES),
+            expected=" or ".join(
+                sorted({family.stock_type for family in FAMILIES.values() if family.gguf is not None})
+            ),
             got=layout.family,
             remedy="where the child is stock, llama.cpp's own converter may know it: export it with --to hf first",
         )
     require_head(opened.checkpoint.folder)  # llama.cpp would take the embedding for one that is not there
     uniform = len(set(heads)) == 1
-    arch = ("qwen2" if layout.family == "qwen2" else "llama") if uniform else "deci"
+    arch = architecture if uniform else "deci"
     config = _config(opened)
     dtype = getattr(torch, request.dtype) if request.dtype else TORCH_DTYPES[layout.dtype or "F32"]
     if dtype not in _GGML_TYPES:
@@ -81,7 +85,7 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
     elements = sum(math.prod((changed.get(name) or entry).shape) for name, entry in checkpoint.tensors.items())
     check_destination(destination, opened.folder, elements * dtype.itemsize)
     if request.check:
-        foresee_check(opened, changed, request.told)
+        expect_memory(opened, changed, request.listener)
     with staged_file(destination) as file:
         with contextlib.closing(gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[arch]])) as writer:
             _describe(writer, config, heads, layout.layers[0].head_dim, _FILE_TYPES[dtype], opened.folder.name)
@@ -89,7 +93,7 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
                 writer.add_tokenizer_model("no_vocab")
             else:
                 vocab.add_to(writer)
-            _write_tensors(writer, opened, changed, arch, config, heads, dtype, request.told)
+            _write_tensors(writer, opened, changed, arch, config, heads, dtype, request.listener)
         checked = None
         if request.check:
             checked = check_gguf(opened, file, config, dtype, vocab, request)
@@ -179,7 +183,7 @@ def _write_tensors(
     config: Any,
     heads: tuple[int, ...],
     dtype: torch.dtype,
-    told: Listener,
+    listener: Listener,
 ) -> None:
     """Header first, then one tensor at a time."""
     made: list[tuple[str, torch.dtype, tuple[int, ...], Callable[[], torch.Tensor]]] = []
@@ -199,7 +203,7 @@ def _write_tensors(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    with told.writing(sum(sizes)) as progress:
+    with listener.writing(sum(sizes)) as progress:
         for (name, kind, _, read), nbytes in zip(made, sizes, strict=True):
             writer.write_tensor_data(rounded(read(), kind, name).contiguous().view(torch.uint8).numpy())
             progress(nbytes)

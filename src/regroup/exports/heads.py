@@ -9,21 +9,27 @@ from typing import Any
 import torch
 
 from ..errors import RegroupError
+from ..families import FAMILIES, family_for
+from ..families.reading import slow_output
 from ..layout import Layout
-from ..layout.families import slow_output
 from ..layout.nemotron_nas import to_blocks
 from ..layout.types import TensorInfo
+from ..opening import Source
 from ..plans import LayerPlan, Plan
 from ..solver.rewrite import Change, Move, rewrite_of
 from ..writer.converted_config import converted_config, is_stock
+from .request import Request
 
-# Families whose layers are Llama's, tensor for tensor, so that Llama's code in another program runs them.
-LLAMA_LAYERS = ("llama", "mistral")
-# Model types whose layout other programs brought up, and which transformers reads in regroup's form alone.
-FOREIGN = ("deci", "nemotron-nas")
-# Families whose classes in vLLM skip a stored output head, whatever the config says of tying (its models/bloom.py,
-# commandr.py, gemma.py, gemma2.py and whisper.py).
-_HEAD_IGNORED = ("bloom", "cohere", "gemma", "gemma2", "whisper")
+# Families whose layers are Llama's, so that Llama's code in another program runs them.
+LLAMA_LAYERS = tuple(sorted({family.stock_type for family in FAMILIES.values() if family.gguf == "llama"}))
+
+
+# What a stock class holds, by ``Layout.native_kv_heads``.
+_HELD = {
+    "any": "the same number in every layer",
+    "mqa": "1 in every layer, or as many as query heads",
+    "none": "as many as query heads: this family knows no grouped heads",
+}
 
 
 def heads_of(layout: Layout) -> tuple[int, ...]:
@@ -55,7 +61,7 @@ def check_served(config: Mapping[str, Any], layout: Layout) -> None:
     Raises:
         RegroupError: with the switch; or the model's head is not its embedding, which vLLM takes for it in this family.
     """
-    if layout.family in _HEAD_IGNORED and not layout.tied_embeddings:
+    if FAMILIES[layout.family].vllm == "embedding" and not layout.tied_embeddings:
         raise RegroupError(
             "vLLM would answer otherwise than transformers: it leaves out this family's stored head",
             file="config.json",
@@ -63,7 +69,7 @@ def check_served(config: Mapping[str, Any], layout: Layout) -> None:
             got=f"a {layout.family} with a head of its own",
             remedy="export it with --to hf",
         )
-    if slow_output(config):
+    if slow_output(config, family_for(config)):
         raise RegroupError(
             "vLLM would answer otherwise than transformers: it adds the output biases, which this switch leaves out",
             file="config.json",
@@ -80,6 +86,54 @@ def holds(layout: Layout, heads: Sequence[int]) -> bool:
 def config_with(config: Mapping[str, Any], layout: Layout, heads: Sequence[int]) -> dict[str, Any]:
     """The config that transformers, or regroup on top of it, loads these KV heads by."""
     return converted_config(dict(config), layout, plan_of(layout, heads))
+
+
+def source_config(opened: Source) -> dict[str, Any]:
+    """The config by which the source loads as it is, whatever layout its own config is in."""
+    return config_with(opened.checkpoint.config, opened.layout, heads_of(opened.layout))
+
+
+def wanted_heads(opened: Source, request: Request) -> tuple[int, ...]:
+    """The KV heads of each layer afterwards.
+
+    Raises:
+        RegroupError: the target holds no such heads, or they cannot be spread over the devices.
+    """
+    layout, devices = opened.layout, request.tensor_parallel
+    heads = heads_of(layout)
+    if devices is not None:
+        check_devices(layout, devices)
+    stock = holds(layout, heads)
+    if request.expand and not stock:
+        heads = (stock_heads(layout),) * len(heads)
+        request.notes.append(
+            f"KV heads were repeated ({spell(layout)}, now {heads[0]} in every layer): the cache grows with them"
+        )
+    elif request.to == "hf" and not stock and opened.checkpoint.config.get("model_type") == layout.family:
+        engines = "export it with --to vllm or --to gguf, " if layout.family in LLAMA_LAYERS else ""
+        raise RegroupError(
+            "no stock class of transformers holds these KV heads",
+            file=opened.folder,
+            expected=_HELD[layout.native_kv_heads],
+            got=spell(layout),
+            remedy=f"load it as it is with trust_remote_code=True, {engines}or repeat KV heads until a stock class "
+            "holds them: --expand",
+        )
+    if devices is not None and min(heads) < devices:
+        few = f"{min(heads)} KV heads for {devices} devices"
+        if request.to == "vllm":
+            request.notes.append(f"{few}: vLLM gives each device a copy; the cache does not shrink with more devices")
+        elif layout.native_kv_heads == "any" and len(set(heads)) == 1:
+            request.notes.append(f"{few}: each KV head was repeated {devices // heads[0]} times, one for each device")
+            heads = (devices,) * len(heads)
+        else:
+            raise RegroupError(
+                "the KV heads cannot be divided over the tensor-parallel devices",
+                expected=f"at least {devices} in every layer",
+                got=spell(layout),
+                remedy="add --expand",
+            )
+    return heads
 
 
 def stock_heads(layout: Layout) -> int:

@@ -29,7 +29,7 @@ _PATIENCE = 120  # seconds, for a file that takes a fraction of one
 
 
 def installed() -> bool:
-    """Whether there is a package of that name; it may still not work (see ``trouble``)."""
+    """Whether there is a package of that name; it may still not work (see ``unsupported_reason``)."""
     return importlib.util.find_spec("llama_cpp") is not None
 
 
@@ -41,7 +41,7 @@ def version() -> str:
         return "llama-cpp-python of an unknown version"
 
 
-def trouble(kinds: Iterable[str]) -> str | None:
+def unsupported_reason(kinds: Iterable[str]) -> str | None:
     """Why llama.cpp cannot be asked here; None where it answers for a file that is known to be good.
 
     An installation that does not even do that says nothing about other files.
@@ -50,11 +50,11 @@ def trouble(kinds: Iterable[str]) -> str | None:
         kinds: ggml's names of how the tensors of the file in question are stored, such as ``"F16"``: code for some of
             them may not run on this processor. None of them for the tokenizer alone.
     """
-    return _trouble(frozenset(kinds)) if installed() else "llama-cpp-python is not installed"
+    return _unsupported_reason(frozenset(kinds)) if installed() else "llama-cpp-python is not installed"
 
 
 @functools.lru_cache(maxsize=16)
-def _trouble(kinds: frozenset[str]) -> str | None:
+def _unsupported_reason(kinds: frozenset[str]) -> str | None:
     with tempfile.TemporaryDirectory(prefix="regroup-llama-cpp-") as folder:
         for kind in sorted({"F32", *kinds}):
             file = Path(folder) / f"{kind}.gguf"
@@ -134,7 +134,7 @@ def ask(file: Path, asked: dict[str, Any]) -> dict[str, Any]:
         vocabulary), float32; with a prompt also ``prompt_ids``, ``greedy_ids`` and ``greedy_text``.
 
     Raises:
-        RegroupError: it ended badly, where it answers for a good file (see ``trouble``).
+        RegroupError: it ended badly, where it answers for a good file (see ``unsupported_reason``).
     """
     try:
         return _run(file, asked)

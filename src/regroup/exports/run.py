@@ -2,76 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint import is_gguf, staged_folder
 from ..checkpoint.header import nbytes_of
 from ..checkpoint.writer import check_destination, existing_parent
 from ..errors import RegroupError
+from ..families import FAMILIES
 from ..files import as_named
 from ..listener import Listener
 from ..modeling.expected import check_loadable
 from ..opening import Source, open_source
-from ..solver.rewrite import Change
+from .check import check_length, compare, expect_memory, folder_logits
 from .folder import CONFIGURATION_FILE, write_folder
 from .heads import (
-    FOREIGN,
-    LLAMA_LAYERS,
     block_config,
-    check_devices,
     check_served,
     config_with,
     heads_of,
     holds,
     repeated,
+    source_config,
     spell,
-    stock_heads,
+    wanted_heads,
 )
-
-TARGETS = ("hf", "vllm", "gguf")
-# What a stock class holds, by ``Layout.native_kv_heads``.
-_HELD = {
-    "any": "the same number in every layer",
-    "mqa": "1 in every layer, or as many as query heads",
-    "none": "as many as query heads: this family knows no grouped heads",
-}
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an export wrote.
-
-    Attributes:
-        destination: the folder, or the GGUF file.
-        form: what it is, for people.
-        checked: what was compared with the source and how far apart it was; None where nothing was.
-        unchecked: why nothing was compared; None where something was.
-        notes: what the user should know of it.
-    """
-
-    destination: Path
-    form: str
-    checked: str | None
-    unchecked: str | None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass
-class Request:
-    """What is asked of an export, beside source and destination (see ``export_checkpoint``)."""
-
-    to: str
-    expand: bool = False
-    tensor_parallel: int | None = None
-    dtype: str | None = None
-    check: bool = True
-    told: Listener = field(default_factory=Listener)
-    notes: list[str] = field(default_factory=list)
+from .request import DTYPES, TARGETS, Exported, Request
 
 
 def export_checkpoint(
@@ -100,7 +55,7 @@ def export_checkpoint(
         dtype: of the matrices of a GGUF file, or of a checkpoint made from one; the source's by default.
         check: load the result and compare its logits with the source's, in float32, one model at a time.
         revision, allow_pickle: see ``open_source``.
-        listener: told how it goes on.
+        listener: told of progress.
 
     Raises:
         RegroupError: the target holds no such model, memory holds no comparison, or what was made does not answer as
@@ -139,7 +94,7 @@ def export_checkpoint(
 
 def _export_folder(opened: Source, destination: Path, request: Request) -> Exported:
     checkpoint, layout = opened.checkpoint, opened.layout
-    if request.to == "vllm" and layout.encoder_layers and layout.family != "whisper":
+    if request.to == "vllm" and FAMILIES[layout.family].vllm == "none":
         raise RegroupError(
             "vLLM serves no encoder-decoder of this family",
             got=layout.family,
@@ -174,91 +129,25 @@ def _export_folder(opened: Source, destination: Path, request: Request) -> Expor
         check_loadable(config, made, destination)
     check_destination(destination, opened.folder, nbytes)
     if request.check:
-        foresee_check(opened, changed, request.told)
+        expect_memory(opened, changed, request.listener)
     with staged_folder(destination) as stage:
-        with request.told.writing(nbytes) as progress:
+        with request.listener.writing(nbytes) as progress:
             write_folder(checkpoint, stage, config, changed, note=f"{form}.", progress=progress)
-        checked = _compare(opened, stage, request.told) if request.check else None
+        checked = _compare(opened, stage, request.listener) if request.check else None
     if blocks:
         request.notes.append("the check ran transformers' Llama layers on these blocks, not vLLM")
     return Exported(destination, form, checked, None if checked else "--no-check", tuple(request.notes))
 
 
-def wanted_heads(opened: Source, request: Request) -> tuple[int, ...]:
-    """The KV heads of each layer afterwards.
-
-    Raises:
-        RegroupError: the target holds no such heads, or they cannot be spread over the devices.
-    """
-    layout, devices = opened.layout, request.tensor_parallel
-    heads = heads_of(layout)
-    if devices is not None:
-        check_devices(layout, devices)
-    stock = holds(layout, heads)
-    if request.expand and not stock:
-        heads = (stock_heads(layout),) * len(heads)
-        request.notes.append(
-            f"KV heads were repeated ({spell(layout)}, now {heads[0]} in every layer): the cache grows with them"
-        )
-    elif request.to == "hf" and not stock and opened.checkpoint.config.get("model_type") not in FOREIGN:
-        engines = "export it with --to vllm or --to gguf, " if layout.family in LLAMA_LAYERS else ""
-        raise RegroupError(
-            "no stock class of transformers holds these KV heads",
-            file=opened.folder,
-            expected=_HELD[layout.native_kv_heads],
-            got=spell(layout),
-            remedy=f"load it as it is with trust_remote_code=True, {engines}or repeat KV heads until a stock class "
-            "holds them: --expand",
-        )
-    if devices is not None and min(heads) < devices:
-        few = f"{min(heads)} KV heads for {devices} devices"
-        if request.to == "vllm":
-            request.notes.append(f"{few}: vLLM gives each device a copy; the cache does not shrink with more devices")
-        elif layout.native_kv_heads == "any" and len(set(heads)) == 1:
-            request.notes.append(f"{few}: each KV head was repeated {devices // heads[0]} times, one for each device")
-            heads = (devices,) * len(heads)
-        else:
-            raise RegroupError(
-                "the KV heads cannot be divided over the tensor-parallel devices",
-                expected=f"at least {devices} in every layer",
-                got=spell(layout),
-                remedy="add --expand",
-            )
-    return heads
-
-
-def source_config(opened: Source) -> dict[str, Any]:
-    """The config by which the source loads as it is, whatever layout its own config is in."""
-    return config_with(opened.checkpoint.config, opened.layout, heads_of(opened.layout))
-
-
-def check_length(opened: Source) -> int:
-    """Positions that a check runs over: at most a window's, so that engines without windows answer alike."""
-    from .check import LENGTH
-
-    return min([LENGTH, *(layer.window for layer in opened.layout.layers if layer.window is not None)])
-
-
-def foresee_check(opened: Source, changed: Mapping[str, Change], told: Listener) -> None:
-    """Say what memory the check at the end takes, from the headers (see ``check_memory``)."""
-    from .check import check_memory
-
-    tensors = opened.checkpoint.tensors
-    parameters = sum(math.prod((changed.get(name) or entry).shape) for name, entry in tensors.items())
-    check_memory(opened.folder, parameters, opened.checkpoint.config.get("vocab_size", 0), told)
-
-
-def _compare(opened: Source, stage: Path, told: Listener) -> str:
+def _compare(opened: Source, stage: Path, listener: Listener) -> str:
     import transformers
 
-    from .check import compare, folder_logits
-
     length = check_length(opened)
-    with told.comparing() as answered, open_source(str(stage)) as made:
+    with listener.comparing() as advance, open_source(str(stage)) as made:
         wanted = folder_logits(opened.checkpoint.folder, source_config(opened), length=length)
-        answered(1)
+        advance(1)
         config = source_config(made)
         found = folder_logits(stage, config, length=length)
-        answered(1)
+        advance(1)
     own = " with regroup's classes" if "regroup" in config else ""
     return str(compare(wanted, found, f"transformers {transformers.__version__}{own}"))

@@ -7,25 +7,24 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import RegroupError
-from .families import (
-    FAMILIES,
-    Family,
+from ..families import FAMILIES, Family, family_for
+from ..families.numbers import is_natural, natural
+from ..families.reading import (
     clipping,
     declared_kv_heads,
-    family_for,
     fixed_order,
     initializer_std,
+    keys_normed,
     residual_scale,
     rotary_fraction,
     sliding_window,
     ties,
     unsupported_reason,
 )
+from ..families.unknown import unknown_family
 from .nemotron_nas import as_llama
-from .numbers import is_natural, natural
 from .spelling import as_known
 from .types import AttentionLayer, HeadSlot, Kind, Layout, Projection, Rotary, TensorInfo, fused_slots
-from .unknown import unknown_family
 from .weights import Weights
 
 # The key under which a checkpoint written by regroup names its KV heads, module by module.
@@ -54,7 +53,7 @@ def detect(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None =
     family = family_for(config)
     if family is None:
         raise unknown_family(config, FAMILIES)
-    if (reason := unsupported_reason(config)) is not None:
+    if (reason := unsupported_reason(config, family)) is not None:
         raise RegroupError(
             f"this {config['model_type']} checkpoint cannot be converted: {reason}",
             file="config.json",
@@ -64,9 +63,8 @@ def detect(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None =
     layers = tuple(reader.layers())
     if reader.weights is not None:
         reader.weights.check_nothing_else(layers)
-    model_type = config["model_type"]
     return Layout(
-        family="llama" if model_type == "deci" else model_type,
+        family=family.stock_type,
         layers=layers,
         hidden_size=reader.hidden,
         dtype=tensors[layers[0].query.weight.tensor].dtype if tensors else None,
@@ -74,7 +72,7 @@ def detect(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None =
         encoder_layers=natural(config, (family.encoder_layers,)) if family.encoder_layers else 0,
         tied_embeddings=ties(config, family),
         parameters=sum(math.prod(info.shape) for info in tensors.values()) if tensors else None,
-        initializer_std=initializer_std(config, reader.hidden),
+        initializer_std=initializer_std(config, family, reader.hidden),
     )
 
 
@@ -144,7 +142,7 @@ class _Reader:
         bias_table = f"{name}.{family.position_bias}"
         if kind == "self" and family.position_bias and self._has(bias_table, absent=index == 0):
             query_extras += (HeadSlot(bias_table, 1, H, 1),)
-        clip = clipping(self.config)
+        clip = clipping(self.config, family)
         layer = AttentionLayer(
             name=name,
             module=module,
@@ -159,22 +157,22 @@ class _Reader:
             value=Projection(slots[2], biases[2]),
             output=Projection(HeadSlot(f"{name}.{family.output}.weight", 1 - axis, H, D)),
             rotary=Rotary(family.pairs, int(D * rotary_fraction(self.config, family))) if family.pairs else None,
-            window=sliding_window(self.config, index),
-            fixed_order=fixed_order(self.config),
+            window=sliding_window(self.config, family, index),
+            fixed_order=fixed_order(family),
             order_group="decoder self-attention" if family.shared_order and kind == "self" else None,
             key_obstacle=clip or ("a norm follows the key projection" if self._normed(name) else None),
             value_obstacle=clip,
-            residual_scale=residual_scale(self.config) if kind == "self" else None,
+            residual_scale=residual_scale(self.config, family) if kind == "self" else None,
         )
         if self.weights is not None:
             self.weights.check_shapes(layer)
         return layer
 
     def _normed(self, name: str) -> bool:
-        """Whether queries and keys pass a norm, shared by all heads or one a head."""
-        shared = [part for part in self.family.ignored if part.endswith("norm.weight")]
-        own = [norm for norm, _ in self.family.key_norm]
-        return any(self._has(f"{name}.{part}".format(head=0)) for part in shared + own)
+        """Whether keys pass a norm: the config says so, or the weights hold one."""
+        norms = (*self.family.shared_norms, *(norm for norm, _ in self.family.key_norm))
+        stored = any(self._has(f"{name}.{norm}".format(head=0)) for norm in norms)
+        return stored or keys_normed(self.config, self.family)
 
     def _has(self, tensor: str, *, absent: bool = False) -> bool:
         return absent if self.weights is None else tensor in self.weights.tensors

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RegroupError
+from ..families import FAMILIES
 
 # What the old code called Falcon's keys.
 _FALCON = {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers", "n_head_kv": "num_kv_heads"}
@@ -18,27 +19,11 @@ _FALCON_TYPES = ("RefinedWeb", "RefinedWebModel")
 # What the old code assumed where the config did not say, which is not what transformers assumes.
 _OLD_DEFAULTS = {"multi_query": False, "parallel_attn": False, "alibi": False, "bias": False}
 
-_T5 = (("num_heads", "num_attention_heads"), ("d_model", "hidden_size"), ("d_kv", "head_dim"))
-
-# Keys of one family that mean the same, in its class or in an older one, and so may not differ.
-_SAME = {
-    "gpt2": (("n_head", "num_attention_heads"), ("n_layer", "num_hidden_layers"), ("n_embd", "hidden_size")),
-    "gpt_bigcode": (("n_head", "num_attention_heads"), ("n_layer", "num_hidden_layers"), ("n_embd", "hidden_size")),
-    "bloom": (("n_head", "num_attention_heads"), ("n_layer", "num_hidden_layers"), ("n_embed", "hidden_size")),
-    "falcon": (("n_embed", "hidden_size"), *_FALCON.items()),
-    **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
-    **dict.fromkeys(("bart", "mbart", "pegasus", "marian", "m2m_100", "whisper"), (("d_model", "hidden_size"),)),
-}
 # What classes were called when checkpoints of them were published.
 _CLASSES = {
     "T5WithLMHeadModel": "T5ForConditionalGeneration",
     "LLaMAForCausalLM": "LlamaForCausalLM",
     "GPTBigCodeLMHeadModel": "GPTBigCodeForCausalLM",
-}
-# Keys of a family's older code that transformers' class does not read: what it is called now.
-_UNREAD = {
-    "stablelm": {"rope_pct": "partial_rotary_factor", "norm_eps": "layer_norm_eps"},
-    "phi": {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers", "n_embd": "hidden_size"},
 }
 
 
@@ -59,10 +44,11 @@ def as_known(config: Mapping[str, Any]) -> Mapping[str, Any]:
         now = [_CLASSES.get(name, name) if isinstance(name, str) else name for name in names]
         config = {**config, "architectures": now}
     model_type = config.get("model_type")
-    if isinstance(model_type, str):
-        for one, other in _SAME.get(model_type, ()):
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is not None:
+        for one, other in family.aliases:
             _agree(config, one, other)
-        for old, new in _UNREAD.get(model_type, {}).items():
+        for old, new in family.old_keys.items():
             _agree(config, old, new)
             if config.get(old) is not None and config.get(new) is None:
                 raise RegroupError(

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, Protocol
 
+from ..families.family import Packing
+
 Kind = Literal["self", "cross"]
-Packing = Literal["separate", "stacked", "interleaved"]
 
 
 class TensorInfo(Protocol):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from ..errors import RegroupError
-from .families import Family
+from ..families import Family
 from .types import AttentionLayer, TensorInfo
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
@@ -18,7 +18,7 @@ class Weights:
 
     Args:
         tensors: name to dtype and shape.
-        family: its row.
+        family: its facts.
         hidden: hidden size, as the config says.
         layers: how many there are, as the config says.
 
@@ -94,7 +94,7 @@ class Weights:
                         raise _misshapen(what, tensor, layer.name, f"shape {wanted}", shape)
 
     def check_nothing_else(self, layers: Iterable[AttentionLayer]) -> None:
-        """Refuse parameters below an attention module that the family's row does not account for.
+        """Refuse parameters below an attention module that the family's facts do not account for.
 
         Raises:
             RegroupError: there is one, or there are more layers than the config says.
@@ -119,7 +119,7 @@ class Weights:
                         expected=f"{self.layers} layers",
                         got=f"layer {number}",
                     )
-                if rest not in (*self.family.ignored, f"{self.family.output}.bias"):
+                if rest not in (*self.family.ignored, *self.family.shared_norms, f"{self.family.output}.bias"):
                     raise RegroupError(
                         "an attention layer holds a parameter that this family does not have",
                         tensor=tensor,

@@ -7,11 +7,11 @@ imports neither torch nor transformers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RegroupError
+from .spelled import stock_architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,6 +85,7 @@ def load(
     from regroup.checkpoint.forms import refuse_adapter
 
     from .expected import check_generation_config, check_loadable, model_class
+    from .silence import without_bars
     from .spelled import spelled
 
     file = Path(path) / "config.json"
@@ -121,20 +122,6 @@ def load(
         ) from error
 
 
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """Nothing of transformers' progress is shown: there is a bar already, or nobody to look at one."""
-    import transformers
-
-    shown = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.logging.enable_progress_bar()
-
-
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a checkpoint folder.
 
@@ -164,16 +151,3 @@ def load_tokenizer(folder: str | Path) -> Any:
             got=" ".join(str(error).split())[:200] or type(error).__name__,
             remedy="copy the tokenizer's files into the folder",
         ) from error
-
-
-def stock_architecture(config: Mapping[str, Any], where: str) -> str:
-    names = config.get("architectures") or []
-    if not names or not isinstance(names, list) or not isinstance(names[0], str):
-        raise RegroupError(
-            "the config does not name the model's class",
-            file=where,
-            expected='"architectures": ["LlamaForCausalLM"] or the like',
-            got=repr(names)[:120],
-            remedy="correct it",
-        )
-    return names[0].removeprefix("Regroup")

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import RegroupError
-from .spelled import runnable
+from .silence import without_bars
+from .spelled import runnable, stock_architecture
 
 if TYPE_CHECKING:
     from ..layout.types import TensorInfo
@@ -50,7 +51,7 @@ def model_class(config: Mapping[str, Any], where: str) -> Any:
     """
     import transformers
 
-    from . import modeling_regroup, stock_architecture
+    from regroup.modeling import modeling_regroup
 
     refuse_kernels(config, where)
     stock = None if config.get("architectures") else default_class(config.get("model_type"))
@@ -385,8 +386,6 @@ def _count(names: Sequence[str], what: str) -> str:
 def _quiet() -> Iterator[None]:
     """Without transformers' report, which names what it would fill with random numbers: it is refused here."""
     import transformers
-
-    from . import without_bars
 
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..errors import RegroupError
 from ..layout.spelling import as_known
 
 _KERNELS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
@@ -43,3 +44,17 @@ def _installed(implementation: str) -> bool:
         "flash_attention_4": import_utils.is_flash_attn_4_available,
     }
     return implementation not in available or available[implementation]()
+
+
+def stock_architecture(config: Mapping[str, Any], where: str) -> str:
+    """The name of the transformers class that a config asks for, also where regroup's class stands in its place."""
+    names = config.get("architectures") or []
+    if not names or not isinstance(names, list) or not isinstance(names[0], str):
+        raise RegroupError(
+            "the config does not name the model's class",
+            file=where,
+            expected='"architectures": ["LlamaForCausalLM"] or the like',
+            got=repr(names)[:120],
+            remedy="correct it",
+        )
+    return names[0].removeprefix("Regroup")

@@ -43,13 +43,6 @@ _LAYERS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers", "num_lay
 _WIDTHS = ("d_model", "hidden_size", "n_embd")
 
 
-def is_encoder_decoder(config: dict[str, Any]) -> bool:
-    """Whether a config is of a model with an encoder; not all of them say so."""
-    if "is_encoder_decoder" in config:
-        return bool(config["is_encoder_decoder"])
-    return "decoder_start_token_id" in config or config.get("model_type") in ("t5", "mt5", "umt5")
-
-
 def state_of(recipe: Recipe, digest: str, run: dict[str, Any] | None) -> tuple[Path, dict[str, Any]] | None:
     """The newest complete state of this very run, if there is one.
 

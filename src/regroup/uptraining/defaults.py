@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from math import sqrt
 
 from ..errors import RegroupError
+from ..families import FAMILIES
 from .recipe import Recipe
 
 
@@ -31,7 +32,6 @@ DEFAULTS = {
     "bloom": FamilyDefaults(1.2e-4, "BigScience 2022, arXiv:2211.05100, table 3: 7.1B"),
 }
 # Pre-trained as T5 was: Adafactor and 1 / sqrt(step) for a million steps.
-T5_LIKE = ("t5", "mt5", "umt5")
 T5_STEPS = 1_000_000
 WEIGHT_DECAY = 0.1
 HIDDEN_WEIGHT = 10.0
@@ -48,7 +48,7 @@ def resolved(recipe: Recipe, family: str, encoder_decoder: bool) -> tuple[Recipe
     Raises:
         RegroupError: settings that exclude each other.
     """
-    t5 = family in T5_LIKE
+    t5 = family in FAMILIES and FAMILIES[family].t5_pretraining
     chosen: list[str] = []
 
     def choose(name: str, value: object, why: str) -> None:

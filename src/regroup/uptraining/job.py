@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
 from ..data import Batch
+from ..devices import on_cpu
 from ..errors import RegroupError
 from ..processes import rank, world
 from .recipe import Recipe
@@ -93,7 +93,6 @@ def training_arguments(recipe: Recipe, steps: int) -> TrainingArguments:
             got=recipe.device,
             remedy="choose GPUs with CUDA_VISIBLE_DEVICES",
         )
-    on_cpu = recipe.device == "cpu" or not torch.cuda.is_available()
     extra: dict[str, Any] = {_CHECKPOINTING: True} if recipe.gradient_checkpointing else {}
     if recipe.fsdp:
         extra |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
@@ -111,8 +110,8 @@ def training_arguments(recipe: Recipe, steps: int) -> TrainingArguments:
         bf16=recipe.dtype == "bfloat16",
         fp16=recipe.dtype == "float16",
         torch_compile=recipe.compile,
-        use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu and world() > 1 else None,
+        use_cpu=on_cpu(recipe.device),
+        ddp_backend="gloo" if on_cpu(recipe.device) and world() > 1 else None,
         logging_steps=recipe.log_every,
         logging_first_step=True,
         # A loss that is not a number has to be seen, not averaged away.

@@ -12,6 +12,7 @@ import torch
 from ..checkpoint import fingerprint
 from ..checkpoint.reader import read_json
 from ..data import Batch
+from ..devices import on_cpu
 from ..errors import RegroupError
 from ..modeling import load
 from ..modeling.lm_head import require_head
@@ -201,6 +202,6 @@ def teacher_of(recipe: Recipe, parent: Path, cache: TeacherCache | None, encoder
 def _device(recipe: Recipe) -> torch.device:
     from accelerate import PartialState
 
-    if recipe.device == "cpu" or not torch.cuda.is_available():
+    if on_cpu(recipe.device):
         return torch.device("cpu")
     return torch.device(PartialState().device or "cuda")

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from ..checkpoint import Checkpoint, fetch
 from ..errors import RegroupError
+from ..families import is_encoder_decoder
 from ..modeling import load, load_tokenizer
 from ..modeling.lm_head import require_head
 from ..opening import Source, open_source
@@ -24,7 +25,6 @@ from .checks import (
     check_window,
     checked_teacher,
     dropouts,
-    is_encoder_decoder,
     state_of,
 )
 from .defaults import resolved

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.writer import write_text
+from ..devices import on_cpu
 from ..errors import RegroupError
 from ..processes import barrier, errors_shared, rank, world
 from ..record import record, write_record
@@ -99,8 +100,8 @@ def _join(recipe: Recipe) -> None:
     from accelerate import PartialState
 
     if world() > 1 and not torch.distributed.is_initialized():
-        on_cpu = recipe.device == "cpu" or not torch.cuda.is_available()
-        PartialState(cpu=on_cpu, **({"backend": "gloo"} if on_cpu else {}))
+        cpu = on_cpu(recipe.device)
+        PartialState(cpu=cpu, **({"backend": "gloo"} if cpu else {}))
 
 
 def _begin(ready: Prepared) -> None:

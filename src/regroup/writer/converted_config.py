@@ -6,12 +6,14 @@ import copy
 from typing import Any
 
 from ..errors import RegroupError
+from ..families import family_for
+from ..families.reading import ties
 from ..layout.detect import CONFIG_KEY
-from ..layout.families import family_for, ties
 from ..layout.nemotron_nas import as_llama
 from ..layout.spelling import as_known
 from ..layout.types import Layout
-from ..modeling import grouped_config, stock_architecture
+from ..modeling import grouped_config
+from ..modeling.spelled import stock_architecture
 from ..plans import Plan
 
 
@@ -36,7 +38,7 @@ def converted_config(config: dict[str, Any], layout: Layout, plan: Plan) -> dict
     assert family is not None
     made["model_type"] = layout.family
     made.pop("auto_map", None)
-    if made.pop("num_key_value_heads_per_layer", None) is not None or config["model_type"] == "deci":
+    if made.pop("num_key_value_heads_per_layer", None) is not None or config["model_type"] != layout.family:
         made["architectures"] = ["LlamaForCausalLM"]
     if not layout.tied_embeddings and ties(config, family) and len(family.tied) == 1:
         # transformers keeps the stored head either way; other engines would put the embedding in its place. In
@@ -49,9 +51,9 @@ def converted_config(config: dict[str, Any], layout: Layout, plan: Plan) -> dict
     if not is_stock(layout, plan):
         if layout.native_kv_heads == "mqa":
             made["multi_query"] = False
-        if config["model_type"] == "falcon" and config.get("new_decoder_architecture"):
+        if family.per_layer_obstacle is not None:
             raise RegroupError(
-                "Falcon's new decoder architecture holds one number of KV heads for all layers",
+                family.per_layer_obstacle,
                 expected="the same number in every layer",
                 remedy="plan it with --kv-heads alone",
             )
@@ -65,8 +67,7 @@ def converted_config(config: dict[str, Any], layout: Layout, plan: Plan) -> dict
         if "num_key_value_heads" in made:
             made["num_key_value_heads"] = plan.uniform
         made["multi_query"] = plan.uniform == 1 and layout.layers[0].num_attention_heads > 1
-        if config["model_type"] == "falcon":
-            made["num_kv_heads"] = plan.uniform
+        made |= dict.fromkeys(family.kv_heads_unread, plan.uniform)
     return made
 
 

@@ -1,0 +1,43 @@
+"""What is asked of an export, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..listener import Listener
+
+TARGETS = ("hf", "vllm", "gguf")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        destination: the folder, or the GGUF file.
+        form: what it is, for people.
+        checked: what was compared with the source and how far apart it was; None where nothing was.
+        unchecked: why nothing was compared; None where something was.
+        notes: what the user should know of it.
+    """
+
+    destination: Path
+    form: str
+    checked: str | None
+    unchecked: str | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Request:
+    """What is asked of an export, beside source and destination (see ``export_checkpoint``)."""
+
+    to: str
+    expand: bool = False
+    tensor_parallel: int | None = None
+    dtype: str | None = None
+    check: bool = True
+    listener: Listener = field(default_factory=Listener)
+    notes: list[str] = field(default_factory=list)

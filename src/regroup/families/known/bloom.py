@@ -1,0 +1,90 @@
+"""BLOOM, and Falcon, which was built from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..family import Family
+
+_BLOOM = Family(
+    model_type="bloom",
+    stock_type="bloom",
+    module="h.{i}.self_attention",
+    cross=None,
+    prefixes=("transformer.", ""),
+    query="q_proj",
+    key="k_proj",
+    value="v_proj",
+    output="dense",
+    fused="query_key_value",
+    packing="interleaved",
+    conv1d=False,
+    heads=("num_attention_heads", "n_head"),
+    layers=("num_hidden_layers", "n_layer"),
+    hidden=("hidden_size", "n_embed"),
+    kv_heads=(),
+    kv_heads_unread=(),
+    kv_heads_by_layer=None,
+    kv_default="heads",
+    head_dim=("head_dim",),
+    head_dim_default=None,
+    encoder_layers=None,
+    native="none",
+    per_layer_obstacle=None,
+    positions="alibi",
+    pairs=None,
+    rotary_share=1.0,
+    query_norm=(),
+    key_norm=(),
+    shared_norms=(),
+    keys_normed="never",
+    clip=None,
+    position_bias=None,
+    shared_order=False,
+    ignored=("rotary_emb.inv_freq",),
+    residual_normed=False,
+    residual_multiplier=None,
+    slow_output=True,
+    window="none",
+    ties=True,
+    always_ties=False,
+    tied=(("lm_head.weight", "transformer.word_embeddings.weight"),),
+    initializer_std=0.02,
+    t5_pretraining=False,
+    speech=False,
+    gguf=None,
+    vllm="embedding",
+    aliases=(("n_head", "num_attention_heads"), ("n_layer", "num_hidden_layers"), ("n_embed", "hidden_size")),
+    old_keys={},
+    unsupported={},
+    switches={},
+)
+
+FAMILIES = (
+    _BLOOM,
+    replace(
+        _BLOOM,
+        model_type="falcon",
+        stock_type="falcon",
+        native="mqa",
+        kv_heads_unread=("num_kv_heads",),
+        positions="rotary",
+        pairs="half",
+        slow_output=False,
+        vllm="stored",
+        aliases=(
+            ("n_embed", "hidden_size"),
+            ("n_head", "num_attention_heads"),
+            ("n_layer", "num_hidden_layers"),
+            ("n_head_kv", "num_kv_heads"),
+        ),
+        switches={
+            "new_decoder_architecture": {
+                "native": "any",
+                "kv_heads": ("num_kv_heads",),
+                "per_layer_obstacle": "Falcon's new decoder architecture holds one number of KV heads for all layers",
+            },
+            "alibi": {"positions": "alibi", "pairs": None},
+        },
+    ),
+)
