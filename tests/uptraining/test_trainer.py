@@ -20,6 +20,7 @@ import tiny
 from helpers import assert_same_tensors, config_of, copy, edit_json, everything, tensors
 from regroup.errors import RegroupError
 from regroup.modeling import load, load_tokenizer
+from regroup.uptraining import run as run_module
 from regroup.uptraining import states
 from regroup.uptraining.objective import make_objective
 from regroup.uptraining.run import uptrain
@@ -394,6 +395,62 @@ def test_other_settings_do_not_continue_a_run(whole: tuple[Path, dict[str, Any]]
     with pytest.raises(RegroupError, match=r"run with other settings(.|\n)*learning_rate: 0.001 → 0.002") as error:
         uptrain(runs.recipe(shop, output=whole[0], learning_rate=2e-3))
     assert "--output" in str(error.value)
+
+
+def test_two_processes_do_not_run_in_one_folder(shop: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    recipe = runs.recipe(shop, output=output, steps=1)
+    # A lock belongs to the opened file, so that one process stands for two here.
+    with states.begun(output, {"format": 1, "digest": uptrain(recipe, dry_run=True).recipe.digest()}):
+        with pytest.raises(RegroupError, match="another process is running"):
+            uptrain(recipe)
+        assert everything(output) == ["run.json"]
+        assert uptrain(recipe, dry_run=True).model is None
+    assert uptrain(recipe).model is not None
+    with states.locked(output / "run.json"):  # a run that has ended holds no lock
+        pass
+
+
+def test_a_run_locks_its_folder_until_it_ends(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "run"
+    recipe = runs.recipe(shop, output=output, steps=2, save_every=1)
+    observe = UptrainTrainer._observe
+    refused = []
+
+    def second(trainer: UptrainTrainer) -> Any:
+        with pytest.raises(RegroupError, match="another process is running") as error:
+            uptrain(recipe)
+        refused.append(error)
+        return observe(trainer)
+
+    monkeypatch.setattr(UptrainTrainer, "_observe", second)
+    assert uptrain(recipe).model is not None
+    assert len(refused) == 2
+    monkeypatch.undo()
+    shutil.rmtree(output / "model")
+    shutil.rmtree(output / "checkpoint-2")
+    broken_off(monkeypatch, recipe, 2)
+    assert uptrain(recipe).resumed_from == 1
+
+
+def test_a_folder_that_appears_meanwhile_is_refused(shop: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Another process begins, and is killed, while this one reads its data: what it found is not what is there."""
+    recipe = runs.recipe(shop, output=tmp_path / "run", steps=4, save_every=2)
+    prepare = run_module.prepare
+
+    def meanwhile(recipe: Any) -> Any:
+        ready = prepare(recipe)
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "prepare", prepare)
+            broken_off(monkeypatch, recipe, 4)
+        return ready
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "prepare", meanwhile)
+        with pytest.raises(RegroupError, match="meanwhile"):
+            uptrain(recipe)
+    assert [step for step, _ in states.complete(tmp_path / "run")] == [2]
+    assert uptrain(recipe).resumed_from == 2
 
 
 def test_an_occupied_folder_is_refused(shop: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ KNOWN_PRETRAINING_TOKENS: dict[str, tuple[int, str]] = {
     "tiiuae/falcon-40b": (10**12, "Almazrouei et al. 2023, arXiv:2311.16867"),
     "mosaicml/mpt-7b": (10**12, "model card of mosaicml/mpt-7b"),
     "mosaicml/mpt-30b": (10**12, "model card of mosaicml/mpt-30b"),
-    "google/gemma-7b": (6 * 10**12, "Gemma ProcessGroup 2024, arXiv:2403.08295"),
+    "google/gemma-7b": (6 * 10**12, "Gemma Team 2024, arXiv:2403.08295"),
     "microsoft/phi-1_5": (150 * 10**9, "Li et al. 2023, arXiv:2309.05463"),
     "microsoft/phi-2": (14 * 10**11, "model card of microsoft/phi-2"),
     "stabilityai/stablelm-3b-4e1t": (4 * 10**12, "model card of stabilityai/stablelm-3b-4e1t"),

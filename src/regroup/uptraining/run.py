@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint.writer import write_text
 from ..errors import RegroupError
 from ..processes import barrier, errors_shared, rank, world
 from ..record import record, write_record
@@ -67,31 +67,40 @@ def uptrain(recipe: Recipe, *, listener: Listener | None = None, dry_run: bool =
         RegroupError: anything wrong, as far as possible before the first step; the loss breaks down; the disk is full.
     """
     _join(recipe)
-    told = (listener or Listener()) if rank() == 0 else Listener()
-    with told.stage("checking the recipe, the model and the data"), errors_shared():
-        ready = prepare(recipe)
-    told.planned(ready.lines)
-    if dry_run:
-        return Result(ready.recipe, ready.budget, ready.lines)
-    finished = ready.recipe.output / states.MODEL_FOLDER
-    if finished.exists():
-        told.notice(f"the run is finished already, and nothing is done now: {finished}")
-        value = json.loads((ready.recipe.output / "record.json").read_text(encoding="utf-8"))
-        return Result(ready.recipe, ready.budget, ready.lines, finished, value, ready.step, finished_before=True)
-    with errors_shared():
-        if rank() == 0:
-            _begin(ready)
-    try:
-        if ready.local_steps and not ready.local_done:
-            from .local import local_stage
+    if listener is None or rank() > 0:
+        listener = Listener()
+    with ExitStack() as lock:
+        with listener.stage("checking the recipe, the model and the data"), errors_shared():
+            # Before anything in the folder is read: the states of a run in progress come and go.
+            begun = (recipe.output / states.RUN_FILE).is_file()
+            if begun and not dry_run and rank() == 0:
+                lock.enter_context(states.locked(recipe.output / states.RUN_FILE))
+            ready = prepare(recipe)
+        listener.planned(ready.lines)
+        if dry_run:
+            return Result(ready.recipe, ready.budget, ready.lines)
+        finished = ready.recipe.output / states.MODEL_FOLDER
+        if finished.exists():
+            listener.notice(f"the run is finished already, and nothing is done now: {finished}")
+            value = json.loads((ready.recipe.output / "record.json").read_text(encoding="utf-8"))
+            return Result(ready.recipe, ready.budget, ready.lines, finished, value, ready.step, finished_before=True)
+        with errors_shared():
+            if rank() == 0:
+                if not begun:
+                    run = {"format": 1, "digest": ready.digest, "recipe": ready.recipe.to_json()}
+                    lock.enter_context(states.begun(ready.recipe.output, run))
+                states.clean(ready.recipe.output)
+        try:
+            if ready.local_steps and not ready.local_done:
+                from .local import local_stage
 
-            local_stage(ready, told)
-        trainer = _trained(ready, told)
-    except NothingLearntError:
-        if rank() == 0:
-            states.forget(ready.recipe.output)
-        raise
-    return _finish(ready, trainer, told)
+                local_stage(ready, listener)
+            trainer = _trained(ready, listener)
+        except NothingLearntError:
+            if rank() == 0:
+                states.forget(ready.recipe.output)
+            raise
+        return _finish(ready, trainer)
 
 
 def _join(recipe: Recipe) -> None:
@@ -103,25 +112,14 @@ def _join(recipe: Recipe) -> None:
         PartialState(cpu=on_cpu, **({"backend": "gloo"} if on_cpu else {}))
 
 
-def _begin(ready: Prepared) -> None:
-    output = ready.recipe.output
-    output.mkdir(parents=True, exist_ok=True)
-    states.clean(output)
-    if not (output / states.RUN_FILE).exists():
-        run = {"format": 1, "digest": ready.digest, "recipe": ready.recipe.to_json()}
-        temporary = output / f".{states.RUN_FILE}"
-        write_text(temporary, json.dumps(run, indent=2) + "\n")
-        temporary.rename(output / states.RUN_FILE)
-
-
-def _trained(ready: Prepared, told: Listener) -> UptrainTrainer:
+def _trained(ready: Prepared, listener: Listener) -> UptrainTrainer:
     """Train to the end, from the newest state if there is one."""
     trainer = UptrainTrainer(ready.student, ready.job, ready.arguments)
     state = ready.state
     if state is not None:
         trainer.guard.load_state_dict(state["guard"])
         trainer.seconds_before = state["seconds"]
-    trainer.add_callback(Progress(trainer, told, ready.budget.tokens_per_step))
+    trainer.add_callback(Progress(trainer, listener, ready.budget.tokens_per_step))
     first = ready.step or 0
     if state is not None and (first >= ready.job.steps or state["data_ended"]):
         # Broken off between the last state and the finished model.
@@ -138,7 +136,7 @@ def _trained(ready: Prepared, told: Listener) -> UptrainTrainer:
             trainer.evaluate()
         return trainer
     try:
-        with told.training(ready.job.steps, first):
+        with listener.training(ready.job.steps, first):
             trainer.train(resume_from_checkpoint=None if ready.state_folder is None else str(ready.state_folder))
     except torch.OutOfMemoryError as error:
         raise RegroupError(
@@ -158,11 +156,11 @@ def _trained(ready: Prepared, told: Listener) -> UptrainTrainer:
     if first == 0 and not trainer.is_fsdp_enabled:
         check_changed(before, ready.student, trainer.state.global_step)
     if trainer.data_ended:
-        told.notice(f"the data ended after step {trainer.state.global_step} of {ready.job.steps}: raise epochs")
+        listener.notice(f"the data ended after step {trainer.state.global_step} of {ready.job.steps}: raise epochs")
     return trainer
 
 
-def _finish(ready: Prepared, trainer: UptrainTrainer, told: Listener) -> Result:
+def _finish(ready: Prepared, trainer: UptrainTrainer) -> Result:
     """Record, figure, and at last the model: where it is, everything is."""
     recipe, output = ready.recipe, ready.recipe.output
     state: Any = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
