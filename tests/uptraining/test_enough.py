@@ -228,7 +228,7 @@ def test_an_interruption_says_what_is_kept_and_what_resumes(
     # What it says is true: that command, taken apart as a shell does, finishes the run.
     status, _, message = run(*shlex.split(command)[1:])
     assert status == 0, message
-    assert (saved is not None) == ("going on from step" in message)
+    assert (saved is not None) == ("resuming from step" in message)
     assert (output / "model/config.json").is_file()
 
 

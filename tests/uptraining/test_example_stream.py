@@ -24,7 +24,7 @@ from regroup.data import files, tables, token_windows
 from regroup.data.files import TextFile
 from regroup.data.sources import find_sources
 from regroup.uptraining.objective import Causal, Pairs, SpanCorruption, make_objective
-from regroup.uptraining.reading import check_same_tokenizer
+from regroup.uptraining.teacher import check_same_tokenizer
 from regroup.uptraining.stream import ExampleStream, held_out_examples, open_stream
 
 TOKENIZER = texts.tokenizer()

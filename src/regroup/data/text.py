@@ -67,7 +67,7 @@ def check_window(config: Mapping[str, Any], window: int, *, option: str = "--win
     """
     for name in ("max_position_embeddings", "n_positions"):
         limit = config.get(name)
-        if isinstance(limit, int) and window > limit:
+        if isinstance(limit, int) and 0 < limit < window:
             raise RegroupError(
                 "the windows are longer than the model's positions",
                 expected=f"at most {limit} tokens",
@@ -213,11 +213,11 @@ def _tokens(texts: Iterable[str], tokenizer: Any) -> Iterator[int]:
     for number, text in enumerate(texts):
         if number and tokenizer.eos_token_id is not None:
             yield tokenizer.eos_token_id
-        for start, end in _pieces(text):
+        for start, end in pieces_of(text):
             yield from tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _pieces(text: str) -> Iterator[tuple[int, int]]:
+def pieces_of(text: str) -> Iterator[tuple[int, int]]:
     """Ranges of a text that end at line ends, so that hardly a token is cut."""
     start = 0
     while start < len(text):

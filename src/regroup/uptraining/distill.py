@@ -6,7 +6,7 @@ multiplied by T², which keeps its gradients on the scale of cross-entropy's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,13 +201,3 @@ def layer_outputs(outputs: Any) -> tuple[Tensor, ...]:
     found = getattr(outputs, "decoder_hidden_states", None)
     states = outputs.hidden_states if found is None else found
     return tuple(states[1:])
-
-
-def inputs_of(batch: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """What of a collated batch a model's forward takes: all but the labels, of which the loss is made here."""
-    return ((name, value) for name, value in batch.items() if name != "labels")
-
-
-def frozen(model: Any) -> Any:
-    """A teacher: in evaluation mode and without gradients. Its dtype stays."""
-    return model.eval().requires_grad_(False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data import IGNORED
-from ..data.text import _pieces
+from ..data.text import pieces_of
 from ..errors import RegroupError
 
 Example = dict[str, np.ndarray]
@@ -63,7 +63,7 @@ class RunningText:
 
     def encode(self, tokenizer: Any, documents: Sequence[str]) -> list[list[int]]:
         # Book-sized documents go in pieces: tokenizing one at once takes memory out of all proportion.
-        pieces = [[text[start:end] for start, end in _pieces(text)] for text in documents]
+        pieces = [[text[start:end] for start, end in pieces_of(text)] for text in documents]
         flat = [piece for document in pieces for piece in document]
         if not flat:
             return [[] for _ in documents]

@@ -1,6 +1,6 @@
 """The local stage: each attention layer of the child learns what the parent's does, one layer after the other.
 
-This is the distillation of ``regroup.convert``, from a child that exists already. Both models run side by side, layer
+This is the distillation of ``regroup.convert``, from a child that exists aljob. Both models run side by side, layer
 by layer; the child's attention is trained, on one pass over the text, to give what the parent's attention gives, plus
 what the child's residual stream lacks by then where that is known. It needs no backward pass through the whole model.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,16 @@ from ..modeling import load
 from ..opening import open_source
 from ..processes import rank
 from . import states
-from .distill import inputs_of
 from .enough import NothingLearntError
-from .prepare import Prepared
+from .job import Job
 from .watch import Listener
 
 # Share of the batches that is judged on and never fitted, as in conversion on text.
 _HELD_OUT = 0.125
 
 
-def local_stage(ready: Prepared, told: Listener) -> None:
-    """Train the student's attention on the first ``ready.local_steps`` batches, in the first process alone.
+def local_stage(job: Job, told: Listener) -> None:
+    """Train the student's attention on the first ``job.local_steps`` batches, in the first process alone.
 
     The student is changed in place, and kept in ``local/`` of the output: a run that is broken off later does not do
     this again. Hidden states of all those batches lie in memory twice, in float32.
@@ -42,35 +42,37 @@ def local_stage(ready: Prepared, told: Listener) -> None:
     Raises:
         NothingLearntError: the data ended before there were that many batches.
     """
-    recipe = ready.recipe
-    batches = [dict(inputs_of(batch)) for batch in _global_batches(ready)]
-    if len(batches) < ready.local_steps:
+    recipe = job.recipe
+    # Every process reads them, and so stands where the next stage begins.
+    stream = job.stream.batches(recipe.batch_size)
+    batches = [{k: v for k, v in batch.items() if k != "labels"} for batch in islice(stream, job.local_steps)]
+    if len(batches) < job.local_steps:
         raise NothingLearntError(
             "the data ended within the local stage",
-            expected=f"{ready.local_steps} batches of {recipe.batch_size}, as the recipe asks for",
+            expected=f"{job.local_steps} batches of {recipe.batch_size}, as the recipe asks for",
             got=f"{len(batches)} batches",
             remedy="give more data, fewer tokens or steps, or more epochs in the recipe",
         )
     folder = recipe.output / states.LOCAL_FOLDER
     if rank() == 0:
-        assert ready.teacher_folder is not None
-        with told.stage("layer by layer", ready.source.layout.layers[-1].index + 1, "layers") as count:
+        assert job.teacher_folder is not None
+        with told.stage("layer by layer", job.source.layout.layers[-1].index + 1, "layers") as count:
             errors = distill_layers(
-                ready.checkpoint.folder,
-                ready.teacher_folder,
-                ready.student,
+                job.checkpoint.folder,
+                job.teacher_folder,
+                job.student,
                 batches,
-                _device(ready),
+                str(job.arguments.device),
                 progress=count,
             )
         for name, (before, after) in errors.items():
             told.notice(f"{name}: attention output missed by {before:.1%}, now {after:.1%}")
         with staged_folder(folder) as stage, states.quiet_files():
-            ready.student.save_pretrained(stage)
+            job.student.save_pretrained(stage)
         return
     while not (folder / "config.json").is_file():
         time.sleep(1)  # a barrier would time out; a failure of the first process ends all
-    ready.student.load_state_dict(load(folder, dtype=torch.float32, progress=False).state_dict())
+    job.student.load_state_dict(load(folder, dtype=torch.float32, progress=False).state_dict())
 
 
 def distill_layers(
@@ -133,13 +135,3 @@ def distill_layers(
         upper = after
         progress(1)
     return errors
-
-
-def _global_batches(ready: Prepared) -> list[dict[str, Tensor]]:
-    """Every process reads them, and so stands where the next stage begins."""
-    batches = ready.job.stream.batches(ready.recipe.batch_size)
-    return [batch for _, batch in zip(range(ready.local_steps), batches, strict=False)]
-
-
-def _device(ready: Prepared) -> str:
-    return str(ready.arguments.device)

@@ -98,11 +98,6 @@ def complete(output: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """What a state says of itself: step, stream, guard, seconds."""
-    return read_json(folder / STATE_FILE)
-
-
 def staging(output: Path) -> Path:
     """An empty hidden folder for the next state; what a killed run left in it is removed."""
     folder = output / _STAGING
@@ -189,13 +184,3 @@ def occupied(output: Path) -> dict[str, Any] | None:
             remedy="choose another --output",
         )
     return None
-
-
-def changed_settings(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """Settings that differ, as ``name: before → now``."""
-    names = [name for name in now if name in before and now[name] != before[name]]
-    return [f"{name}: {before[name]} → {now[name]}" for name in names]
-
-
-def folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
