@@ -24,8 +24,8 @@ from regroup.data import files, tables, token_windows
 from regroup.data.files import TextFile
 from regroup.data.sources import find_sources
 from regroup.uptraining.objective import Causal, Pairs, SpanCorruption, make_objective
-from regroup.uptraining.teacher import check_same_tokenizer
 from regroup.uptraining.stream import ExampleStream, held_out_examples, open_stream
+from regroup.uptraining.teacher import check_same_tokenizer
 
 TOKENIZER = texts.tokenizer()
 VOCAB = 96

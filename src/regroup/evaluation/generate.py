@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..data.batches import padded
 from ..errors import RegroupError
-from .prompts import padded
 from .task import Task
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..data import IGNORED, Batch
+from ..data.batches import check_vocabulary
 from ..errors import RegroupError
 
 
@@ -75,7 +76,7 @@ def score(
     for batch in batches:
         targets = batch.targets.to(device)
         logits = _logits(model, batch, device)
-        _check_vocabulary(batch, logits.shape[-1])
+        check_vocabulary(int(batch.targets.max()), logits.shape[-1])
         asked = targets != IGNORED
         wanted = targets.clamp(min=0).unsqueeze(-1)
         other = None if teacher is None else _logits(teacher, batch, device)
@@ -148,21 +149,6 @@ def _logits(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
     inputs = {name: value.to(device) for name, value in batch.inputs.items()}
     size = model.config.get_text_config().vocab_size
     for name in ("input_ids", "decoder_input_ids"):
-        if name in inputs and int(inputs[name].max()) >= size:
-            raise RegroupError(
-                "a token is outside the model's vocabulary",
-                expected=f"ids below {size}",
-                got=int(inputs[name].max()),
-                remedy="the tokenizer belongs to another model",
-            )
+        if name in inputs:
+            check_vocabulary(int(inputs[name].max()), size)
     return model(**inputs, use_cache=False).logits
-
-
-def _check_vocabulary(batch: Batch, size: int) -> None:
-    if int(batch.targets.max()) >= size:
-        raise RegroupError(
-            "a target token is outside the model's vocabulary",
-            expected=f"ids below {size}",
-            got=int(batch.targets.max()),
-            remedy="the tokenizer belongs to another model",
-        )

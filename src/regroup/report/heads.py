@@ -7,7 +7,8 @@ from typing import Any
 
 import altair as alt
 
-from .figures import COLORS, Figure, Section, Table, chart, points_and_lines, size
+from ..errors import human_bytes
+from .figures import COLORS, Figure, Section, Table, chart, points_and_lines
 from .records import Record, labels
 
 _CONTEXTS = [2**power for power in range(9, 18)]
@@ -68,7 +69,7 @@ def _facts(records: Sequence[Record]) -> Figure:
                 str(len(layers)),
                 str(max(layer["num_attention_heads"] for layer in layers)),
                 str(heads[0]) if len(heads) == 1 else f"{heads[0]} – {heads[-1]}",
-                size(sum(_token_bytes(layer) for layer in layers)),
+                human_bytes(sum(_token_bytes(layer) for layer in layers)),
             )
         )
     columns = ("model", "family", "parameters", "attention layers", "query heads", "KV heads", "cache a token, 16 bits")
@@ -92,7 +93,7 @@ def _memory(records: Sequence[Record]) -> Figure:
         for context in _CONTEXTS
     ]
     for row in rows:
-        row["size"], row["MiB"] = size(row["bytes"]), row["bytes"] / 2**20
+        row["size"], row["MiB"] = human_bytes(row["bytes"]), row["bytes"] / 2**20
     tip = [alt.Tooltip("model:N"), alt.Tooltip("context:Q", format=","), alt.Tooltip("size:N")]
     x = alt.X(
         "context:Q",
@@ -104,7 +105,7 @@ def _memory(records: Sequence[Record]) -> Figure:
     drawn = points_and_lines(rows, x=x, y=y, color="model", tooltip=tip)
     shown = [512, 4096, 32768, 131072]
     cells = [
-        (name, *(size(_cache(record.results["layers"], context)) for context in shown))
+        (name, *(human_bytes(_cache(record.results["layers"], context)) for context in shown))
         for name, record in zip(names, records, strict=True)
     ]
     caption = "; ".join(record.conditions for record in records)

@@ -7,7 +7,8 @@ from typing import Any
 
 import altair as alt
 
-from .figures import COLORS, Figure, Section, Table, bars, chart, number, points_and_lines, size
+from ..errors import human_bytes
+from .figures import COLORS, Figure, Section, Table, bars, chart, number, points_and_lines
 from .records import Record
 
 _HEADS = alt.X(
@@ -79,7 +80,7 @@ def _decode(record: Record) -> Figure:
                     for way in ("regroup", "transformers")
                 ),
                 number(model["floor_ms"], 1),
-                size(model["predicted_cache_bytes"]),
+                human_bytes(model["predicted_cache_bytes"]),
             )
         )
     tip = [alt.Tooltip("way:N"), alt.Tooltip("kv_heads:Q", title="KV heads"), alt.Tooltip("ms:Q", format=".2f")]
@@ -171,7 +172,7 @@ def _advice(record: Record) -> Figure:
     cells = [
         (
             row["name"],
-            size(row["memory_bytes"]),
+            human_bytes(row["memory_bytes"]),
             f"{row['largest_batch']:,}",
             number(1e3 * row["token_seconds"], 2),
             number(row[key]) if key else "–",

@@ -80,17 +80,6 @@ def stacked(examples: Sequence[Example], key: str) -> Tensor:
     return torch.from_numpy(np.stack([example[key] for example in examples]).astype(np.int64))
 
 
-def padded(examples: Sequence[Example], key: str, fill: int) -> tuple[Tensor, Tensor]:
-    """One array of each example, filled up to the longest, and where it is not: both (examples, length), int64."""
-    length = max(len(example[key]) for example in examples)
-    values = torch.full((len(examples), length), fill, dtype=torch.int64)
-    mask = torch.zeros((len(examples), length), dtype=torch.int64)
-    for row, example in enumerate(examples):
-        values[row, : len(example[key])] = torch.from_numpy(example[key].astype(np.int64))
-        mask[row, : len(example[key])] = 1
-    return values, mask
-
-
 def shifted(labels: Tensor, start_token: int) -> Tensor:
     """What the decoder has seen before each label, (examples, length) as the labels are."""
     before = torch.empty_like(labels)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..data import IGNORED
+from ..data.batches import padded
 from ..errors import RegroupError
-from .examples import Carry, Example, Objective, RunningText, Tokens, lacking, padded, shifted, stacked
+from .examples import Carry, Example, Objective, RunningText, Tokens, lacking, shifted, stacked
 from .spans import SpanCorruption, sentinel_ids
 
 __all__ = [
@@ -149,8 +150,8 @@ class Pairs:
         return example
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        source, mask = padded(examples, "input", self.pad)
-        labels, target_mask = padded(examples, "target", IGNORED)
+        source, mask = padded([example["input"] for example in examples], self.pad)
+        labels, target_mask = padded([example["target"] for example in examples], IGNORED)
         before = shifted(labels, self.start_token)
         return {
             "input_ids": source,

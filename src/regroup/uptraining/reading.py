@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from threading import local
 from typing import Any
 
+from ..data.batches import check_vocabulary
 from ..data.chunking import Chunk, Source
 from ..errors import RegroupError
 from .examples import Carry, Example, Objective, Tokens
@@ -102,18 +103,7 @@ class Reader:
 
     def _check_vocabulary(self, tokens: Tokens, where: str) -> None:
         largest = max((max(side) for document in tokens.documents for side in sides(document) if side), default=0)
-        if largest >= self.vocab_size:
-            raise self.outside(largest, where)
-
-    def outside(self, token: int, where: str) -> RegroupError:
-        """The error of a token that the model has no row for; ``where`` is the source."""
-        return RegroupError(
-            "a token is outside the model's vocabulary",
-            file=where,
-            expected=f"ids below {self.vocab_size}",
-            got=token,
-            remedy="the tokenizer belongs to another model: use the parent's",
-        )
+        check_vocabulary(largest, self.vocab_size, where)
 
 
 def sides(document: Any) -> tuple[Sequence[int], ...]:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..data.batches import check_vocabulary
 from ..data.chunking import Source
 from ..data.sources import find_sources
 from ..errors import RegroupError
@@ -200,8 +201,7 @@ class ExampleStream:
             )
         batch = self.objective.collate([self._corrupted(0, first[0])])
         largest = max(int(batch[key].max()) for key in batch if key.endswith(("input_ids", "labels")))
-        if largest >= self._reader.vocab_size:
-            raise self._reader.outside(largest, "special tokens")
+        check_vocabulary(largest, self._reader.vocab_size, "special tokens")
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
