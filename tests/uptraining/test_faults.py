@@ -102,7 +102,7 @@ def test_two_processes_learn_what_one_does(alone: Path, two: Path) -> None:
         assert (tensors(two / "model")[name] - tensor).abs().max() < 1e-4
 
 
-def test_one_process_goes_on_where_two_stopped(shop: Path, two: Path, tmp_path: Path) -> None:
+def test_one_process_resumes_where_two_stopped(shop: Path, two: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(two, output)
     shutil.rmtree(output / "model")

@@ -43,7 +43,7 @@ def pair_batches(
     Args:
         pairs: (source, target) texts.
         tokenizer: a transformers tokenizer.
-        batch_size: pairs a batch; pairs of like length share one.
+        batch_size: pairs per batch; pairs of like length share one.
         start_token: the model's ``decoder_start_token_id``.
         max_length: tokens of a source or target at most; the rest is cut off.
     """
@@ -74,7 +74,7 @@ def pair_batches(
 
 
 def padded(rows: Sequence[Any], fill: int, *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of all rows (lists or arrays), filled up to the longest, and where they are: both (rows, longest), int64."""
+    """Token ids of rows, filled up to the longest one, and their mask: both (rows, longest), int64."""
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), fill, dtype=torch.int64)
     mask = torch.zeros((len(rows), length), dtype=torch.int64)

@@ -59,7 +59,7 @@ def check_window(config: Mapping[str, Any], window: int, *, option: str = "--win
 
     Args:
         config: of the model.
-        window: tokens a window.
+        window: tokens per window.
         option: of the command line that says so.
 
     Raises:
@@ -92,7 +92,7 @@ def token_windows(
     Args:
         texts: documents; they are joined, with the tokenizer's end-of-sequence token between them.
         tokenizer: a transformers tokenizer.
-        length: tokens a window.
+        length: tokens per window.
         limit: number of windows at most.
         bos: begin every window with the tokenizer's beginning-of-sequence token, where it has one: a model that was
             trained to see it first is otherwise surprised by every window's start.
@@ -149,7 +149,7 @@ def document_windows(
     Args:
         texts: documents; as many are read as it takes to find ``limit`` first windows.
         tokenizer: a transformers tokenizer.
-        length: tokens a window.
+        length: tokens per window.
         limit: number of windows at most.
         file, option: for the message, as in ``token_windows``.
 

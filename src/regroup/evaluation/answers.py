@@ -1,4 +1,4 @@
-"""`regroup evaluate --task` as one function: ask every row, judge the answers, compare two models, record."""
+"""`regroup evaluate --task` as one function: answer every row, judge the answers, compare two models, record."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def evaluate_task(
     Args:
         model: a checkpoint folder or hub id.
         task: see ``Task.load``.
-        outputs: file that keeps answers as they come; the same call goes on from it. None keeps none.
+        outputs: file that keeps answers as they come; the same call resumes from it. None keeps none.
         against: the outputs of another model on the same rows, to compare with.
         batch_size: rows at a time.
         dtype: of weights and activations; ``"auto"`` as stored.

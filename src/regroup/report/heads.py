@@ -72,7 +72,15 @@ def _facts(records: Sequence[Record]) -> Figure:
                 human_bytes(sum(_token_bytes(layer) for layer in layers)),
             )
         )
-    columns = ("model", "family", "parameters", "attention layers", "query heads", "KV heads", "cache a token, 16 bits")
+    columns = (
+        "model",
+        "family",
+        "parameters",
+        "attention layers",
+        "query heads",
+        "KV heads",
+        "KV cache per token, 16 bits",
+    )
     return Figure("What was looked at", "; ".join(record.conditions for record in records), None, Table(columns, rows))
 
 
@@ -101,7 +109,7 @@ def _memory(records: Sequence[Record]) -> Figure:
         scale=alt.Scale(type="log", base=2),
         axis=alt.Axis(values=_CONTEXTS, labelExpr="datum.value < 1024 ? datum.value : datum.value / 1024 + 'k'"),
     )
-    y = alt.Y("MiB:Q", title="MiB a sequence, 16 bits", scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=6))
+    y = alt.Y("MiB:Q", title="MiB per sequence, 16 bits", scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=6))
     drawn = points_and_lines(rows, x=x, y=y, color="model", tooltip=tip)
     shown = [512, 4096, 32768, 131072]
     cells = [
@@ -154,7 +162,7 @@ def _short(names: Sequence[str]) -> list[str]:
 
 
 def _maps(record: Record) -> list[Figure]:
-    """One map a kind of projection: layers down, pairs of heads across would be too wide, so one tile a layer."""
+    """One map for keys and one for values, with a tile for each layer."""
     made = []
     for side in ("key", "value"):
         rows, cells = [], []

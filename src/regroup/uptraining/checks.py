@@ -1,4 +1,4 @@
-"""What can be told to be wrong with a run from its settings, its folders and the disk."""
+"""Checks of a run's settings, its folders and the disk."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def state_of(recipe: Recipe, digest: str, run: dict[str, Any] | None) -> tuple[P
             file=recipe.output,
             expected=f"the recipe {run.get('digest')}",
             got="; ".join(changes)[:400] or digest,
-            remedy="give the same settings to go on with it, or choose another --output",
+            remedy="give the same settings to resume it, or choose another --output",
         )
     if not recipe.resume:
         raise RegroupError(
             "the output folder holds a run already",
             file=recipe.output,
-            remedy="leave --no-resume out to go on with it, or choose another --output",
+            remedy="leave --no-resume out to resume it, or choose another --output",
         )
     found = states.complete(recipe.output)
     if not found:
@@ -82,7 +82,7 @@ def state_of(recipe: Recipe, digest: str, run: dict[str, Any] | None) -> tuple[P
             "a sharded state and a whole one are not read alike",
             file=folder,
             expected="a run with --fsdp" if state["sharded"] else "a run without --fsdp",
-            remedy="go on as the run began; the number of processes may change",
+            remedy="continue with the setting of before; the number of processes may change",
         )
     return folder, state
 
@@ -176,17 +176,17 @@ def dropouts(recipe: Recipe, config: dict[str, Any]) -> dict[str, float]:
 def check_room(recipe: Recipe, checkpoint: Checkpoint, student: Any) -> None:
     """Refuse a disk that cannot hold the states and the result."""
     parameters = sum(p.numel() for p in student.parameters())
-    # Weights in float32; AdamW's two moments beside them.
+    # Weights in float32; AdamW's two moments with them.
     state = parameters * (12 if recipe.optimizer == "adamw" else 5)
     needed = state * (recipe.keep + 1) + checkpoint.nbytes
     there = sum(allocated(folder) for _, folder in states.complete(recipe.output))
-    parent = recipe.output if recipe.output.is_dir() else existing_parent(recipe.output)
-    free = shutil.disk_usage(parent).free
+    place = recipe.output if recipe.output.is_dir() else existing_parent(recipe.output)
+    free = shutil.disk_usage(place).free
     if free + there < needed:
         wanted, there_is = two_sizes(needed, free)
         raise RegroupError(
             "the disk has too little room for the run",
-            file=parent,
+            file=place,
             expected=f"{wanted} for {recipe.keep} states, one more while it is written, and the result",
             got=f"{there_is} free",
             remedy="free some space, choose another --output, or set keep to 1 in the recipe",

@@ -91,5 +91,7 @@ def shifted(labels: Tensor, start_token: int) -> Tensor:
 def lacking(what: str, why: str) -> RegroupError:
     """The error of a tokenizer without a token that an objective needs."""
     return RegroupError(
-        f"the tokenizer lacks {what}", expected=why, remedy="use the tokenizer of the parent, or another objective"
+        f"the tokenizer lacks {what}",
+        expected=why,
+        remedy="use the tokenizer of the original model, or another objective",
     )

@@ -1,4 +1,4 @@
-"""What is learnt from text: the next token, T5's missing spans, or the target of a source.
+"""What is learned from text: the next token, T5's missing spans, or the target of a pair.
 
 An objective turns tokenised documents into examples (``encode``, ``pack``, ``corrupt``) and examples into a batch
 (``collate``). It keeps no state: what is left of a document at the end of a chunk is handed back, so that a stream can

@@ -21,9 +21,9 @@ from .budget import Budget, known_pretraining_tokens, plan_budget
 from .checks import check_reporting, check_room, check_sharding, dropouts, is_encoder_decoder, state_of
 from .defaults import resolved
 from .distill import aligned_targets
-from .enough import check_enough
 from .export import check_names, freeze_tables
 from .job import Job
+from .learning import check_enough
 from .objective import Objective, keeps_documents_apart, make_objective
 from .recipe import Recipe
 from .stream import held_out_examples, open_stream
@@ -125,7 +125,7 @@ def prepare(recipe: Recipe) -> Job:
 
 
 def _objective(recipe: Recipe, tokenizer: Any, student: Any) -> tuple[Objective, list[str]]:
-    """What is learnt from the tokens, and what of that a person should know.
+    """The objective, and notes on it for a person.
 
     Raises:
         RegroupError: documents are to be kept apart, and this model cannot do that.
@@ -189,8 +189,8 @@ def _budget(recipe: Recipe, source: Source, student: Any, teacher_folder: Path |
     parameters = sum(p.numel() for p in student.parameters())
     own, teachers = _lookups(student, layout.tied_embeddings), None
     if teacher_folder is not None:
-        with open_source(str(teacher_folder)) as parent:
-            teachers = parent.layout.parameters or parameters
+        with open_source(str(teacher_folder)) as teacher:
+            teachers = teacher.layout.parameters or parameters
     return plan_budget(
         alpha=recipe.alpha,
         pretraining_tokens=recipe.pretraining_tokens or (known[0] if known else None),
@@ -251,7 +251,9 @@ def _stream_lines(stream: Any, recipe: Recipe, budget: Budget) -> list[str]:
     if there is None:
         return []
     needed = budget.tokens / recipe.epochs
-    line = f"data: about {there:,} tokens a pass, {recipe.epochs} {'pass' if recipe.epochs == 1 else 'passes'} at most"
+    line = (
+        f"data: about {there:,} tokens per pass, {recipe.epochs} {'pass' if recipe.epochs == 1 else 'passes'} at most"
+    )
     if there < 0.95 * needed:
         return [line, f"note: that is less than the run's {budget.tokens:,}; it ends where the data end. Raise epochs"]
     return [line]

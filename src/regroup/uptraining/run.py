@@ -17,26 +17,26 @@ from ..record import record, write_record
 from ..safe_text import code_span, visible
 from . import states
 from .budget import Budget
-from .enough import NothingLearntError, check_changed, sample
 from .export import write_model
 from .job import Job
+from .learning import NothingLearnedError, check_changed, sample
+from .listener import Listener, Progress, curve
 from .prepare import prepare
 from .recipe import Recipe
 from .trainer import UptrainTrainer
-from .watch import Listener, Progress, curve
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to.
+    """The outcome of a run.
 
     Attributes:
         recipe: with nothing left open.
         budget: of the whole run.
-        lines: the arithmetic and the choices, as they were shown.
+        lines: the arithmetic and the choices, as they were printed.
         model: folder of the finished checkpoint, or None after a dry run.
         record: see ``regroup.record``, or None after a dry run.
-        resumed_from: the step that the run went on from, or None.
+        resumed_from: the step that the run continued from, or None.
         finished_before: whether an earlier call had finished it, and nothing was done now.
     """
 
@@ -53,15 +53,15 @@ def uptrain(recipe: Recipe, *, listener: Listener | None = None, dry_run: bool =
     """Continue the pre-training of a converted checkpoint.
 
     ``recipe.output`` becomes ``model/`` (the finished checkpoint, in the form of ``recipe.model``), ``checkpoint-N/``
-    (states to go on from), ``logs/`` (TensorBoard), ``record.json``, ``curve.png`` and ``run.json``. A run that was
-    broken off goes on from its newest complete state when it is given the same recipe and output again; one that is
+    (states to resume from), ``logs/`` (TensorBoard), ``record.json``, ``curve.png`` and ``run.json``. A run that was
+    broken off resumes from its newest complete state when it is given the same recipe and output again; one that is
     finished is not done again.
 
-    In a process group (``torchrun``, ``accelerate launch``) every process calls this alike; the first one writes.
+    In a process group (``torchrun``, ``accelerate launch``) every process calls this function; the first one writes.
 
     Args:
         recipe: what to do.
-        listener: told how it goes on, in the first process.
+        listener: informed of its progress, in the first process.
         dry_run: check everything, train and write nothing.
 
     Raises:
@@ -82,7 +82,7 @@ def uptrain(recipe: Recipe, *, listener: Listener | None = None, dry_run: bool =
             return Result(job.recipe, job.budget, job.lines)
         finished = job.recipe.output / states.MODEL_FOLDER
         if finished.exists():
-            listener.notice(f"the run is finished aljob, and nothing is done now: {finished}")
+            listener.notice(f"the run is finished already, and nothing is done now: {finished}")
             value = json.loads((job.recipe.output / "record.json").read_text(encoding="utf-8"))
             return Result(job.recipe, job.budget, job.lines, finished, value, job.step, finished_before=True)
         with errors_shared():
@@ -97,7 +97,7 @@ def uptrain(recipe: Recipe, *, listener: Listener | None = None, dry_run: bool =
 
                 local_stage(job, listener)
             trainer = _trained(job, listener)
-        except NothingLearntError:
+        except NothingLearnedError:
             if rank() == 0:
                 states.forget(job.recipe.output)
             raise
@@ -146,14 +146,14 @@ def _trained(job: Job, listener: Listener) -> UptrainTrainer:
             remedy="choose a smaller --micro-batch, or add --gradient-checkpointing",
         ) from error
     if trainer.state.global_step == 0:
-        raise NothingLearntError(
+        raise NothingLearnedError(
             "the data ended before the first step",
             file=", ".join(job.recipe.data),
-            expected=f"{job.recipe.batch_size} examples beside those of the local stage",
+            expected=f"{job.recipe.batch_size} examples in addition to those of the local stage",
             remedy="give more data, or more epochs in the recipe",
         )
-    if first == 0 and not trainer.learnt:
-        raise NothingLearntError("no token carried loss", file=", ".join(job.recipe.data), got="masked labels alone")
+    if first == 0 and not trainer.learned:
+        raise NothingLearnedError("no token carried loss", file=", ".join(job.recipe.data), got="masked labels alone")
     if first == 0 and not trainer.is_fsdp_enabled:
         check_changed(before, job.student, trainer.state.global_step)
     if trainer.data_ended:
@@ -240,7 +240,7 @@ def _note(job: Job, results: Mapping[str, Any]) -> str:
     """Markdown for the model card."""
     recipe, budget = job.recipe, job.budget
     how = f"distilled from {code_span(visible(Path(recipe.teacher).name))}" if recipe.teacher else "on cross-entropy"
-    share = f", α = {results['alpha']:.3g} of the parent's pre-training" if results["alpha"] else ""
+    share = f", α = {results['alpha']:.3g} of the original model's pre-training" if results["alpha"] else ""
     lines = [
         "## Uptraining",
         "",
@@ -250,5 +250,5 @@ def _note(job: Job, results: Mapping[str, Any]) -> str:
     ]
     if "last_eval_loss" in results:
         before, after = results["first_eval_loss"], results["last_eval_loss"]
-        lines.append(f"Held-out loss: {before:.4f} nats a token before, {after:.4f} after.")
+        lines.append(f"Held-out loss: {before:.4f} nats per token before, {after:.4f} after.")
     return "\n".join(lines) + "\n"

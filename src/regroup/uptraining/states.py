@@ -133,13 +133,13 @@ def publish(output: Path, step: int, state: Mapping[str, Any]) -> Path:
 
 
 def forget(output: Path) -> None:
-    """Remove all that a run wrote which learnt nothing: it must not be resumed, let alone be finished."""
+    """Remove all that a run wrote which learned nothing: it must not be resumed, let alone be finished."""
     clean(output)
     for _, folder in complete(output):
         remove(folder)
     shutil.rmtree(output / "logs", ignore_errors=True)
     (output / RUN_FILE).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # something else lies there, such as what the local stage learnt
+    with contextlib.suppress(OSError):  # something else lies there, such as what the local stage learned
         output.rmdir()
 
 

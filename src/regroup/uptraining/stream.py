@@ -1,7 +1,7 @@
 """Examples in one global order, from sources that are never held in memory, resumable at any batch.
 
 The order depends on data, objective, seed and buffer, and not on the number of processes or workers: every process
-reads and tokenises everything, which costs little beside training, and computes on its share.
+reads and tokenises everything, which costs little compared with training, and computes on its share.
 
 A state holds the position of the chunk that is being read, what the chunk before left over, how many examples of the
 chunk were taken, and the shuffle buffer. Draws and noise are functions of the seed and the number of the example, so
@@ -30,7 +30,7 @@ from ..data.chunking import Source
 from ..data.sources import find_sources
 from ..errors import RegroupError
 from .examples import Example, Objective
-from .reading import Cursor, Reader, sides
+from .reader import Cursor, Reader, sides
 
 _REMEMBERED = 16
 _FORMAT = 1
@@ -143,7 +143,7 @@ class ExampleStream:
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; call before ``batches``.
+        """Continue from there; call before ``batches``.
 
         Raises:
             RegroupError: the state is of other data (a file's name or size), objective, seed, buffer or tokenizer.

@@ -112,7 +112,7 @@ def open_cache(recipe: Recipe, folder: Path, stream: Any, objective: Objective, 
     if recipe.top_k is None:
         raise RegroupError(
             "the teacher's cache keeps the largest logits alone",
-            expected="how many, beside --teacher-cache",
+            expected="how many, together with --teacher-cache",
             remedy="add --top-k 32 or so",
         )
     most = recipe.window if recipe.objective == "causal" else recipe.max_target or recipe.window
@@ -242,5 +242,5 @@ def check_same_tokenizer(student: Any, teacher: Any) -> None:
                 "the teacher's tokenizer is not the student's",
                 expected=f"the same {what}",
                 got=f"{len(odd)} differ, such as {odd[0]!r}: {ours.get(odd[0])} and {theirs.get(odd[0])}",
-                remedy="use the parent of this checkpoint as the teacher",
+                remedy="use the original model of this checkpoint as the teacher",
             )

@@ -29,7 +29,7 @@ from .schedule import schedule
 
 
 class UptrainTrainer(Trainer):
-    """Trains a model as its job says.
+    """Trains the student of a job.
 
     A step's loss is the mean over all tokens that carry loss in it, whatever processes and micro-batches they lie in.
     """
@@ -41,7 +41,7 @@ class UptrainTrainer(Trainer):
         self.hidden_weight = (recipe.hidden_weight or 0.0) if job.teacher else 0.0
         self.last_loss, self.last_norm = math.nan, None
         self.data_ended = False
-        self.learnt = 0  # tokens that carried loss, since this process began
+        self.learned = 0  # tokens that carried loss, since this process began
         self.seconds_before = 0.0
         adafactor = None
         if recipe.optimizer == "adafactor":
@@ -84,7 +84,7 @@ class UptrainTrainer(Trainer):
         count = torch.tensor(sum(self.job.objective.count_tokens(batch) for batch in batches), device=device)
         self._step_loss.zero_()
         count = torch.as_tensor(self.accelerator.reduce(count, "sum"))
-        self.learnt += int(count)
+        self.learned += int(count)
         return batches, count.clamp(min=1)
 
     def compute_loss(
@@ -92,7 +92,7 @@ class UptrainTrainer(Trainer):
     ) -> Any:
         model_inputs = {name: value for name, value in inputs.items() if name not in ("labels", "numbers")}
         targets = aligned_targets(inputs["labels"], shifted=self.job.recipe.objective == "causal")
-        # Before the student, whose activations then do not lie beside the teacher's.
+        # Before the student, whose activations are then not in memory at the same time as the teacher's.
         teacher_output = self.job.teacher(model_inputs, targets, inputs["numbers"]) if self.job.teacher else None
         outputs = model(**model_inputs, **({"output_hidden_states": True} if self.hidden_weight else {}))
         teacher_logits = teacher_output.logits if teacher_output and self.mix.weight else None
@@ -168,7 +168,7 @@ class UptrainTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out loss in nats a token, and the distance from the teacher where it is loaded."""
+        """Held-out loss in nats per token, and the distance from the teacher where it is loaded."""
         model: Any = self.model
         before, training = time.perf_counter(), model.training
         model.eval()
@@ -276,7 +276,7 @@ class UptrainTrainer(Trainer):
 
     def _unsaved(self, error: Exception) -> RegroupError:
         last = states.last_before(self.job.recipe.output, None)
-        after = f"go on from {last.name}" if last else "start from the beginning: nothing was saved yet"
+        after = f"resume from {last.name}" if last else "start from the beginning: nothing was saved yet"
         return RegroupError(
             "a state of the run could not be saved",
             file=self.job.recipe.output,
