@@ -188,7 +188,7 @@ def _advice(record: Record) -> Figure:
 
 def _front(rows: Sequence[dict[str, Any]], title: str, what: str = "token") -> dict[str, Any]:
     x, y = (
-        alt.X("ms:Q", title=f"milliseconds a {what}", scale=alt.Scale(zero=False, padding=30)),
+        alt.X("ms:Q", title=f"milliseconds per {what}", scale=alt.Scale(zero=False, padding=30)),
         alt.Y("value:Q", title=title),
     )
     base = alt.Chart(alt.Data(values=list(rows)))
