@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,17 +101,17 @@ class Teacher:
 
 
 def open_cache(recipe: Recipe, folder: Path, stream: Any, objective: Objective, vocab_size: int) -> TeacherCache | None:
-    """Where the teacher's logits are kept, if the recipe names a place.
+    """The cache of the teacher's logits, if the recipe names a folder for it.
 
     Raises:
-        RegroupError: nothing says how many logits, or the folder holds those of another run.
+        RegroupError: the recipe does not say how many logits, or the folder holds those of another run.
     """
     if recipe.teacher_cache is None:
         return None
     if recipe.top_k is None:
         raise RegroupError(
             "the teacher's cache keeps the largest logits alone",
-            expected="how many, together with --teacher-cache",
+            expected="their number, together with --teacher-cache",
             remedy="add --top-k 32 or so",
         )
     most = recipe.window if recipe.objective == "causal" else recipe.max_target or recipe.window
@@ -133,7 +132,6 @@ def open_teacher(recipe: Recipe, folder: Path, cache: TeacherCache | None, encod
     Raises:
         RegroupError: another kind of model, or fewer tokens than logits are wanted.
     """
-    vocabulary = None
 
     def loaded() -> Any:
         device = _device(recipe)
@@ -154,8 +152,7 @@ def open_teacher(recipe: Recipe, folder: Path, cache: TeacherCache | None, encod
         loaded, k=recipe.top_k, temperature=recipe.temperature, cache=cache, hidden=bool(recipe.hidden_weight)
     )
     if cache is None:
-        with contextlib.suppress(AttributeError):
-            _ = teacher.model  # now, so that a teacher that does not load is refused before the first step
+        _ = teacher.model  # now, so that a teacher that does not load is refused before the first step
     return teacher
 
 
