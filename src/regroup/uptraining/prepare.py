@@ -105,7 +105,7 @@ def prepare(recipe: Recipe) -> Job:
     lines.append(f"result: {recipe.output / states.MODEL_FOLDER}")
     if state is not None:
         lines.append(f"resuming from step {state['step']} of {budget.steps - local_steps}: {state_folder}")
-    return Job(
+    job = Job(
         recipe=recipe,
         digest=digest,
         source=source,
@@ -122,6 +122,8 @@ def prepare(recipe: Recipe) -> Job:
         state_folder=state_folder,
         state=state,
     )
+    _ = job.arguments  # checks the device
+    return job
 
 
 def _objective(recipe: Recipe, tokenizer: Any, student: Any) -> tuple[Objective, list[str]]:
