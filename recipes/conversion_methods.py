@@ -2,8 +2,9 @@
 
     python recipes/conversion_methods.py PARENT CALIBRATION HELD_OUT --kv-heads 2,1 -o record.json
 
-The parent is converted to each G in each way and evaluated on held-out text that calibration never sees. Both texts are
-JSON lines with a document in "text". Without arguments beyond these it is as deterministic as the machine's sums.
+The original model is converted to each G in each way and evaluated on held-out text that calibration never sees. Both
+texts are JSON lines with a document in "text". Without arguments beyond these it is as deterministic as the machine's
+sums.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ VARIANTS = (
 
 
 def main(
-    parent: str,
+    original: str,
     calibration: Path,
     held_out: Path,
     kv_heads: Annotated[str, typer.Option("--kv-heads")] = "2,1",
@@ -154,8 +155,8 @@ def main(
     document_starts: Annotated[bool, typer.Option("--document-starts")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o")] = None,
 ) -> None:
-    folder = Path(parent)
-    layout = open_layout(parent)
+    folder = Path(original)
+    layout = open_layout(original)
     cut, _ = token_windows(
         read_texts(held_out), load_tokenizer(folder), length=window, limit=windows, document_starts=document_starts
     )
@@ -170,11 +171,11 @@ def main(
             count, together = (distill_tokens, distill_batch) if variant.repair == "distill" else (tokens, batch)
             text = CalibrationText(calibration, count, window, together, document_starts) if variant.text else None
             with tempfile.TemporaryDirectory() as scratch:
-                child = Path(scratch) / "child"
+                converted = Path(scratch) / "child"
                 with moments_altered(variant.altered):
-                    predicted = convert(parent, child, layout, heads, variant, text)
+                    predicted = convert(original, converted, layout, heads, variant, text)
                 seconds = time.perf_counter() - started
-                result = score(load_for_scoring(child, "float32", "cpu"), causal_batches(cut, 16), teacher=teacher)
+                result = score(load_for_scoring(converted, "float32", "cpu"), causal_batches(cut, 16), teacher=teacher)
             rows.append(
                 {
                     "method": variant.name,
@@ -204,22 +205,22 @@ def main(
 
 
 def convert(
-    parent: str, child: Path, layout: Layout, heads: int, variant: Variant, text: CalibrationText | None
+    original: str, converted: Path, layout: Layout, heads: int, variant: Variant, text: CalibrationText | None
 ) -> float | None:
     """Convert in one way; the KL divergence that a budgeted plan predicts."""
     if variant.budget:
         share = heads / layout.layers[0].num_key_value_heads
-        plan, _ = plan_checkpoint(parent, kv_budget=f"{share:%}", grouping=variant.grouping, calibration=text)
-        regroup.convert(parent, child, plan=plan, calibration=text, repair=variant.repair)
+        plan, _ = plan_checkpoint(original, kv_budget=f"{share:%}", grouping=variant.grouping, calibration=text)
+        regroup.convert(original, converted, plan=plan, calibration=text, repair=variant.repair)
         return plan.predicted_kl
     if variant.keys is None or variant.values is None:
         regroup.convert(
-            parent, child, kv_heads=heads, grouping=variant.grouping, calibration=text, repair=variant.repair
+            original, converted, kv_heads=heads, grouping=variant.grouping, calibration=text, repair=variant.repair
         )
     elif variant.keys == variant.values:
         regroup.convert(
-            parent,
-            child,
+            original,
+            converted,
             kv_heads=heads,
             method=variant.keys,
             grouping=variant.grouping,
@@ -229,14 +230,14 @@ def convert(
     else:
         plan = make_plan(layout, heads)
         layers = tuple(replace(x, key_method=variant.keys, value_method=variant.values) for x in plan.layers)
-        regroup.convert(parent, child, plan=replace(plan, layers=layers), calibration=text, repair=variant.repair)
+        regroup.convert(original, converted, plan=replace(plan, layers=layers), calibration=text, repair=variant.repair)
     return None
 
 
 def show(value: dict[str, Any]) -> None:
     rows = value["results"]["rows"]
     groups = list(dict.fromkeys(row["num_key_value_heads"] for row in rows))
-    table = Table("excess nats a token", *(f"G = {heads}" for heads in groups))
+    table = Table("excess nats per token", *(f"G = {heads}" for heads in groups))
     for name in dict.fromkeys(row["method"] for row in rows):
         found = {row["num_key_value_heads"]: row["excess_nats_per_token"] for row in rows if row["method"] == name}
         table.add_row(name, *(f"{found[heads]:+.3f}" if heads in found else "–" for heads in groups))

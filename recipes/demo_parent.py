@@ -8,7 +8,7 @@ the model. Two threads of an ordinary processor are enough. Equal seed, thread c
 weights. The shipped run was cut short once and resumed, as its training.json tells, so a run in one piece comes close
 to it, not to its very weights.
 
-The defaults come from short runs, by held-out nats a token. After 120 steps of 16 windows the peaks 1.5e-3, 3e-3 and
+The defaults come from short runs, by held-out nats per token. After 120 steps of 16 windows the peaks 1.5e-3, 3e-3 and
 6e-3 gave 5.70, 5.77 and 5.91; 8 windows with 2e-3 gave 5.77 after 150 steps, on 5/8 of the tokens, and 5.43 with the
 wider initialisation in place of transformers' 0.02.
 """
@@ -44,7 +44,7 @@ LOG_EVERY = 50  # steps between lines of the log and points of the recorded loss
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `VOCAB_SIZE` tokens, learnt from `texts`; token 0 is the document separator."""
+    """A byte-level BPE of `VOCAB_SIZE` tokens, learned from `texts`; token 0 is the document separator."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -117,7 +117,7 @@ def cross_entropy(logits: Tensor, rows: Tensor, reduction: str = "mean") -> Tens
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, rows: Tensor) -> float:
-    """Mean cross-entropy in nats a token over all `rows` [n, 257]."""
+    """Mean cross-entropy in nats per token over all `rows` [n, 257]."""
     total = sum(
         cross_entropy(model(input_ids=part[:, :-1], use_cache=False).logits, part, "sum").item()
         for part in rows.split(16)
@@ -163,7 +163,7 @@ def processor_name() -> str:
 def main(
     output: Annotated[Path, typer.Option(help="Folder for the finished checkpoint.")],
     steps: Annotated[int, typer.Option(min=1)] = 3200,
-    batch: Annotated[int, typer.Option(min=1, help=f"Windows of {CONTEXT} tokens a step.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help=f"Windows of {CONTEXT} tokens per step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 2e-3,
     warmup: Annotated[int, typer.Option(min=1, help="Steps of linear warm-up.")] = 100,
     weight_decay: float = 0.1,
@@ -204,7 +204,7 @@ def main(
     start, curve, recent = time.monotonic(), [], []
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        progress.console.print(f"{unique:,} training tokens; held out before training: {before:.4f} nats a token")
+        progress.console.print(f"{unique:,} training tokens; held out before training: {before:.4f} nats per token")
         task = progress.add_task("", total=steps, completed=done)
         for step, rows in enumerate(islice(batches(documents, batch, generator), done, steps), start=done + 1):
             loss = cross_entropy(forward(input_ids=rows[:, :-1], use_cache=False).logits, rows)
@@ -224,7 +224,7 @@ def main(
                 recent = []
             if snapshots and step % snapshot_every == 0:
                 save(model, tokenizer, snapshots / f"step-{step}")
-                progress.console.print(f"  held out: {held_out_loss(model, held_rows):.4f} nats a token")
+                progress.console.print(f"  held out: {held_out_loss(model, held_rows):.4f} nats per token")
     seconds = time.monotonic() - start
 
     save(model, tokenizer, output)
@@ -266,7 +266,8 @@ def main(
     }
     (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     typer.echo(
-        f"held out: {before:.4f} → {after:.4f} nats a token, {record['held_out']['bits_per_byte_after']} bits a byte"
+        f"held out: {before:.4f} → {after:.4f} nats per token, "
+        f"{record['held_out']['bits_per_byte_after']} bits per byte"
     )
 
 

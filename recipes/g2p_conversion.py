@@ -3,9 +3,10 @@
     python recipes/g2p_conversion.py g2p-parent ../shared/data/g2p-train.tsv ../shared/data/g2p-test.tsv \\
         -o benchmarks/records/conversion-g2p.json
 
-The parent, made by `g2p_parent.py`, has 8 heads in the decoder's self-attention and cross-attention; both are converted
-to each G in each way. Its encoder keeps its heads: it has no KV cache. Every child then pronounces the test words by
-greedy decoding. Calibration takes words from the training file alone, and nothing is tuned on the test file.
+The original model, made by `g2p_parent.py`, has 8 heads in the decoder's self-attention and cross-attention; both are
+converted to each G in each way. Its encoder keeps its heads: it has no KV cache. Every converted model then pronounces
+the test words by greedy decoding. Calibration takes words from the training file alone, and nothing is tuned on the
+test file.
 `g2p_parent.py` says what the phoneme error rate is.
 """
 
@@ -57,17 +58,17 @@ def intervals(wrong: Sequence[int], baseline: Sequence[int], symbols: Sequence[i
     """95% bootstrap intervals over words: of the error rate, and of what it lies above the baseline's on equal words.
 
     Args:
-        wrong, baseline: wrong symbols of each word, of a child and of its parent.
+        wrong, baseline: wrong symbols of each word, of a converted model and of the original.
         symbols: of each word's reference.
     """
     rows = torch.tensor([wrong, baseline, symbols], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(rows.shape[1], (RESAMPLES, rows.shape[1]), generator=generator)
-    child, parent, total = (row[drawn].sum(1) for row in rows)
+    converted, original, total = (row[drawn].sum(1) for row in rows)
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     return {
-        "phoneme_error_rate_95": torch.quantile(child / total, ends).tolist(),
-        "excess_95": torch.quantile((child - parent) / total, ends).tolist(),
+        "phoneme_error_rate_95": torch.quantile(converted / total, ends).tolist(),
+        "excess_95": torch.quantile((converted - original) / total, ends).tolist(),
     }
 
 
@@ -78,7 +79,7 @@ def write_sample(pairs: Pairs, count: int, seed: int, path: Path) -> None:
 
 
 def main(
-    parent: Path,
+    original: Path,
     training: Path,
     test: Path,
     kv_heads: Annotated[str, typer.Option("--kv-heads")] = "4,2,1",
@@ -93,7 +94,7 @@ def main(
     torch.set_num_threads(threads)
     pairs, held = list(read_pairs(training)), list(read_pairs(test))
     test_words, references = [word for word, _ in held], [pronunciation for _, pronunciation in held]
-    layout, tokenizer = open_layout(str(parent)), load_tokenizer(parent)
+    layout, tokenizer = open_layout(str(original)), load_tokenizer(original)
     rows: list[dict[str, Any]] = []
     baseline: list[int] = []
 
@@ -123,29 +124,29 @@ def main(
         files = {count: Path(scratch) / f"calibration-{count}.tsv" for count in {words, distill_words}}
         for count, file in files.items():
             write_sample(pairs, count, seed, file)
-        measure("parent", layout.layers[0].num_key_value_heads, parent, 0, 0.0)
+        measure("parent", layout.layers[0].num_key_value_heads, original, 0, 0.0)
         for heads in map(int, kv_heads.split(",")):
             for name, method, with_text, repair in VARIANTS:
                 count, together = (distill_words, distill_batch) if repair == "distill" else (words, batch)
                 text = CalibrationText(files[count], count * PAIR_TOKENS, batch=together) if with_text else None
                 with tempfile.TemporaryDirectory(dir=scratch) as place:
-                    child = Path(place) / "child"
+                    converted = Path(place) / "child"
                     started = time.perf_counter()
                     if method is None:
-                        convert(parent, child, kv_heads=heads, calibration=text, repair=repair, device="cpu")
+                        convert(original, converted, kv_heads=heads, calibration=text, repair=repair, device="cpu")
                     else:
                         plan = make_plan(layout, heads)
                         keys, values = method.split("/") if "/" in method else (method, method)
                         layers = tuple(replace(x, key_method=keys, value_method=values) for x in plan.layers)
                         plan = replace(plan, layers=layers)
-                        convert(parent, child, plan=plan, calibration=text, repair=repair, device="cpu")
+                        convert(original, converted, plan=plan, calibration=text, repair=repair, device="cpu")
                     seconds = time.perf_counter() - started
-                    measure(name, heads, child, count if with_text else 0, seconds)
+                    measure(name, heads, converted, count if with_text else 0, seconds)
 
     configuration = {
-        "parent": parent.name,
-        "parent_sha256": hashlib.sha256((parent / "model.safetensors").read_bytes()).hexdigest(),
-        "parent_training": training_of(parent),
+        "parent": original.name,
+        "parent_sha256": hashlib.sha256((original / "model.safetensors").read_bytes()).hexdigest(),
+        "parent_training": training_of(original),
         "training": training.name,
         "test": test.name,
         "calibration_batch": batch,
@@ -158,9 +159,9 @@ def main(
     show(value)
 
 
-def training_of(parent: Path) -> dict[str, Any] | None:
-    """How the parent came about, if it says so, without its loss curve."""
-    file = parent / "training.json"
+def training_of(original: Path) -> dict[str, Any] | None:
+    """The record of the original model's training, if there is one, without its loss curve."""
+    file = original / "training.json"
     if not file.is_file():
         return None
     return {name: value for name, value in json.loads(file.read_text()).items() if name != "loss_curve"}
@@ -169,7 +170,7 @@ def training_of(parent: Path) -> dict[str, Any] | None:
 def show(value: dict[str, Any]) -> None:
     base, *rows = value["results"]["rows"]
     groups = list(dict.fromkeys(row["num_key_value_heads"] for row in rows))
-    table = Table("phoneme error rate (95% interval), nats a token", *(f"G = {heads}" for heads in groups))
+    table = Table("phoneme error rate (95% interval), nats per token", *(f"G = {heads}" for heads in groups))
     table.add_row(f"parent, G = {base['num_key_value_heads']}", *(_cell(base) for _ in groups))
     for name in dict.fromkeys(row["method"] for row in rows):
         table.add_row(name, *(_cell(row) for row in rows if row["method"] == name))

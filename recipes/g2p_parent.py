@@ -150,7 +150,7 @@ def train(
     weight_decay: float,
     log: Callable[[int, float], None],
 ) -> None:
-    """AdamW with warm-up and cosine; ``log`` is told the step and the mean loss since the last call, nats a token."""
+    """AdamW with warm-up and cosine; ``log`` is told the step and the mean loss since the last call, nats per token."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -202,7 +202,7 @@ def _symbols(rows: list[list[int]]) -> Iterator[list[int]]:
 
 
 def evaluate(model: Any, tokenizer: Any, pairs: Pairs, said: Sequence[str]) -> dict[str, float]:
-    """Error rates of the pronunciations ``said``, and the loss on the reference ones, in nats a token, end included.
+    """Error rates of the pronunciations ``said``, and the loss on the reference ones, in nats per token, end included.
 
     A word is wrong if any of its symbols is.
     """
@@ -243,7 +243,7 @@ def main(
 
     def log(step: int, loss: float) -> None:
         curve.append([step, round(loss, 4)])
-        typer.echo(f"step {step}: {loss:.4f} nats a token, {time.monotonic() - start:.0f} s")
+        typer.echo(f"step {step}: {loss:.4f} nats per token, {time.monotonic() - start:.0f} s")
 
     batches = training_batches(pairs, tokenizer, batch, generator)
     train(
@@ -290,7 +290,7 @@ def main(
     for name, result in found.items():
         typer.echo(
             f"{name}: phoneme error rate {result['phoneme_error_rate']:.2%}, without stress "
-            f"{result['phoneme_error_rate_without_stress']:.2%}, {result['nats_per_token']:.4f} nats a token"
+            f"{result['phoneme_error_rate_without_stress']:.2%}, {result['nats_per_token']:.4f} nats per token"
         )
 
 

@@ -37,11 +37,11 @@ UTILISATION = 0.4
 
 @dataclass(frozen=True)
 class Parent:
-    """A parent, as its makers' config.json has it, and what is asked of it.
+    """An original model, as its makers' config.json has it, and what is asked of it.
 
     Attributes:
         config: sizes.
-        kv_heads: G of the child.
+        kv_heads: G of the converted model.
         devices: that share every layer.
         tokens: of its pre-training; None where its makers do not say.
     """
@@ -88,19 +88,19 @@ PARENTS = (
 )
 
 
-def model_of(parent: Parent, kv_heads: int | None = None) -> Model:
-    return describe(parent.config, kv_heads=kv_heads, layers=None)
+def model_of(original: Parent, kv_heads: int | None = None) -> Model:
+    return describe(original.config, kv_heads=kv_heads, layers=None)
 
 
-def serving(model: Model, parent: Parent, *, batch: int, context: int, hardware: str) -> dict[str, Any]:
+def serving(model: Model, original: Parent, *, batch: int, context: int, hardware: str) -> dict[str, Any]:
     """Memory of a device and the least seconds of a decoding step on it."""
     device = named(hardware)
     shape = Shape(model.parameters, model.attention, model.hidden, model.intermediate, model.vocabulary)
-    setting = Setting(batch, context, 1, DTYPE, parent.devices)
+    setting = Setting(batch, context, 1, DTYPE, original.devices)
     held = memory(shape, setting)
-    heads = [Heads.of(layer, parent.devices) for layer in model.attention]
+    heads = [Heads.of(layer, original.devices) for layer in model.attention]
     whole = weights_cost(model.weights, batch=batch, dtype=DTYPE)
-    weights = Cost(whole.nbytes // parent.devices, whole.flops // parent.devices)
+    weights = Cost(whole.nbytes // original.devices, whole.flops // original.devices)
     attention = Cost(
         kv_cache_bytes(heads, context=context, batch=batch, dtype=DTYPE),
         attention_flops(heads, context=context, batch=batch),
@@ -115,19 +115,19 @@ def serving(model: Model, parent: Parent, *, batch: int, context: int, hardware:
     }
 
 
-def training(child: Model, parent: Parent, hardware: str, *, teacher: bool, **amount: Any) -> dict[str, Any]:
-    """FLOPs of uptraining, perhaps with the parent as a teacher, and hours of devices at the assumed utilisation."""
-    experts = child.weights.experts
+def training(converted: Model, original: Parent, hardware: str, *, teacher: bool, **amount: Any) -> dict[str, Any]:
+    """FLOPs of uptraining, with or without a teacher, and device hours at the assumed utilisation."""
+    experts = converted.weights.experts
     share = 0 if experts is None else experts.parameters * experts.chosen // experts.number
     budget = plan_budget(
         **amount,
-        pretraining_tokens=parent.tokens,
+        pretraining_tokens=original.tokens,
         batch_size=BATCH_SIZE,
         window=WINDOW,
-        parameters=child.weights.multiplied + share,
-        layers=child.layers,
-        hidden=child.hidden,
-        teacher_parameters=child.weights.multiplied + share if teacher else None,
+        parameters=converted.weights.multiplied + share,
+        layers=converted.layers,
+        hidden=converted.hidden,
+        teacher_parameters=converted.weights.multiplied + share if teacher else None,
     )
     flops = budget.student_flops + budget.teacher_flops
     return {
@@ -137,23 +137,25 @@ def training(child: Model, parent: Parent, hardware: str, *, teacher: bool, **am
     }
 
 
-def row(parent: Parent, *, batch: int, context: int, hardware: str, seconds_a_byte: float) -> dict[str, Any]:
-    before, after = model_of(parent), model_of(parent, parent.kv_heads)
+def row(original: Parent, *, batch: int, context: int, hardware: str, seconds_a_byte: float) -> dict[str, Any]:
+    before, after = model_of(original), model_of(original, original.kv_heads)
     size = DTYPE_BYTES[DTYPE]
     read, written = before.parameters * size, after.parameters * size
     sizes = {"batch": batch, "context": context, "hardware": hardware}
     return {
-        "model": parent.name,
+        "model": original.name,
         "parameters": before.parameters,
-        "kv_heads": [before.kv_heads, parent.kv_heads],
+        "kv_heads": [before.kv_heads, original.kv_heads],
         "bytes_read": read,
         "bytes_written": written,
         "conversion_seconds": seconds_a_byte * read,
         "cache_bytes_a_token": [kv_cache_bytes(m.attention, dtype=DTYPE) for m in (before, after)],
-        "devices": parent.devices,
-        "serving": [serving(m, parent, **sizes) for m in (before, after)],
-        "uptraining": None if parent.tokens is None else training(after, parent, hardware, teacher=False, alpha=ALPHA),
-        "distillation": training(after, parent, hardware, teacher=True, tokens=DISTILLED),
+        "devices": original.devices,
+        "serving": [serving(m, original, **sizes) for m in (before, after)],
+        "uptraining": None
+        if original.tokens is None
+        else training(after, original, hardware, teacher=False, alpha=ALPHA),
+        "distillation": training(after, original, hardware, teacher=True, tokens=DISTILLED),
     }
 
 
@@ -166,8 +168,8 @@ def main(
     measured = json.loads(MEASURED.read_text(encoding="utf-8"))["results"]
     seconds_a_byte = statistics.median(measured["seconds"]["convert"]) / measured["source_bytes"]
     rows = [
-        row(parent, batch=batch, context=context, hardware=hardware, seconds_a_byte=seconds_a_byte)
-        for parent in PARENTS
+        row(original, batch=batch, context=context, hardware=hardware, seconds_a_byte=seconds_a_byte)
+        for original in PARENTS
     ]
     configuration = {
         "batch": batch,

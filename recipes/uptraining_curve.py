@@ -1,11 +1,11 @@
-"""What uptraining buys, by how the child was made and what it learns from: the table of docs/uptraining.md.
+"""What uptraining gains, by conversion method and objective: the table of docs/uptraining.md.
 
     python recipes/uptraining_curve.py PARENT TRAIN HELD_OUT --kv-heads 2,1 --tokens 65k,262k,1M -o record.json
 
 Four ways: the paper's (mean-pooled, cross-entropy), each of its two halves replaced, and ours (low-rank sharing on text
 with repair, distillation). Every budget is a run of its own with its own schedule, over text that is seen once. The
 last documents of TRAIN are for calibration alone, the first ones of HELD_OUT for evaluation, the next ones for choosing
-each way's learning rate. Results are kept as they come (``--work``), so a run that was broken off goes on.
+each way's learning rate. Results are kept as they come (``--work``), so a run that was broken off resumes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CALIBRATION_TOKENS = 32_768
 
 @dataclass(frozen=True)
 class Way:
-    """How a child is made and what it learns from."""
+    """How a converted model is made and what it learns from."""
 
     name: str
     method: str
@@ -59,7 +59,7 @@ WAYS = (
 class Bench:
     """What all runs share."""
 
-    parent: Path
+    original: Path
     folder: Path
     train: Path
     calibration: Path
@@ -69,12 +69,12 @@ class Bench:
     batch: int
     starts: bool
 
-    def child(self, way: Way, heads: int) -> Path:
+    def converted(self, way: Way, heads: int) -> Path:
         path = self.folder / f"{way.method}-{'text' if way.text else 'weights'}-{heads}"
         if not path.exists():
             text = CalibrationText(self.calibration, CALIBRATION_TOKENS, self.window, 4, document_starts=self.starts)
             convert(
-                self.parent,
+                self.original,
                 path,
                 kv_heads=heads,
                 method=way.method,
@@ -87,14 +87,14 @@ class Bench:
         """Uptrain once; losses on both held-out texts and what it took."""
         spent = {"flops": 0, "tokens": 0}
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
-            model = self.child(way, heads)
+            model = self.converted(way, heads)
             if tokens:
                 recipe = Recipe(
                     model=str(model),
                     output=Path(scratch) / "run",
                     data=(str(self.train),),
                     tokens=tokens,
-                    teacher=str(self.parent) if way.distilled else None,
+                    teacher=str(self.original) if way.distilled else None,
                     window=self.window,
                     batch_size=self.batch,
                     learning_rate=rate,
@@ -109,16 +109,16 @@ class Bench:
                 assert not done.record["results"]["data_ended"], "text would have been seen twice"
                 spent = {name: done.record["results"][name] for name in spent}
                 model = done.model
-            child = load_for_scoring(model, "float32", "cpu")
+            converted = load_for_scoring(model, "float32", "cpu")
             return {
-                "nats_per_token": score(child, causal_batches(self.windows, 16)).nats_per_token,
-                "tuning_nats_per_token": score(child, causal_batches(self.tuning, 16)).nats_per_token,
+                "nats_per_token": score(converted, causal_batches(self.windows, 16)).nats_per_token,
+                "tuning_nats_per_token": score(converted, causal_batches(self.tuning, 16)).nats_per_token,
                 **spent,
             }
 
 
 def main(
-    parent: Path,
+    original: Path,
     train: Path,
     held_out: Path,
     kv_heads: Annotated[str, typer.Option("--kv-heads")] = "2,1",
@@ -129,7 +129,7 @@ def main(
     between_seeds: Annotated[int, typer.Option(help="Of the ways between them.")] = 3,
     window: Annotated[int, typer.Option()] = 256,
     windows: Annotated[int, typer.Option()] = 64,
-    batch: Annotated[int, typer.Option(help="Windows a step.")] = 4,
+    batch: Annotated[int, typer.Option(help="Windows per step.")] = 4,
     bos: Annotated[bool, typer.Option(help="Held-out windows begin with the tokenizer's mark of a beginning.")] = True,
     document_starts: Annotated[bool, typer.Option(help="Windows begin where documents do; otherwise anywhere.")] = True,
     work: Annotated[Path, typer.Option(help="Where results are kept as they come.")] = Path("uptraining-work"),
@@ -138,7 +138,7 @@ def main(
     figure: Annotated[Path | None, typer.Option(help="Where to draw the curves.")] = None,
 ) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    bench, base = prepare(parent, train, held_out, window, windows, batch, work, starts=document_starts, bos=bos)
+    bench, base = prepare(original, train, held_out, window, windows, batch, work, starts=document_starts, bos=bos)
     kept = work / "rows.jsonl"
     earlier = earlier_runs(go_on, base) if go_on else {"runs": [], "chosen": {}}
     rows: list[dict[str, Any]] = list(earlier["runs"])
@@ -179,7 +179,7 @@ def main(
     ]
     table = summarise(used, base)
     configuration = {
-        "parent": parent.name,
+        "parent": original.name,
         "train": train.name,
         "held_out": held_out.name,
         "window": window,
@@ -201,11 +201,13 @@ def main(
 
 
 def earlier_runs(path: Path, base: float) -> dict[str, Any]:
-    """Runs and chosen rates of a record on the same texts: their parent's loss tells."""
+    """Runs and chosen rates of a record on the same texts: compared by the loss of the original model."""
     earlier = json.loads(path.read_text())
     found = earlier["results"]["parent_nats_per_token"]
     if abs(found - base) > 1e-5:
-        raise SystemExit(f"{path}: the parent has {found:.6f} nats a token there and {base:.6f} here: other texts")
+        raise SystemExit(
+            f"{path}: the original model has {found:.6f} nats per token there and {base:.6f} here: other texts"
+        )
     chosen = earlier["configuration"]["chosen_rates"]
     return {
         "runs": earlier["results"]["runs"],
@@ -222,7 +224,7 @@ def best_rate(choices: list[float], loss: Callable[[float], float]) -> float:
 
 
 def prepare(
-    parent: Path,
+    original: Path,
     train: Path,
     held_out: Path,
     window: int,
@@ -233,8 +235,8 @@ def prepare(
     starts: bool,
     bos: bool,
 ) -> tuple[Bench, float]:
-    """Divide the texts, and measure the parent."""
-    tokenizer = load_tokenizer(parent)
+    """Divide the texts, and measure the original model."""
+    tokenizer = load_tokenizer(original)
     documents = list(read_texts(train))
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in documents]
     last, reserved = len(documents), 0
@@ -250,9 +252,9 @@ def prepare(
     else:
         held, _ = token_windows(read_texts(held_out), tokenizer, length=window, limit=2 * windows, bos=bos)
         first, tuning = held[0::2], held[1::2]
-    base = score(load_for_scoring(parent, "float32", "cpu"), causal_batches(first, 16)).nats_per_token
+    base = score(load_for_scoring(original, "float32", "cpu"), causal_batches(first, 16)).nats_per_token
     files = work / "train.jsonl", work / "calibration.jsonl"
-    return Bench(parent, work, *files, first, tuning, window, batch, starts), base
+    return Bench(original, work, *files, first, tuning, window, batch, starts), base
 
 
 def _write(path: Path, documents: Iterable[str]) -> None:
@@ -283,7 +285,7 @@ def summarise(rows: list[dict[str, Any]], base: float) -> list[dict[str, Any]]:
 def show(table: list[dict[str, Any]]) -> None:
     for heads in dict.fromkeys(row["num_key_value_heads"] for row in table):
         counts = sorted({row["tokens"] for row in table})
-        shown = Table(f"excess nats a token, G = {heads}", *(f"{count:,} tokens" for count in counts))
+        shown = Table(f"excess nats per token, G = {heads}", *(f"{count:,} tokens" for count in counts))
         for way in dict.fromkeys(row["way"] for row in table):
             cells = {r["tokens"]: r for r in table if r["way"] == way and r["num_key_value_heads"] == heads}
             shown.add_row(way, *(f"{cells[c]['excess_nats_per_token']:+.3f}" if c in cells else "–" for c in counts))
@@ -316,7 +318,7 @@ def draw(table: list[dict[str, Any]], path: Path) -> None:
         axis.set_yscale("log")
         axis.set_xlabel("uptraining tokens, thousands")
         axis.grid(alpha=0.3, which="both")
-    axes[0][0].set_ylabel("loss over the parent, nats a token")
+    axes[0][0].set_ylabel("loss over the original model, nats per token")
     axes[0][-1].legend(fontsize=8)
     plot.tight_layout()
     plot.savefig(path, dpi=150)

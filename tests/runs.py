@@ -30,12 +30,12 @@ def t5_tokenizer() -> Any:
 
 
 def pair(folder: Path, name: str = "llama", kind: str = "some") -> tuple[Path, Path]:
-    """A parent with a tokenizer, and its child."""
-    parent = tiny.save(name, folder / "parent")
+    """An original model with a tokenizer, and the converted one."""
+    original = tiny.save(name, folder / "parent")
     made = t5_tokenizer() if name.startswith("t5") else texts.tokenizer()
-    made.save_pretrained(parent)
-    convert_heads(parent, folder / "child", head_map(name, kind))
-    return parent, folder / "child"
+    made.save_pretrained(original)
+    convert_heads(original, folder / "child", head_map(name, kind))
+    return original, folder / "child"
 
 
 def text(folder: Path) -> tuple[Path, Path]:
@@ -47,7 +47,7 @@ def text(folder: Path) -> tuple[Path, Path]:
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Twelve steps of eight windows of 32 tokens on the child in ``folder``, at a rate that shows."""
+    """Twelve steps of eight windows of 32 tokens on the converted model in ``folder``, at a rate that shows."""
     return {
         "model": str(folder / "child"),
         "output": folder / "run",

@@ -161,7 +161,7 @@ def test_the_rules_can_be_broken(file: str, source: str) -> None:
         ("merge/pool.py", "import torch\nfrom ..errors import RegroupError"),
         ("checkpoint/reader.py", "import os, torch\nfrom .header import read_header"),
         ("layout/detect.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
-        ("demo/story.py", "from ..console import out"),
+        ("demo/run.py", "from ..console import out"),
         ("exports/configuration_nemotron_nas.py", "from transformers import LlamaConfig"),
         ("cli/plan.py", "from .options import Source\nfrom ..console import err"),
     ],

@@ -15,7 +15,8 @@ from regroup.evaluation.metrics import CHOOSING, GENERATING
 from regroup.evaluation.run import _DTYPES as SCORED_DTYPES
 from regroup.exports.request import TARGETS
 from regroup.plans import ASKED_METHODS, METHODS, LayerPlan
-from regroup.uptraining.settings import OBJECTIVES, OPTIMIZERS, SCHEDULES, STAGES
+from regroup.uptraining.schedule import SCHEDULES
+from regroup.uptraining.settings import OBJECTIVES, OPTIMIZERS, STAGES
 
 # What a verb needs beside the option, by the verb; {p} is a checkpoint, {t} text, {o} a place for output.
 NEEDS = {

@@ -4,7 +4,7 @@
     python -m recipes.paper --data ../shared/data --scale gpu --work paper-gpu -o benchmarks/records/paper-gpu.json
 
 DATA holds books and a dictionary (`texts.py` says in which form). The first line takes about an hour on two cores.
-Everything is kept in ``--work`` as it comes: the same command goes on where a broken one stopped.
+Everything is kept in ``--work`` as it comes: the same command resumes an interrupted run.
 
 Small and large parents are pre-trained, converted, uptrained and, if they are encoder-decoders, fine-tuned on two
 tasks, in as many processes as there are cores; then decoding is timed with nothing else running. `settings.py` has

@@ -20,7 +20,7 @@ class Pool:
         self.processes, self.say = processes, say
 
     def run(self, what: str, action: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> None:
-        """Do a stage's jobs, and say how it goes on.
+        """Do a stage's jobs, and report progress.
 
         Raises:
             RegroupError: of the first job that fails; those that are done are kept.

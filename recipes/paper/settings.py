@@ -27,7 +27,7 @@ class Scale:
         small, large: the parents: the paper's T5-Large and T5-XXL.
         groups: KV heads of "GQA".
         window: tokens of a sequence in pre-training, of an encoder-decoder's input.
-        batch: sequences a step in pre-training.
+        batch: sequences per step in pre-training.
         encoder_decoder_tokens, decoder_tokens: of a parent's pre-training, as `regroup uptrain` counts them.
         alphas: shares of those tokens in uptraining, for Figure 5.
         rates: of AdamW: pre-training of decoders, and distillation.

@@ -111,9 +111,9 @@ def prepare(data: Path, work: Path, *, pretraining: int, uptraining: int, calibr
         draw.shuffle(found)
         kept = found
         if place == texts.dev:
-            # Short clauses are in many books: what was learnt by heart is not asked.
-            learnt = {source for source, _ in pairs[texts.tuning, task]}
-            kept = [pair for pair in found if pair[0] not in learnt][:held_out]
+            # Short clauses are in many books: what was learned by heart is not asked.
+            learned = {source for source, _ in pairs[texts.tuning, task]}
+            kept = [pair for pair in found if pair[0] not in learned][:held_out]
         _write(place(task), ({"source": source, "target": target} for source, target in kept))
     _write(texts.continuation, _continuations(other[len(other) // 2 :], held_out, draw))
     symbols = {character for pair in pairs[texts.tuning, "pronunciation"] for side in pair for character in side}

@@ -1,7 +1,7 @@
-"""Several processes of one run: what they agree on, and how they divide text and add up what they saw of it.
+"""Several processes of one run: what they agree on, and how they divide text and add up their sums over it.
 
 Errors travel with whatever is exchanged: a process that fails reports it where ``errors_shared`` ends, and the
-others hear of it at the next thing that they exchange, whichever that is. None waits for one that has stopped.
+others learn of it with whatever they exchange next. None waits for one that has stopped.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _plain(error: RegroupError) -> dict[str, str | None]:
 class ProcessGroup:
     """The processes that share a piece of work; all of them call its methods in the same order.
 
-    Batches are dealt in turn: batch b belongs to process b mod ``size``, which numbers its own from 0. The first
+    Batches are divided in turn: batch b belongs to process b mod ``size``, which numbers its own from 0. The first
     process decides; sums are the same bits in all. One process alone exchanges nothing.
 
     Attributes:

@@ -90,7 +90,7 @@ def test_files_of_a_checkpoint_that_are_nested_or_no_unicode(name: str, text: st
     folder = copy(shop / "parent", tmp_path / "p")
     (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     status, _, message = run("evaluate", folder, "--data", shop / "held-out.txt", "--window", 16, "--windows", 2)
-    # What the loss does not depend on may be as it is: an index beside a single file, defaults of generation.
+    # What the loss does not depend on may be as it is: an index next to a single file, defaults of generation.
     assert status == 2 or name not in ("config.json", "tokenizer.json"), message
     assert "Traceback" not in message
     if name in ("config.json", INDEX):

@@ -1,4 +1,4 @@
-"""The demonstration's text and the parent shipped with it."""
+"""The demonstration's text and the original model shipped with it."""
 
 import json
 from importlib import resources

@@ -33,7 +33,7 @@ FAMILIES = ["llama", "mistral", "gpt2", "opt", "gpt_neox", "bloom", "falcon_alib
 
 
 def a_task(folder: Path, **changes: Any) -> Path:
-    """A task's file with its rows beside it."""
+    """A task's file with its rows next to it."""
     rows = changes.pop("rows", [{"source": source, "target": source[:5].strip()} for source in SOURCES])
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -105,7 +105,7 @@ def test_settings_of_the_checkpoint_do_not_leak_in(saved: Saved, tmp_path: Path)
     assert read(tmp_path / "own.jsonl")[1] == read(tmp_path / "plain.jsonl")[1]
 
 
-def test_a_broken_run_goes_on_and_gives_the_same(saved: Saved, tmp_path: Path) -> None:
+def test_a_broken_run_resumes_and_gives_the_same(saved: Saved, tmp_path: Path) -> None:
     folder, task = checkpoint(saved, "llama", tmp_path), Task.load(a_task(tmp_path))
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     wanted = evaluate_task(str(folder), task, outputs=whole, batch_size=1)
@@ -160,14 +160,14 @@ def test_an_empty_file_takes_outputs(saved: Saved, tmp_path: Path) -> None:
     ],
 )
 def test_damaged_outputs_are_refused(line: str, tmp_path: Path) -> None:
-    parent, child = runs.pair(tmp_path)
+    original, converted = runs.pair(tmp_path)
     task, kept = a_task(tmp_path, rows=[{"source": "the", "target": "cat"}]), tmp_path / "kept.jsonl"
-    evaluate_task(str(parent), Task.load(task), outputs=kept)
+    evaluate_task(str(original), Task.load(task), outputs=kept)
     head = kept.read_text().splitlines()[0]
     kept.write_text(f"{head}\n{line}\n")
     for message in (
-        refused("evaluate", child, "--task", task, "--against", kept),
-        refused("evaluate", parent, "--task", task, "--outputs", kept),
+        refused("evaluate", converted, "--task", task, "--against", kept),
+        refused("evaluate", original, "--task", task, "--outputs", kept),
     ):
         assert "does not hold outputs" in message or "not one to its row" in message
         assert "kept.jsonl" in message
@@ -178,28 +178,28 @@ def test_another_tensor_in_the_middle_is_another_model(tmp_path: Path) -> None:
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
-    parent, _ = runs.pair(tmp_path)
+    original, _ = runs.pair(tmp_path)
     task, kept = a_task(tmp_path), tmp_path / "kept.jsonl"
-    weights = load_file(parent / "model.safetensors")
-    with safe_open(parent / "model.safetensors", "pt") as file:
+    weights = load_file(original / "model.safetensors")
+    with safe_open(original / "model.safetensors", "pt") as file:
         names = list(file.keys())
     place = names.index("model.layers.1.self_attn.o_proj.weight")
     sizes = [weights[name].nbytes for name in names]
     assert min(sum(sizes[:place]), sum(sizes[place + 1 :])) > 10 * 4096  # far from both ends of the file
-    before = fingerprint(parent)
-    assert fingerprint(parent) == before
-    evaluate_task(str(parent), Task.load(task), outputs=kept)
+    before = fingerprint(original)
+    assert fingerprint(original) == before
+    evaluate_task(str(original), Task.load(task), outputs=kept)
     weights["model.layers.1.self_attn.o_proj.weight"] *= 2
-    save_file(weights, parent / "model.safetensors", {"format": "pt"})
+    save_file(weights, original / "model.safetensors", {"format": "pt"})
     with pytest.raises(RegroupError, match="of another evaluation"):
-        evaluate_task(str(parent), Task.load(task), outputs=kept)
+        evaluate_task(str(original), Task.load(task), outputs=kept)
 
 
 def test_what_is_read_is_not_written_over(tmp_path: Path) -> None:
-    parent, child = runs.pair(tmp_path)
+    original, converted = runs.pair(tmp_path)
     task, rows, kept = a_task(tmp_path), tmp_path / "rows.jsonl", tmp_path / "kept.jsonl"
-    evaluate_task(str(parent), Task.load(task), outputs=kept)
-    given = ("evaluate", child, "--task", task, "--against", kept)
+    evaluate_task(str(original), Task.load(task), outputs=kept)
+    given = ("evaluate", converted, "--task", task, "--against", kept)
     before = [path.read_bytes() for path in (task, rows, kept)]
     (tmp_path / "link").symlink_to(kept)
     for more in (("-o", kept), ("-o", task), ("-o", rows), ("--outputs", rows), ("-o", tmp_path / "link")):
@@ -209,34 +209,34 @@ def test_what_is_read_is_not_written_over(tmp_path: Path) -> None:
 
 
 def test_names_with_brackets_are_names(tmp_path: Path) -> None:
-    parent, _ = runs.pair(tmp_path)
+    original, _ = runs.pair(tmp_path)
     task, kept = a_task(tmp_path, name="[/b]"), tmp_path / "[b]kept.jsonl"
-    evaluate_task(str(parent), Task.load(task), outputs=kept)
-    status, out, message = run("evaluate", parent, "--task", task, "--against", kept)
+    evaluate_task(str(original), Task.load(task), outputs=kept)
+    status, out, message = run("evaluate", original, "--task", task, "--against", kept)
     assert status == 0, message
     assert "[b]kept" in out
 
 
 def test_tokens_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
-    parent, _ = runs.pair(tmp_path)
-    made = load_tokenizer(parent)
+    original, _ = runs.pair(tmp_path)
+    made = load_tokenizer(original)
     made.add_tokens([f"the{number}" for number in range(40)])
-    made.save_pretrained(parent)
+    made.save_pretrained(original)
     rows = [{"source": "the39", "target": "a", "choices": [" the38", " cat"], "answer": 1}]
     for more in ({}, {"choices": "choices"}):
         with pytest.raises(RegroupError, match="outside the model's vocabulary"):
-            evaluate_task(str(parent), Task.load(a_task(tmp_path, rows=rows, **more)))
+            evaluate_task(str(original), Task.load(a_task(tmp_path, rows=rows, **more)))
 
 
 def test_likelihoods_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    parent, _ = runs.pair(tmp_path)
-    weights = load_file(parent / "model.safetensors")
+    original, _ = runs.pair(tmp_path)
+    weights = load_file(original / "model.safetensors")
     weights["model.norm.weight"].fill_(math.nan)
-    save_file(weights, parent / "model.safetensors", {"format": "pt"})
+    save_file(weights, original / "model.safetensors", {"format": "pt"})
     task = a_task(tmp_path, rows=CHOICES, choices="choices")
-    message = refused("evaluate", parent, "--task", task, "-o", tmp_path / "record.json")
+    message = refused("evaluate", original, "--task", task, "-o", tmp_path / "record.json")
     assert "not numbers" in message
     assert not (tmp_path / "record.outputs.jsonl").exists()
 
@@ -293,9 +293,9 @@ def test_the_harness_agrees_with_our_own_likelihoods(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     from regroup.evaluation.harness import evaluate_harness
 
-    _, child = runs.pair(tmp_path, "gpt_neox")
+    _, converted = runs.pair(tmp_path, "gpt_neox")
     task = a_task(tmp_path, rows=CHOICES[:2] * 4, choices="choices", metrics=["accuracy", "accuracy-by-length"])
-    ours = evaluate_task(str(child), Task.load(task), dtype="float32")["results"]["metrics"]
+    ours = evaluate_task(str(converted), Task.load(task), dtype="float32")["results"]["metrics"]
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "local.yaml").write_text(
@@ -314,20 +314,20 @@ def test_the_harness_agrees_with_our_own_likelihoods(tmp_path: Path) -> None:
             }
         )
     )
-    found = evaluate_harness(str(child), ["regroup_local"], include=folder, dtype="float32")["results"]["tasks"]
+    found = evaluate_harness(str(converted), ["regroup_local"], include=folder, dtype="float32")["results"]["tasks"]
     assert found["regroup_local"]["acc,none"] == pytest.approx(ours["accuracy"]["value"])
     assert found["regroup_local"]["acc_norm,none"] == pytest.approx(ours["accuracy_by_length"]["value"])
     with pytest.raises(RegroupError, match="no such task"):
-        evaluate_harness(str(child), ["nothing_of_the_kind"], include=folder)
+        evaluate_harness(str(converted), ["nothing_of_the_kind"], include=folder)
 
 
 def test_two_models_are_compared_row_by_row(tmp_path: Path) -> None:
-    parent, child = runs.pair(tmp_path)
+    original, converted = runs.pair(tmp_path)
     task = a_task(tmp_path, metrics=["character-error-rate", "chrf"])
-    status, _, message = run("evaluate", parent, "--task", task, "-o", tmp_path / "parent.json")
+    status, _, message = run("evaluate", original, "--task", task, "-o", tmp_path / "parent.json")
     assert status == 0, message
     kept = tmp_path / "parent.outputs.jsonl"
-    status, out, message = run("evaluate", child, "--task", task, "--against", kept, "-o", tmp_path / "child.json")
+    status, out, message = run("evaluate", converted, "--task", task, "--against", kept, "-o", tmp_path / "child.json")
     assert status == 0, message
     assert "less" in out
     assert "chrf" in out
@@ -335,11 +335,11 @@ def test_two_models_are_compared_row_by_row(tmp_path: Path) -> None:
     mine, other = (record["results"]["metrics"]["chrf"] for record in records)
     assert other["difference"]["value"] == pytest.approx(other["value"] - mine["value"])
     # Against itself nothing differs.
-    status, _, _ = run("evaluate", parent, "--task", task, "--against", kept, "-o", tmp_path / "same.json")
+    status, _, _ = run("evaluate", original, "--task", task, "--against", kept, "-o", tmp_path / "same.json")
     same = json.loads((tmp_path / "same.json").read_text())["results"]["metrics"]["chrf"]["difference"]
     assert (same["value"], same["low"], same["high"], same["p"]) == (0.0, 0.0, 0.0, 1.0)
     kept.write_bytes(b"".join(kept.read_bytes().splitlines(keepends=True)[:-1]))
-    assert "not complete" in refused("evaluate", child, "--task", task, "--against", kept)
+    assert "not complete" in refused("evaluate", converted, "--task", task, "--against", kept)
 
 
 @pytest.mark.parametrize(
@@ -375,8 +375,8 @@ def test_two_models_are_compared_row_by_row(tmp_path: Path) -> None:
     ],
 )
 def test_bad_tasks_are_refused(changes: dict[str, Any], words: tuple[str, ...], tmp_path: Path) -> None:
-    parent, _ = runs.pair(tmp_path)
-    message = refused("evaluate", parent, "--task", a_task(tmp_path, **changes), "-o", tmp_path / "record.json")
+    original, _ = runs.pair(tmp_path)
+    message = refused("evaluate", original, "--task", a_task(tmp_path, **changes), "-o", tmp_path / "record.json")
     for word in words:
         assert word in message
     assert not (tmp_path / "record.json").exists()
@@ -428,17 +428,17 @@ def test_broken_yaml_and_half_rows(tmp_path: Path) -> None:
 
 
 def test_stops_end_an_answer(tmp_path: Path) -> None:
-    parent, _ = runs.pair(tmp_path)
+    original, _ = runs.pair(tmp_path)
     kept = [tmp_path / "free.jsonl", tmp_path / "stopped.jsonl"]
-    evaluate_task(str(parent), Task.load(a_task(tmp_path)), outputs=kept[0])
+    evaluate_task(str(original), Task.load(a_task(tmp_path)), outputs=kept[0])
     free = [row["answer"] for _, row in sorted(read(kept[0])[1].items())]
     stop = free[0][2:4]
-    evaluate_task(str(parent), Task.load(a_task(tmp_path, stop=[stop])), outputs=kept[1])
+    evaluate_task(str(original), Task.load(a_task(tmp_path, stop=[stop])), outputs=kept[1])
     stopped = [row["answer"] for _, row in sorted(read(kept[1])[1].items())]
     assert stopped == [text.partition(stop)[0].strip() for text in free]
     assert stopped != free
-    # An answer's length is its own: what pads it while others of its batch go on is no part of it.
+    # An answer's length is its own: what pads it while others of its batch continue is no part of it.
     alone = tmp_path / "alone.jsonl"
-    evaluate_task(str(parent), Task.load(a_task(tmp_path, stop=[stop])), outputs=alone, batch_size=1)
+    evaluate_task(str(original), Task.load(a_task(tmp_path, stop=[stop])), outputs=alone, batch_size=1)
     assert read(alone)[1] == read(kept[1])[1]
     assert len({row["tokens"] for row in read(alone)[1].values()}) > 1

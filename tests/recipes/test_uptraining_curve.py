@@ -46,7 +46,7 @@ def test_stories_end_at_their_mark_or_begin_with_an_opening(monkeypatch: pytest.
 
 def test_the_whole_table_on_a_small_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     curve = load_recipe("uptraining_curve", monkeypatch)
-    parent, _ = runs.pair(tmp_path)
+    original, _ = runs.pair(tmp_path)
     for name, times in (("train", 60), ("held", 12)):
         lines = (json.dumps({"text": f"{number} {texts.TEXT[:400]}"}) for number in range(times))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -55,7 +55,7 @@ def test_the_whole_table_on_a_small_scale(tmp_path: Path, monkeypatch: pytest.Mo
     given |= {"window": 32, "windows": 3, "batch": 2, "work": tmp_path / "work", "output": tmp_path / "record.json"}
     # With one rate to choose from, the best one would need neighbours.
     monkeypatch.setattr(curve, "best_rate", lambda choices, loss: min(choices, key=loss))
-    curve.main(parent, tmp_path / "train.jsonl", tmp_path / "held.jsonl", figure=tmp_path / "curve.png", **given)
+    curve.main(original, tmp_path / "train.jsonl", tmp_path / "held.jsonl", figure=tmp_path / "curve.png", **given)
     record = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
     table = record["results"]["table"]
     assert len(table) == 4 * 3
@@ -70,4 +70,4 @@ def test_the_whole_table_on_a_small_scale(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(calibration) + len(train) == 60
     # A second call has everything already.
     monkeypatch.setattr(curve.Bench, "run", None)
-    curve.main(parent, tmp_path / "train.jsonl", tmp_path / "held.jsonl", **given)
+    curve.main(original, tmp_path / "train.jsonl", tmp_path / "held.jsonl", **given)

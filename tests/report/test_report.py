@@ -23,7 +23,7 @@ from regroup.errors import RegroupError
 from regroup.report.heads import _cache, _short, _some
 from regroup.report.page import made_of, render
 from regroup.report.plausible import impossible
-from regroup.report.records import read_records, told_apart
+from regroup.report.records import read_records, short_names
 
 RECORDS = sorted((Path(__file__).parents[2] / "benchmarks/records").glob("*.json"))
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -129,8 +129,8 @@ def test_the_papers_table_is_shown_by_its_figures(tmp_path: Path) -> None:
     output = tmp_path / "page.html"
     assert run("report", path, "-o", output)[0] == 0
     page = output.read_text(encoding="utf-8")
-    assert "milliseconds a sample" in page
-    assert "milliseconds a token" not in own(page)
+    assert "milliseconds per sample" in page
+    assert "milliseconds per token" not in own(page)
     for row in json.loads(path.read_text(encoding="utf-8"))["results"]["decoder"]["table_1"]:
         assert f"{row['nats_per_token']['mean']:.4f}" in page
         assert row["model"] in page
@@ -374,8 +374,8 @@ def test_an_output_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, mo
 
 def test_names_are_as_long_as_they_must_be() -> None:
     places = ["run1/child", "/a/run2/child/", "parent", "org/model"]
-    assert list(told_apart(places).values()) == ["run1/child", "run2/child", "parent", "model"]
-    assert told_apart(["x/same", "x/same"]) == {"x/same": "same"}
+    assert list(short_names(places).values()) == ["run1/child", "run2/child", "parent", "model"]
+    assert short_names(["x/same", "x/same"]) == {"x/same": "same"}
 
 
 def loss(model: str, value: float, *, data: str = "text.txt", teacher: str | None = None) -> dict[str, Any]:
@@ -452,9 +452,9 @@ def test_too_much_for_a_page_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
 def test_inspect_writes_a_record_that_the_page_shows(tmp_path: Path) -> None:
     import tiny
 
-    parent = tiny.save("llama", tmp_path / "parent")
+    original = tiny.save("llama", tmp_path / "parent")
     kept = tmp_path / "inspect.json"
-    status, _, message = run("inspect", parent, "--similarity", "-o", tmp_path / "plots", "--record", kept)
+    status, _, message = run("inspect", original, "--similarity", "-o", tmp_path / "plots", "--record", kept)
     assert status == 0, message
     (found,) = read_records([kept])
     sections, unused = made_of([found])

@@ -55,7 +55,7 @@ def test_without_a_teacher_it_learns_something_else(shop: Path) -> None:
     assert any(not torch.equal(tensors(shop / "dst")[name], value) for name, value in distilled.items())
 
 
-def test_it_goes_on_where_it_was_broken_off(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_resumes_where_it_was_broken_off(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 

@@ -24,8 +24,8 @@ from regroup.data import files, tables, token_windows
 from regroup.data.files import TextFile
 from regroup.data.sources import find_sources
 from regroup.uptraining.objective import Causal, Pairs, SpanCorruption, make_objective
-from regroup.uptraining.reading import check_same_tokenizer
 from regroup.uptraining.stream import ExampleStream, held_out_examples, open_stream
+from regroup.uptraining.teacher import check_same_tokenizer
 
 TOKENIZER = texts.tokenizer()
 VOCAB = 96
@@ -158,7 +158,7 @@ def source_named(kind: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "parquet", "hf"])
-def test_reading_goes_on_from_any_chunk(kind: str, tmp_path: Path) -> None:
+def test_reading_resumes_from_any_chunk(kind: str, tmp_path: Path) -> None:
     (source,) = find_sources([source_named(kind, tmp_path)], pairs=False)
     chunks = list(source.chunks())
     assert len(chunks) > 5
@@ -228,7 +228,7 @@ def test_a_resumed_stream_can_be_resumed_again(tmp_path: Path) -> None:
     assert found == whole
 
 
-def test_a_second_iterator_goes_on_where_the_first_stood(tmp_path: Path) -> None:
+def test_a_second_iterator_resumes_where_the_first_stood(tmp_path: Path) -> None:
     stream = opened(lines(tmp_path / "a.jsonl"), shuffle_buffer=5)
     whole = rows(opened(tmp_path / "a.jsonl", shuffle_buffer=5).batches(2))
     first = rows(itertools.islice(stream.batches(2), 4))

@@ -33,16 +33,16 @@ def rewritten(folder: Path, target: Path, *, moved: float = 0.0) -> Path:
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_what_was_not_trained_is_the_same_file(name: str, converted: Converted, tmp_path: Path) -> None:
-    child = converted(name, "mixed")
-    assert digests(rewritten(child, tmp_path / "out")) == digests(child)
+    grouped = converted(name, "mixed")
+    assert digests(rewritten(grouped, tmp_path / "out")) == digests(grouped)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "mixtral", "t5", "gpt2", "bart"])
 def test_what_was_trained_is_what_the_model_holds(name: str, converted: Converted, tmp_path: Path) -> None:
-    child = converted(name, "mixed")
-    out = rewritten(child, tmp_path / "out", moved=0.25)
+    grouped = converted(name, "mixed")
+    out = rewritten(grouped, tmp_path / "out", moved=0.25)
     trained: Any = load(out, dtype=torch.float32, progress=False)
-    before: Any = load(child, dtype=torch.float32, progress=False)
+    before: Any = load(grouped, dtype=torch.float32, progress=False)
     for parameter, old in zip(trained.parameters(), before.parameters(), strict=True):
         assert torch.equal(parameter, old + 0.25)
 

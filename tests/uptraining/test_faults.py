@@ -66,6 +66,21 @@ def test_kill_at_any_moment(shop: Path, alone: Path, tmp_path: Path) -> None:
     assert [name for name in everything(output) if name.startswith(".")] == []
 
 
+def test_a_second_process_is_refused_while_the_first_one_runs(shop: Path, alone: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    given = options(shop, output, "--save-every", 1, "--eval-every", 6)
+    first = runs.start(*given)
+    while first.poll() is None and not (output / "run.json").exists():
+        time.sleep(0.005)
+    first.send_signal(signal.SIGSTOP)
+    second = runs.start(*given)
+    _, message = second.communicate(timeout=120)
+    first.send_signal(signal.SIGCONT)
+    assert (second.returncode, "another process is running" in message) == (2, True), message
+    finished(first)
+    assert_same_tensors(tensors(output / "model"), tensors(alone / "model"))
+
+
 @pytest.fixture(scope="module")
 def two(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("two") / "run"
@@ -87,7 +102,7 @@ def test_two_processes_learn_what_one_does(alone: Path, two: Path) -> None:
         assert (tensors(two / "model")[name] - tensor).abs().max() < 1e-4
 
 
-def test_one_process_goes_on_where_two_stopped(shop: Path, two: Path, tmp_path: Path) -> None:
+def test_one_process_resumes_where_two_stopped(shop: Path, two: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(two, output)
     shutil.rmtree(output / "model")

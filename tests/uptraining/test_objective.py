@@ -83,7 +83,7 @@ def test_windows_and_borders_are_those_of_a_naive_packer(
         position = 0
         for place in range(1, window):
             (_, before), (token, document) = row[place - 1], row[place]
-            # After the window's own first token, a document goes on; it is no border.
+            # After the window's own first token, a document resumes; it is no border.
             border = document != before and before != -1
             position = 0 if border else position + 1
             assert labels[place] == (IGNORED if border and not cross else token)
@@ -186,7 +186,7 @@ def test_tokens_that_do_not_differ_do_not_decide_it(name: str, apart: bool) -> N
     assert keeps_documents_apart(model) == apart
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260k checkpoint is not beside the project")
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260k checkpoint is not next to the project")
 def test_a_pretrained_llama_keeps_documents_apart() -> None:
     assert keeps_documents_apart(regroup.load(STORIES))
 

@@ -182,7 +182,7 @@ def test_a_decoder_is_uptrained_with_adamw_and_a_cosine() -> None:
     assert resolved(recipe, "llama", False) == (recipe, [])
 
 
-def test_t5_goes_on_from_its_last_step() -> None:
+def test_t5_resumes_from_its_last_step() -> None:
     recipe, _ = resolved(Recipe("child", Path("out"), ("a.txt",)), "t5", True)
     assert (recipe.objective, recipe.optimizer, recipe.schedule) == ("span-corruption", "adafactor", "inverse-sqrt")
     assert (recipe.original_steps, recipe.learning_rate, recipe.weight_decay) == (1_000_000, 0.001, 0.0)

@@ -29,7 +29,7 @@ def test_constant() -> None:
     assert values("constant", 4, warmup=0.5) == [0.5, 1, 1, 1]
 
 
-def test_t5_goes_on_from_the_original_step() -> None:
+def test_t5_resumes_from_the_original_step() -> None:
     factor = schedule("inverse-sqrt", 50_000, warmup=0.5, original_steps=1_000_000)
     rate = 1 / math.sqrt(1_000_000)
     for step in (0, 1, 25_000, 49_999):

@@ -91,10 +91,10 @@ def convert(
             check_recipe(uptrain, source, destination)
         elif uptrain is not None:
             from ..uptraining.chain import convert_and_uptrain, uptraining_of
-            from ..uptraining.watch import Shown
+            from ..uptraining.listener import ConsoleListener
 
             with resumable(*uptraining_of(destination)):
-                convert_and_uptrain(source, destination, uptrain, run, options, listener=Shown())
+                convert_and_uptrain(source, destination, uptrain, run, options, listener=ConsoleListener())
             err.print(f"wrote {destination}; the record of its uptraining is in {destination}.uptraining/run")
             err.print(f"what it cost in quality: {score}")
             return

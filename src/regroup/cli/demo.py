@@ -15,6 +15,6 @@ def demo(
     windows: Annotated[int, typer.Option(min=2, help="Held-out windows of 256 tokens.")] = 64,
 ) -> None:
     """Convert a small embedded model to several G with each method, and show what each costs in quality."""
-    from ..demo.story import tell
+    from ..demo.run import run_demo
 
-    tell(output, windows=windows)
+    run_demo(output, windows=windows)

@@ -91,14 +91,14 @@ def uptrain(
     from ..processes import leave, rank
 
     try:
+        from ..uptraining.listener import ConsoleListener
         from ..uptraining.recipe import Recipe
         from ..uptraining.run import uptrain as run
-        from ..uptraining.watch import Shown
 
         given["stages"] = tuple(stages.split(",")) if stages else None
         settled = Recipe.load(recipe, **given)
         with resumable(settled.output):
-            done = run(settled, listener=Shown(), dry_run=dry_run)
+            done = run(settled, listener=ConsoleListener(), dry_run=dry_run)
     finally:
         leave()
     if rank() == 0:

@@ -43,7 +43,7 @@ def pair_batches(
     Args:
         pairs: (source, target) texts.
         tokenizer: a transformers tokenizer.
-        batch_size: pairs a batch; pairs of like length share one.
+        batch_size: pairs per batch; pairs of like length share one.
         start_token: the model's ``decoder_start_token_id``.
         max_length: tokens of a source or target at most; the rest is cut off.
     """
@@ -59,9 +59,9 @@ def pair_batches(
     rows.sort(key=lambda row: (len(row[0]), len(row[1])))
     for first in range(0, len(rows), batch_size):
         part = rows[first : first + batch_size]
-        source, mask = _padded([row[0] for row in part], 0)
-        targets, target_mask = _padded([row[1] for row in part], IGNORED)
-        before, _ = _padded([[start_token, *row[1][:-1]] for row in part], 0)
+        source, mask = padded([row[0] for row in part], 0)
+        targets, target_mask = padded([row[1] for row in part], IGNORED)
+        before, _ = padded([[start_token, *row[1][:-1]] for row in part], 0)
         yield Batch(
             {
                 "input_ids": source,
@@ -73,11 +73,34 @@ def pair_batches(
         )
 
 
-def _padded(rows: list[list[int]], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows: Sequence[Any], fill: int, *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of rows, filled up to the longest one, and their mask: both (rows, longest), int64."""
     length = max(map(len, rows))
-    values = torch.full((len(rows), length), fill, dtype=torch.int64)
+    ids = torch.full((len(rows), length), fill, dtype=torch.int64)
     mask = torch.zeros((len(rows), length), dtype=torch.int64)
     for number, row in enumerate(rows):
-        values[number, : len(row)] = torch.tensor(row)
-        mask[number, : len(row)] = 1
-    return values, mask
+        columns = slice(length - len(row), length) if left else slice(0, len(row))
+        ids[number, columns] = torch.as_tensor(row, dtype=torch.int64)
+        mask[number, columns] = 1
+    return ids, mask
+
+
+def check_vocabulary(largest: int, size: int, file: object = None) -> None:
+    """Refuse token ids that a model has no embedding for.
+
+    Args:
+        largest: of the ids.
+        size: of the model's vocabulary.
+        file: where the text comes from, for the message.
+
+    Raises:
+        RegroupError: ``largest`` is not below ``size``.
+    """
+    if largest >= size:
+        raise RegroupError(
+            "a token is outside the model's vocabulary",
+            file=file,
+            expected=f"ids below {size}",
+            got=largest,
+            remedy="the tokenizer belongs to another model: use the one of the original model",
+        )

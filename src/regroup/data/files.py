@@ -55,7 +55,7 @@ class TextFile:
 
 
 def _last_border(block: bytes) -> int:
-    """After the last line of a block, or before the last character, which may go on beyond it."""
+    """After the last line of a block, or before the last character, which may continue beyond it."""
     border = block.rfind(b"\n") + 1
     if border:
         return border

@@ -59,7 +59,7 @@ def check_window(config: Mapping[str, Any], window: int, *, option: str = "--win
 
     Args:
         config: of the model.
-        window: tokens a window.
+        window: tokens per window.
         option: of the command line that says so.
 
     Raises:
@@ -67,7 +67,7 @@ def check_window(config: Mapping[str, Any], window: int, *, option: str = "--win
     """
     for name in ("max_position_embeddings", "n_positions"):
         limit = config.get(name)
-        if isinstance(limit, int) and window > limit:
+        if isinstance(limit, int) and 0 < limit < window:
             raise RegroupError(
                 "the windows are longer than the model's positions",
                 expected=f"at most {limit} tokens",
@@ -92,7 +92,7 @@ def token_windows(
     Args:
         texts: documents; they are joined, with the tokenizer's end-of-sequence token between them.
         tokenizer: a transformers tokenizer.
-        length: tokens a window.
+        length: tokens per window.
         limit: number of windows at most.
         bos: begin every window with the tokenizer's beginning-of-sequence token, where it has one: a model that was
             trained to see it first is otherwise surprised by every window's start.
@@ -149,7 +149,7 @@ def document_windows(
     Args:
         texts: documents; as many are read as it takes to find ``limit`` first windows.
         tokenizer: a transformers tokenizer.
-        length: tokens a window.
+        length: tokens per window.
         limit: number of windows at most.
         file, option: for the message, as in ``token_windows``.
 
@@ -213,11 +213,11 @@ def _tokens(texts: Iterable[str], tokenizer: Any) -> Iterator[int]:
     for number, text in enumerate(texts):
         if number and tokenizer.eos_token_id is not None:
             yield tokenizer.eos_token_id
-        for start, end in _pieces(text):
+        for start, end in pieces_of(text):
             yield from tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _pieces(text: str) -> Iterator[tuple[int, int]]:
+def pieces_of(text: str) -> Iterator[tuple[int, int]]:
     """Ranges of a text that end at line ends, so that hardly a token is cut."""
     start = 0
     while start < len(text):

@@ -1,1 +1,1 @@
-"""The demonstration's own small parent model and the text it was trained on."""
+"""The demonstration's own small multi-head model and the text it was trained on."""

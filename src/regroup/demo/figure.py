@@ -7,7 +7,7 @@ from typing import Any
 
 
 def draw(value: dict[str, Any], path: Path) -> None:
-    """Loss over the parent against KV heads, a line a method; beside it against α (the paper's Figure 5).
+    """Excess loss against KV heads, one line per method, and against α (the paper's Figure 5).
 
     Args:
         value: a record of the kind ``demo``.
@@ -20,17 +20,17 @@ def draw(value: dict[str, Any], path: Path) -> None:
     _conversions(left, value["results"]["rows"])
     _recoveries(right, value["results"]["uptrained"])
     for axes in (left, right):
-        axes.axhline(0, color="0.4", linestyle=":", label="multi-head parent")
-        axes.set_ylabel("held-out nats a token over the parent")
+        axes.axhline(0, color="0.4", linestyle=":", label="multi-head model")
+        axes.set_ylabel("held-out nats per token over the original model")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
 
 
 def _conversions(axes: Any, rows: list[dict[str, Any]]) -> None:
-    parent = rows[0]
+    original = rows[0]
     for method, marker in zip(dict.fromkeys(row["method"] for row in rows[1:]), "osD^vP*", strict=False):
-        line = [parent] + [row for row in rows if row["method"] == method]
+        line = [original] + [row for row in rows if row["method"] == method]
         heads = [row["num_key_value_heads"] for row in line]
         axes.plot(heads, [row["excess_nats_per_token"] for row in line], marker=marker, label=method)
     axes.set_xscale("log", base=2)
@@ -49,5 +49,5 @@ def _recoveries(axes: Any, rows: list[dict[str, Any]]) -> None:
             alphas, [point["nats_per_token"] - base for point in row["curve"]], marker=marker, label=row["method"]
         )
     heads = rows[0]["num_key_value_heads"]
-    axes.set_xlabel("uptraining, as a share α of the parent's training tokens")
+    axes.set_xlabel("uptraining, as a share α of the original model's training tokens")
     axes.set_title(f"Uptrained with {heads} key/value heads", fontsize=11)

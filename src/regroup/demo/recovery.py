@@ -1,4 +1,4 @@
-"""The second half of the demonstration: two children uptrained, the paper's way and ours, on the same text."""
+"""The second half of the demonstration: two converted models, uptrained with the paper's recipe and with ours."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..progress import stage
+from ..uptraining.listener import Listener
 from ..uptraining.recipe import Recipe
 from ..uptraining.run import uptrain
-from ..uptraining.watch import Listener
 
-ALPHA = 0.05  # of the parent's training tokens, as in Ainslie et al. 2023, section 3.1
+ALPHA = 0.05  # of the original model's training tokens, as in Ainslie et al. 2023, section 3.1
 BATCH = 8
 POINTS = 10
 HELD_OUT_WINDOWS = 32
@@ -23,12 +23,12 @@ HELD_OUT_WINDOWS = 32
 
 @dataclass(frozen=True)
 class Way:
-    """How a child is brought back.
+    """How a converted model is uptrained.
 
     Attributes:
         name: for table and figure.
-        start: how the child was made, a method of ``story.METHODS``.
-        distilled: whether the parent teaches, or the text alone does.
+        start: how the model was converted, one of ``demo.run.METHODS``.
+        distilled: whether the original model is the teacher; otherwise it is trained on cross-entropy.
         learning_rate: the highest; chosen for each way in ``benchmarks/records/uptraining-demo.json``.
     """
 
@@ -80,19 +80,19 @@ def divide(
 
 
 def recover(
-    way: Way, child: Path, parent: Path, texts: Texts, output: Path, *, pretraining_tokens: int, window: int
+    way: Way, converted: Path, original: Path, texts: Texts, output: Path, *, pretraining_tokens: int, window: int
 ) -> dict[str, Any]:
-    """Uptrain a child at ``ALPHA`` and return the run's record. An earlier run in ``output`` is replaced."""
+    """Uptrain a converted model at ``ALPHA`` and return the run's record. An earlier run in ``output`` is replaced."""
     shutil.rmtree(output, ignore_errors=True)
     tokens_per_step = BATCH * window
     steps = -(-int(ALPHA * pretraining_tokens) // tokens_per_step)
     recipe = Recipe(
-        model=str(child),
+        model=str(converted),
         output=output,
         data=(str(texts.training),),
         alpha=ALPHA,
         pretraining_tokens=pretraining_tokens,
-        teacher=str(parent) if way.distilled else None,
+        teacher=str(original) if way.distilled else None,
         window=window,
         batch_size=BATCH,
         learning_rate=way.learning_rate,
@@ -109,7 +109,7 @@ def recover(
 
 
 def points(record: dict[str, Any], pretraining_tokens: int) -> list[dict[str, float]]:
-    """Held-out loss along a run: α, and nats a token on the run's own held-out windows."""
+    """Held-out loss along a run: α, and nats per token on the run's own held-out windows."""
     per_step = record["configuration"]["budget"]["tokens_per_step"]
     return [
         {"alpha": entry["step"] * per_step / pretraining_tokens, "nats_per_token": entry["eval_loss"]}
@@ -118,8 +118,8 @@ def points(record: dict[str, Any], pretraining_tokens: int) -> list[dict[str, fl
     ]
 
 
-def parent_loss(record: dict[str, Any]) -> float | None:
-    """The teacher's loss on the run's own held-out windows, in nats a token; None for a run without a teacher."""
+def teacher_loss(record: dict[str, Any]) -> float | None:
+    """The teacher's loss on the run's own held-out windows, in nats per token; None for a run without a teacher."""
     found = [entry["eval_teacher_loss"] for entry in record["results"]["history"] if "eval_teacher_loss" in entry]
     return found[-1] if found else None
 

@@ -1,4 +1,4 @@
-"""What a conversion cost in quality: loss on held-out text, and distance from the parent."""
+"""What a conversion cost in quality: loss on held-out text, and distance from the original model."""
 
 from ..data import Batch, causal_batches, pair_batches
 from .score import Score, score

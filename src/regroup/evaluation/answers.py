@@ -1,4 +1,4 @@
-"""`regroup evaluate --task` as one function: ask every row, judge the answers, compare two models, record."""
+"""`regroup evaluate --task` as one function: answer every row, judge the answers, compare two models, record."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..checkpoint import fetch, fingerprint
+from ..data.batches import check_vocabulary
 from ..devices import device_named
 from ..errors import RegroupError
 from ..modeling import load_tokenizer
@@ -20,7 +21,7 @@ from . import choices, generate
 from .bootstrap import LEVEL, RESAMPLES, interval, paired
 from .metrics import GENERATING
 from .outputs import Outputs, read
-from .prompts import check_positions, check_vocabulary, encode
+from .prompts import check_positions, encode
 from .run import check_dtype, load_for_scoring
 from .task import Row, Task
 
@@ -46,7 +47,7 @@ def evaluate_task(
     Args:
         model: a checkpoint folder or hub id.
         task: see ``Task.load``.
-        outputs: file that keeps answers as they come; the same call goes on from it. None keeps none.
+        outputs: file that keeps answers as they come; the same call resumes from it. None keeps none.
         against: the outputs of another model on the same rows, to compare with.
         batch_size: rows at a time.
         dtype: of weights and activations; ``"auto"`` as stored.
@@ -173,7 +174,8 @@ def _chosen(
     for number, asked in pairs.items():
         if not all(context and wanted for context, wanted in asked):
             raise RegroupError("a prompt or a choice has no tokens", file=task.data, got=f"row {number + 1}")
-    check_vocabulary(model, (ids for asked in pairs.values() for pair in asked for ids in pair))
+    largest = max(max(ids) for asked in pairs.values() for pair in asked for ids in pair)
+    check_vocabulary(largest, model.config.get_text_config().vocab_size)
     longest = {number: max(len(c) + (0 if seq2seq else len(w)) for c, w in pairs[number]) for number in missing}
     check_positions(model, task, max(longest.values()), "" if seq2seq else ", the choice included")
     order = sorted(missing, key=lambda number: (-longest[number], number))

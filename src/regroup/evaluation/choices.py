@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .prompts import decoder_ids, last, padded
+from ..data.batches import padded
+from .prompts import decoder_ids, last
 
 
 def choice_ids(
@@ -47,14 +48,14 @@ def log_likelihoods(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[in
     """
     device = next(model.parameters()).device
     if model.config.is_encoder_decoder:
-        ids, mask = padded([context for context, _ in pairs], 0, left=False)
-        before, before_mask = padded([[start or 0, *wanted[:-1]] for _, wanted in pairs], 0, left=False)
+        ids, mask = padded([context for context, _ in pairs], 0)
+        before, before_mask = padded([[start or 0, *wanted[:-1]] for _, wanted in pairs], 0)
         inputs = {"input_ids": ids, "attention_mask": mask}
         inputs |= {"decoder_input_ids": before, "decoder_attention_mask": before_mask}
         firsts = [0] * len(pairs)
     else:
         rows = [[*context, *wanted][:-1] for context, wanted in pairs]
-        ids, mask = padded(rows, 0, left=False)
+        ids, mask = padded(rows, 0)
         inputs = {"input_ids": ids, "attention_mask": mask}
         firsts = [len(context) - 1 for context, _ in pairs]
     logits = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).logits

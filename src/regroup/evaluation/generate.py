@@ -1,4 +1,4 @@
-"""Greedy answers, a batch at a time, the same whatever the batch."""
+"""Greedy answers, one batch at a time; they do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..data.batches import padded
 from ..errors import RegroupError
-from .prompts import padded
 from .task import Task
 
 
@@ -67,7 +67,7 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], task: T
         if how.forced_bos_token_id is not None and row[:1] == [how.forced_bos_token_id]:
             row = row[1:]
         end = next((place for place, token in enumerate(row) if token in ends), len(row))
-        # What a stop ended is filled up with padding while others of its batch go on.
+        # What a stop ended is filled up with padding while others of its batch continue.
         while task.stop and end and row[end - 1] == how.pad_token_id:
             end -= 1
         answers.append(row[:end])

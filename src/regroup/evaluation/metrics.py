@@ -85,7 +85,7 @@ def edit_distance(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 
 def _error_rate(split: Callable[[str], Sequence[str]]) -> Callable[[Answers, References], np.ndarray]:
-    """(errors, symbols of the reference), of the reference that has the least errors a symbol."""
+    """(errors, symbols of the reference), of the reference with the fewest errors per symbol."""
 
     def rows(answers: Answers, references: References) -> np.ndarray:
         found = []
@@ -160,5 +160,5 @@ GENERATING: dict[str, Metric] = {
 }
 CHOOSING: dict[str, str] = {
     "accuracy": "the choice with the highest log-likelihood",
-    "accuracy_by_length": "the choice with the highest log-likelihood a character",
+    "accuracy_by_length": "the choice with the highest log-likelihood per character",
 }

@@ -1,4 +1,4 @@
-"""A model's answers as JSON lines, written as they come, so that a run that was broken off goes on from there."""
+"""A model's answers as JSON lines, written as they come, so that a run that was broken off resumes from there."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _FORMAT = 1
 class Outputs:
     """Answers by the number of their row.
 
-    The first line says whose answers to what they are; the rest are one row each. A last line that a kill left half
-    written is dropped.
+    The first line names the model, the task and the settings; the others are one row each. A last line that a killed
+    run left half-written is dropped.
 
     Args:
         path: the file, new or empty or of the same facts; None keeps answers in memory alone.

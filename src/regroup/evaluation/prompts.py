@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from ..data.batches import check_vocabulary
 from ..errors import RegroupError
 from ..families import family_for
 from .task import Row, Task
@@ -41,7 +40,7 @@ def encode(rows: Sequence[Row], task: Task, tokenizer: Any, model: Any) -> list[
                 "a prompt has no tokens", file=task.data, expected="some text", got=repr(row.prompt), remedy="fill it"
             )
         found.append(ids)
-    check_vocabulary(model, found)
+    check_vocabulary(max(map(max, found)), model.config.get_text_config().vocab_size)
     new = 0 if seq2seq else task.max_new_tokens
     check_positions(model, task, max(map(len, found)) + new, f", {new} new ones included" if new else "")
     return found
@@ -58,22 +57,6 @@ def decoder_ids(prompt: str, tokenizer: Any, most: int | None = None) -> list[in
 def last(head: list[int], ids: list[int], most: int | None) -> list[int]:
     """``head`` and as many of the last ids as make ``most`` with it."""
     return head + (ids if most is None else ids[max(0, len(ids) - max(0, most - len(head))) :])
-
-
-def check_vocabulary(model: Any, rows: Iterable[Sequence[int]]) -> None:
-    """Refuse tokens that the model has no embedding of.
-
-    Raises:
-        RegroupError: with the largest of them.
-    """
-    size, largest = model.config.get_text_config().vocab_size, max(map(max, rows))
-    if largest >= size:
-        raise RegroupError(
-            "a token is outside the model's vocabulary",
-            expected=f"ids below {size}",
-            got=largest,
-            remedy="the tokenizer belongs to another model",
-        )
 
 
 def check_positions(model: Any, task: Task, longest: int, what: str) -> None:
@@ -104,15 +87,3 @@ def positions(model: Any) -> int | None:
         if isinstance(limit, int):
             return limit
     return None
-
-
-def padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (rows, longest) int64 and their mask, filled up on one side."""
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), fill, dtype=torch.int64)
-    mask = torch.zeros((len(rows), length), dtype=torch.int64)
-    for number, row in enumerate(rows):
-        place = slice(length - len(row), length) if left else slice(0, len(row))
-        ids[number, place] = torch.tensor(row, dtype=torch.int64)
-        mask[number, place] = 1
-    return ids, mask

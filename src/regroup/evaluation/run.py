@@ -43,9 +43,9 @@ def evaluate(
     """Evaluate a checkpoint on held-out text or pairs.
 
     Args:
-        model, teacher: checkpoint folders or hub ids; the teacher is the parent to compare with.
+        model, teacher: checkpoint folders or hub ids; the teacher is the original model to compare with.
         data: see ``regroup.data.read_texts`` and ``read_pairs``.
-        window, windows, document_starts: tokens a window, windows at most, and where they begin (``token_windows``).
+        window, windows, document_starts: tokens per window, windows at most, and where they begin (``token_windows``).
         batch_size: windows or pairs at a time.
         dtype: of weights and activations; ``"auto"`` as stored.
         device: a torch device; a GPU where there is one.
@@ -69,10 +69,10 @@ def evaluate(
     with readable(model, allow_pickle=allow_pickle) as name:
         folder = fetch(name)
         student, tokenizer = load_for_scoring(folder, dtype, place), load_tokenizer(folder)
-    parent = None
+    original = None
     if teacher is not None:
         with readable(teacher, allow_pickle=allow_pickle) as name:
-            parent = load_for_scoring(fetch(name), dtype, place)
+            original = load_for_scoring(fetch(name), dtype, place)
 
     nbytes = None
     if student.config.is_encoder_decoder:
@@ -96,7 +96,7 @@ def evaluate(
         rows = len(cut)
     if ahead is not None:
         ahead(rows)
-    result = score(student, batches, teacher=parent, progress=progress)
+    result = score(student, batches, teacher=original, progress=progress)
     if math.isnan(result.nats_per_token):
         raise RegroupError(
             "the model's loss is not a number",

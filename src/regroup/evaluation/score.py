@@ -1,4 +1,4 @@
-"""One pass over held-out batches: loss of a model, and how far it has moved from its parent."""
+"""One pass over held-out batches: loss of a model, and its distance from the original model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..data import IGNORED, Batch
+from ..data.batches import check_vocabulary
 from ..errors import RegroupError
 
 
@@ -21,11 +22,11 @@ class Score:
         tokens: how many were predicted.
         nats_per_token: cross-entropy.
         standard_error: of that mean, taking each row of a batch (window or pair) as one draw.
-        teacher_nats_per_token: the parent's cross-entropy on the same tokens, or None.
-        kl_nats_per_token: KL(parent ‖ model), or None.
+        teacher_nats_per_token: the original model's cross-entropy on the same tokens, or None.
+        kl_nats_per_token: KL(original ‖ model), or None.
         top1_agreement: share of positions where both put the same token first, or None.
-        teacher_standard_error, excess_standard_error: of the parent's cross-entropy, and of the difference, in which
-            what makes a row hard for both drops out; or None.
+        teacher_standard_error, excess_standard_error: of the original model's cross-entropy, and of the
+            difference, in which what makes a row hard for both drops out; or None.
     """
 
     tokens: int
@@ -43,7 +44,7 @@ class Score:
         return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
 
     def bits_per_byte(self, nbytes: int) -> float:
-        """The loss a byte of the predicted text, in bits: comparable between tokenizers."""
+        """The loss per byte of the predicted text, in bits: comparable between tokenizers."""
         return self.nats_per_token * self.tokens / math.log(2) / nbytes
 
 
@@ -55,18 +56,18 @@ def score(
     teacher: Any = None,
     progress: Callable[[int], None] | None = None,
 ) -> Score:
-    """Score a causal or encoder-decoder model, and compare it with its parent where one is given.
+    """Score a causal or encoder-decoder model, and compare it with the original model where that is given.
 
     Logits are taken as the model computes them; softmax, loss and KL are computed in float32 and summed in float64.
 
     Args:
         model: a transformers model with a language-modelling head.
         batches: see ``causal_batches`` and ``pair_batches``.
-        teacher: the parent, or None.
+        teacher: the original model, or None.
         progress: called with the number of rows after each batch.
 
     Raises:
-        RegroupError: no batch, a token outside the vocabulary, or a parent with another vocabulary.
+        RegroupError: no batch, a token outside the vocabulary, or an original model with another vocabulary.
     """
     device = next(model.parameters()).device
     sums: list[tuple[float, int]] = []
@@ -75,12 +76,12 @@ def score(
     for batch in batches:
         targets = batch.targets.to(device)
         logits = _logits(model, batch, device)
-        _check_vocabulary(batch, logits.shape[-1])
+        check_vocabulary(int(batch.targets.max()), logits.shape[-1])
         asked = targets != IGNORED
         wanted = targets.clamp(min=0).unsqueeze(-1)
         other = None if teacher is None else _logits(teacher, batch, device)
         if other is not None and other.shape != logits.shape:
-            raise RegroupError("the parent has another vocabulary", expected=logits.shape[-1], got=other.shape[-1])
+            raise RegroupError("the teacher has another vocabulary", expected=logits.shape[-1], got=other.shape[-1])
         loss, theirs, apart, same = _by_token(logits, other, wanted)
         loss = loss * asked
         sums += zip(loss.double().sum(1).tolist(), asked.sum(1).tolist(), strict=True)
@@ -148,21 +149,6 @@ def _logits(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
     inputs = {name: value.to(device) for name, value in batch.inputs.items()}
     size = model.config.get_text_config().vocab_size
     for name in ("input_ids", "decoder_input_ids"):
-        if name in inputs and int(inputs[name].max()) >= size:
-            raise RegroupError(
-                "a token is outside the model's vocabulary",
-                expected=f"ids below {size}",
-                got=int(inputs[name].max()),
-                remedy="the tokenizer belongs to another model",
-            )
+        if name in inputs:
+            check_vocabulary(int(inputs[name].max()), size)
     return model(**inputs, use_cache=False).logits
-
-
-def _check_vocabulary(batch: Batch, size: int) -> None:
-    if int(batch.targets.max()) >= size:
-        raise RegroupError(
-            "a target token is outside the model's vocabulary",
-            expected=f"ids below {size}",
-            got=int(batch.targets.max()),
-            remedy="the tokenizer belongs to another model",
-        )

@@ -124,12 +124,3 @@ def number(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-
-
-def size(count: float) -> str:
-    """Bytes for a person."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

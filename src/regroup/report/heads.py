@@ -7,7 +7,8 @@ from typing import Any
 
 import altair as alt
 
-from .figures import COLORS, Figure, Section, Table, chart, points_and_lines, size
+from ..errors import human_bytes
+from .figures import COLORS, Figure, Section, Table, chart, points_and_lines
 from .records import Record, labels
 
 _CONTEXTS = [2**power for power in range(9, 18)]
@@ -68,10 +69,18 @@ def _facts(records: Sequence[Record]) -> Figure:
                 str(len(layers)),
                 str(max(layer["num_attention_heads"] for layer in layers)),
                 str(heads[0]) if len(heads) == 1 else f"{heads[0]} – {heads[-1]}",
-                size(sum(_token_bytes(layer) for layer in layers)),
+                human_bytes(sum(_token_bytes(layer) for layer in layers)),
             )
         )
-    columns = ("model", "family", "parameters", "attention layers", "query heads", "KV heads", "cache a token, 16 bits")
+    columns = (
+        "model",
+        "family",
+        "parameters",
+        "attention layers",
+        "query heads",
+        "KV heads",
+        "KV cache per token, 16 bits",
+    )
     return Figure("What was looked at", "; ".join(record.conditions for record in records), None, Table(columns, rows))
 
 
@@ -92,7 +101,7 @@ def _memory(records: Sequence[Record]) -> Figure:
         for context in _CONTEXTS
     ]
     for row in rows:
-        row["size"], row["MiB"] = size(row["bytes"]), row["bytes"] / 2**20
+        row["size"], row["MiB"] = human_bytes(row["bytes"]), row["bytes"] / 2**20
     tip = [alt.Tooltip("model:N"), alt.Tooltip("context:Q", format=","), alt.Tooltip("size:N")]
     x = alt.X(
         "context:Q",
@@ -100,11 +109,11 @@ def _memory(records: Sequence[Record]) -> Figure:
         scale=alt.Scale(type="log", base=2),
         axis=alt.Axis(values=_CONTEXTS, labelExpr="datum.value < 1024 ? datum.value : datum.value / 1024 + 'k'"),
     )
-    y = alt.Y("MiB:Q", title="MiB a sequence, 16 bits", scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=6))
+    y = alt.Y("MiB:Q", title="MiB per sequence, 16 bits", scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=6))
     drawn = points_and_lines(rows, x=x, y=y, color="model", tooltip=tip)
     shown = [512, 4096, 32768, 131072]
     cells = [
-        (name, *(size(_cache(record.results["layers"], context)) for context in shown))
+        (name, *(human_bytes(_cache(record.results["layers"], context)) for context in shown))
         for name, record in zip(names, records, strict=True)
     ]
     caption = "; ".join(record.conditions for record in records)
@@ -153,7 +162,7 @@ def _short(names: Sequence[str]) -> list[str]:
 
 
 def _maps(record: Record) -> list[Figure]:
-    """One map a kind of projection: layers down, pairs of heads across would be too wide, so one tile a layer."""
+    """One map for keys and one for values, with a tile for each layer."""
     made = []
     for side in ("key", "value"):
         rows, cells = [], []

@@ -1,4 +1,4 @@
-"""Sections to one page that needs nothing beside it."""
+"""Sections put together to one self-contained page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_BYTES = 2_000_000
 # That V8 reserves, measured: with 40 GB it dies, with 70 it runs.
 _ADDRESS_SPACE = 70_000_000_000
 # What a value of the wrong kind leads to, wherever a section uses it.
-_AMISS = (KeyError, TypeError, IndexError, AttributeError, ValueError, ArithmeticError)
+_WRONG_KIND = (KeyError, TypeError, IndexError, AttributeError, ValueError, ArithmeticError)
 _SECTIONS = (
     heads.models,
     quality.section,
@@ -37,7 +37,7 @@ def write_report(paths: Sequence[Path], output: Path, *, title: str = "regroup r
     """Make one HTML page of records; it opens offline and loads nothing.
 
     Args:
-        paths: records that verbs of regroup wrote with ``-o``, and plans.
+        paths: records that regroup commands wrote with ``-o``, and plans.
         output: the page; it appears when it is complete.
         title: of the page.
 
@@ -65,14 +65,14 @@ def made_of(records: Sequence[Record]) -> tuple[list[Section], list[str]]:
     try:
         found = [section for make in _SECTIONS if (section := make(records)) is not None]
         used = {r.file for r in records if any(make([r]) is not None for make in _SECTIONS)}
-    except _AMISS as error:
+    except _WRONG_KIND as error:
         culprit = next((record for record in records if _fails(record)), records[0])
         raise RegroupError(
             "a record lacks what its kind has",
             file=culprit.file,
             expected=culprit.kind,
             got=f"{type(error).__name__}: {error}",
-            remedy="make it anew with this version of regroup",
+            remedy="make it again with this version of regroup",
         ) from error
     return found, [f"{r.file} ({r.kind})" for r in records if r.file not in used]
 
@@ -81,7 +81,7 @@ def _fails(record: Record) -> bool:
     try:
         for make in _SECTIONS:
             make([record])
-    except _AMISS:
+    except _WRONG_KIND:
         return True
     return False
 
@@ -147,5 +147,5 @@ def _library() -> str:
     raise RegroupError(
         "the charts cannot be made: vl-convert, which brings Vega, does not run",
         got=last[0][:200],
-        remedy="install vl-convert-python anew, or free some memory",
+        remedy="reinstall vl-convert-python, or free some memory",
     )

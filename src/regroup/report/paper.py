@@ -9,7 +9,7 @@ import altair as alt
 from .figures import Figure, Section, Table, bars, number
 from .records import Record
 
-_LOSS = "held-out loss, nats a token"
+_LOSS = "held-out loss, nats per token"
 
 
 def section(records: Sequence[Record]) -> Section | None:

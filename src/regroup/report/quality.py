@@ -11,7 +11,7 @@ from .figures import Figure, Section, Table, bars, number
 from .records import Record, labels
 
 _INTERVAL = alt.Tooltip("interval:N", title="95% interval")
-_EXCESS = "loss over the parent, nats a token"
+_EXCESS = "loss over the original model, nats per token"
 
 
 def section(records: Sequence[Record]) -> Section | None:
@@ -34,7 +34,7 @@ def section(records: Sequence[Record]) -> Section | None:
 
 
 def _losses(records: Sequence[Record]) -> Figure:
-    """Models on one text; a parent that several were compared with stands there once."""
+    """Models on one text; an original model that several were compared with appears once."""
     found: list[tuple[str, str, float, float | None]] = []
     for record in records:
         loss, error = record.results["nats_per_token"], record.results.get("standard_error")
@@ -52,9 +52,9 @@ def _losses(records: Sequence[Record]) -> Figure:
         between = "–" if error is None else f"{low:.4f} – {high:.4f}"
         rows.append({"model": name, "loss": loss, "low": low, "high": high, "interval": between})
         cells.append((name, number(loss, 4), between))
-    tip = [alt.Tooltip("model:N"), alt.Tooltip("loss:Q", format=".4f", title="nats a token"), _INTERVAL]
-    table = Table(("model", "nats a token", "95% interval"), cells)
-    drawn = bars(rows, name="model", value="loss", title="nats a token", tooltip=tip, low="low", high="high")
+    tip = [alt.Tooltip("model:N"), alt.Tooltip("loss:Q", format=".4f", title="nats per token"), _INTERVAL]
+    table = Table(("model", "nats per token", "95% interval"), cells)
+    drawn = bars(rows, name="model", value="loss", title="nats per token", tooltip=tip, low="low", high="high")
     data = records[0].configuration.get("data")
     return Figure(f"Loss on held-out text: {data}", _from(records), drawn, table)
 
@@ -63,7 +63,7 @@ def _methods(record: Record) -> Figure:
     """Excess by way of converting, a bar for each number of KV heads."""
     pairs = record.kind == "conversion-g2p"
     key = "excess" if pairs else "excess_nats_per_token"
-    title = "phoneme error rate over the parent's" if pairs else _EXCESS
+    title = "phoneme error rate over the original model's" if pairs else _EXCESS
     found = [row for row in record.results["rows"] if row.get("method") not in ("parent", None)]
     found += [
         {**row, "method": f"{row['method']}, {row['uptraining_tokens']:,} tokens"}

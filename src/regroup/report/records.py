@@ -23,7 +23,7 @@ class Record:
     """A record and the name of its file.
 
     Attributes:
-        file: name, with as many of its folders as tell it from the others; where it lies is nobody's business.
+        file: name, with as many of its folders as distinguish it from the others; the rest of the path is left out.
         kind: what was measured; ``"plan"`` for a plan's file.
         date: of the measurement, or none.
         configuration, results: as in the file.
@@ -56,7 +56,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
         RegroupError: unreadable, not JSON, no record, of another format, or with numbers that cannot be.
     """
     found: list[Record] = []
-    names = told_apart([str(path) for path in paths])
+    names = short_names([str(path) for path in paths])
     for path in dict.fromkeys(paths):
         try:
             size = path.stat().st_size
@@ -77,7 +77,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
                 "the record is not valid JSON",
                 file=path,
                 got=str(error)[:200],
-                remedy="give the file as the verb wrote it",
+                remedy="give the file as the command wrote it",
             ) from error
         found += _records(value, path, names[str(path)])
         amiss = next(impossible(value), None)
@@ -88,13 +88,13 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
                 file=path,
                 expected=f"{place}: {expected}",
                 got=got[:200],
-                remedy="give the file as the verb wrote it",
+                remedy="give the file as the command wrote it",
             )
     return found
 
 
-def told_apart(places: Sequence[str]) -> dict[str, str]:
-    """Short names of paths and hub ids: the last part of each, or as many as tell it from the others."""
+def short_names(places: Sequence[str]) -> dict[str, str]:
+    """Short names of paths and hub ids: the last part of each, or as many as distinguish it from the others."""
     parts = {place: posixpath.normpath(place).split("/") for place in places}
     counts = dict.fromkeys(parts, 1)
     while True:
@@ -109,7 +109,7 @@ def told_apart(places: Sequence[str]) -> dict[str, str]:
 
 def labels(found: Sequence[tuple[str, str]]) -> list[str]:
     """Names of models, each with the file of its record; with the file in it where one model stands there twice."""
-    short = told_apart([model for model, _ in found])
+    short = short_names([model for model, _ in found])
     often = Counter(short[model] for model, _ in found)
     return [short[model] + (f", {file}" if often[short[model]] > 1 else "") for model, file in found]
 
@@ -155,7 +155,7 @@ def _check_format(value: dict[str, Any], expected: object, path: Path) -> None:
             file=path,
             expected=f"format {expected}",
             got="none" if found is None else repr(found)[:80],
-            remedy="make it anew with this version of regroup",
+            remedy="make it again with this version of regroup",
         )
 
 
@@ -163,6 +163,6 @@ def _no_record(path: Path, got: str) -> RegroupError:
     return RegroupError(
         "the file is not a record",
         file=path,
-        expected="JSON that a verb of regroup wrote with -o, or a plan",
+        expected="JSON that a regroup command wrote with -o, or a plan",
         got=got,
     )

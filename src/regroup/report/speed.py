@@ -1,4 +1,4 @@
-"""How fast decoding is: by KV heads, beside other engines, and against quality."""
+"""How fast decoding is: by KV heads, compared with other engines, and against quality."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import altair as alt
 
-from .figures import COLORS, Figure, Section, Table, bars, chart, number, points_and_lines, size
+from ..errors import human_bytes
+from .figures import COLORS, Figure, Section, Table, bars, chart, number, points_and_lines
 from .records import Record
 
 _HEADS = alt.X(
@@ -27,9 +28,7 @@ def section(records: Sequence[Record]) -> Section | None:
             made.append(_engines(record))
     if not made:
         return None
-    words = (
-        "Measured time, beside the least time that its bytes and its arithmetic take on the same machine (the floor)."
-    )
+    words = "Measured time, and the least time that its bytes and its arithmetic take on the same machine (the floor)."
     return Section("speed", "Speed", words, made)
 
 
@@ -79,11 +78,11 @@ def _decode(record: Record) -> Figure:
                     for way in ("regroup", "transformers")
                 ),
                 number(model["floor_ms"], 1),
-                size(model["predicted_cache_bytes"]),
+                human_bytes(model["predicted_cache_bytes"]),
             )
         )
     tip = [alt.Tooltip("way:N"), alt.Tooltip("kv_heads:Q", title="KV heads"), alt.Tooltip("ms:Q", format=".2f")]
-    y = alt.Y("ms:Q", title="milliseconds a token")
+    y = alt.Y("ms:Q", title="milliseconds per token")
     drawn = points_and_lines(rows, x=_HEADS, y=y, color="way", tooltip=tip, low="low", high="high")
     table = Table(("KV heads", "regroup, ms", "transformers, ms", "floor, ms", "cache"), cells)
     title = f"{done['model']}: batch {done['batch']}, prompt {done['prompt']}, {done['dtype']}"
@@ -138,18 +137,20 @@ def _engines(record: Record) -> Figure:
             ratio = case["regroup_is_faster_by"]
             name = f"{pair['engine']}, {pair['dtype']}, batch {case['batch']}, prompt {case['prompt']}"
             rows.append({"name": name, "ratio": ratio, "engine": pair["engine"]})
-    tip = [alt.Tooltip("name:N", title="beside"), alt.Tooltip("ratio:Q", format=".2f", title="times faster")]
+    tip = [alt.Tooltip("name:N", title="compared with"), alt.Tooltip("ratio:Q", format=".2f", title="times faster")]
     drawn = bars(rows, name="name", value="ratio", title="regroup is so many times faster", tooltip=tip, color="engine")
-    table = Table(("beside", "regroup is so many times faster"), [(r["name"], number(r["ratio"], 2)) for r in rows])
-    return Figure("Beside other engines, in turns", record.conditions, drawn, table)
+    table = Table(
+        ("compared with", "regroup is so many times faster"), [(r["name"], number(r["ratio"], 2)) for r in rows]
+    )
+    return Figure("Compared with other engines, in turns", record.conditions, drawn, table)
 
 
 def _advice(record: Record) -> Figure:
     candidates = record.results["candidates"]
     key = next((k for k in ("loss_after", "loss", "energy") if candidates[0].get(k) is not None), None)
     titles = {
-        "loss_after": "loss after uptraining, nats a token",
-        "loss": "loss, nats a token",
+        "loss_after": "loss after uptraining, nats per token",
+        "loss": "loss, nats per token",
         "energy": "energy lost",
     }
     rows = [
@@ -171,7 +172,7 @@ def _advice(record: Record) -> Figure:
     cells = [
         (
             row["name"],
-            size(row["memory_bytes"]),
+            human_bytes(row["memory_bytes"]),
             f"{row['largest_batch']:,}",
             number(1e3 * row["token_seconds"], 2),
             number(row[key]) if key else "–",
@@ -180,14 +181,14 @@ def _advice(record: Record) -> Figure:
     ]
     asked = record.configuration
     title = f"{asked['model']} on {asked['hardware']}: batch {asked['batch']}, context {asked['context']:,}"
-    table = Table(("", "memory", "largest batch", "ms a token", titles[key] if key else "loss"), cells)
+    table = Table(("", "memory", "largest batch", "ms per token", titles[key] if key else "loss"), cells)
     words = f"predicted; recommended: {record.results['chosen']}; {record.conditions}"
     return Figure(title, words, _front(rows, titles[key]) if key else None, table)
 
 
 def _front(rows: Sequence[dict[str, Any]], title: str, what: str = "token") -> dict[str, Any]:
     x, y = (
-        alt.X("ms:Q", title=f"milliseconds a {what}", scale=alt.Scale(zero=False, padding=30)),
+        alt.X("ms:Q", title=f"milliseconds per {what}", scale=alt.Scale(zero=False, padding=30)),
         alt.Y("value:Q", title=title),
     )
     base = alt.Chart(alt.Data(values=list(rows)))
@@ -217,7 +218,7 @@ def _paper(record: Record) -> list[Figure]:
     made = []
     for family, measure, title in (
         ("encoder-decoder", "average", "answers that are wrong, share"),
-        ("decoder", "nats_per_token", "held-out loss, nats a token"),
+        ("decoder", "nats_per_token", "held-out loss, nats per token"),
     ):
         if family not in record.results:
             continue
@@ -244,7 +245,7 @@ def _paper(record: Record) -> list[Figure]:
             (row["name"], number(row["ms"], 2), f"{row['value']:.4f} ± {row['high'] - row['value']:.4f}")
             for row in rows
         ]
-        table = Table(("model", "ms a sample", title), cells)
+        table = Table(("model", "ms per sample", title), cells)
         drawn = _front(rows, title, "sample")
         made.append(Figure(f"Table 1, {family}", f"mean and spread over seeds; {record.conditions}", drawn, table))
     return made

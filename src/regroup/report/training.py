@@ -24,12 +24,12 @@ def section(records: Sequence[Record]) -> Section | None:
             made += _proportions(record)
     if not made:
         return None
-    return Section("uptraining", "Uptraining", "What training after the conversion brings back.", made)
+    return Section("uptraining", "Uptraining", "What training after the conversion recovers.", made)
 
 
 def _curves(record: Record) -> list[Figure]:
     made = []
-    title = "loss over the parent, nats a token"
+    title = "loss over the original model, nats per token"
     table = record.results["table"]
     for heads in dict.fromkeys(row["num_key_value_heads"] for row in table):
         own = [row for row in table if row["num_key_value_heads"] == heads]
@@ -50,7 +50,7 @@ def _curves(record: Record) -> list[Figure]:
             alt.Tooltip("loss:Q", format="+.4f"),
             alt.Tooltip("seeds:Q"),
         ]
-        # A model that came to its parent, or whose spread reaches it, has no logarithm.
+        # An excess of zero, or a spread that reaches it, has no logarithm.
         straight = any(row["low"] <= 0 for row in rows)
         y = alt.Y("loss:Q", title=title, scale=alt.Scale() if straight else alt.Scale(type="log"))
         x = alt.X(
@@ -85,13 +85,13 @@ def _run(record: Record) -> Figure:
             if entry.get(key) is not None:
                 rows.append({"what": name, "tokens": entry["step"] * per_step, "loss": entry[key]})
     tip = [alt.Tooltip("what:N"), alt.Tooltip("tokens:Q", format=","), alt.Tooltip("loss:Q", format=".4f")]
-    y = alt.Y("loss:Q", title="nats a token", scale=alt.Scale(zero=False))
+    y = alt.Y("loss:Q", title="nats per token", scale=alt.Scale(zero=False))
     drawn = points_and_lines(rows, x=_TOKENS, y=y, color="what", tooltip=tip)
     facts = [
         ("tokens", f"{record.results['tokens']:,}"),
         ("α", number(record.results["alpha"], 4) if record.results.get("alpha") else "–"),
         ("FLOPs", f"{record.results['flops']:.2e}"),
-        ("tokens a second", number(record.results["tokens_per_second"], 0)),
+        ("tokens per second", number(record.results["tokens_per_second"], 0)),
         ("spikes", str(record.results["spikes"])),
     ]
     for key, name in (("eval_loss", "held-out loss"), ("eval_kl", "KL to the teacher")):
@@ -106,8 +106,8 @@ def _proportions(record: Record) -> list[Figure]:
     """Figure 5, of both families."""
     made = []
     for family, measure, title in (
-        ("encoder-decoder", "nats_per_token", "held-out loss, nats a target token"),
-        ("decoder", "nats_per_token", "held-out loss, nats a token"),
+        ("encoder-decoder", "nats_per_token", "held-out loss, nats per target token"),
+        ("decoder", "nats_per_token", "held-out loss, nats per token"),
     ):
         if family not in record.results:
             continue

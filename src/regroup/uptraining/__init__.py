@@ -1,1 +1,1 @@
-"""Continued pre-training of a converted checkpoint: the paper's recipe at α, and distillation from the parent."""
+"""Continued pre-training of a converted checkpoint: the paper's recipe at α, and distillation."""

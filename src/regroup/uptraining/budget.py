@@ -16,7 +16,7 @@ from ..errors import RegroupError
 _UNITS = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9, "t": 12}
 
 # Hub id, or the beginning of one (it then ends in a hyphen or underscore), to the tokens of its pre-training and where
-# that figure is from. Repeated tokens count as often as they were trained on. Parents whose makers did not publish a
+# that figure is from. Repeated tokens count as often as they were trained on. Models whose makers did not publish a
 # figure are left out.
 KNOWN_PRETRAINING_TOKENS: dict[str, tuple[int, str]] = {
     "huggyllama/llama-7b": (10**12, "Touvron et al. 2023, arXiv:2302.13971, table 2"),
@@ -39,7 +39,7 @@ KNOWN_PRETRAINING_TOKENS: dict[str, tuple[int, str]] = {
     "tiiuae/falcon-40b": (10**12, "Almazrouei et al. 2023, arXiv:2311.16867"),
     "mosaicml/mpt-7b": (10**12, "model card of mosaicml/mpt-7b"),
     "mosaicml/mpt-30b": (10**12, "model card of mosaicml/mpt-30b"),
-    "google/gemma-7b": (6 * 10**12, "Gemma ProcessGroup 2024, arXiv:2403.08295"),
+    "google/gemma-7b": (6 * 10**12, "Gemma Team 2024, arXiv:2403.08295"),
     "microsoft/phi-1_5": (150 * 10**9, "Li et al. 2023, arXiv:2309.05463"),
     "microsoft/phi-2": (14 * 10**11, "model card of microsoft/phi-2"),
     "stabilityai/stablelm-3b-4e1t": (4 * 10**12, "model card of stabilityai/stablelm-3b-4e1t"),
@@ -63,9 +63,9 @@ class Budget:
         tokens: that are trained on: ``steps × tokens_per_step``.
         steps: optimizer steps.
         tokens_per_step: ``batch_size × window``; of an encoder-decoder, tokens of the encoder's input.
-        alpha: ``tokens / pretraining_tokens`` as it was asked for, or as it came out; None where the parent's tokens
-            are not known.
-        pretraining_tokens: of the parent, or None.
+        alpha: ``tokens / pretraining_tokens`` as it was asked for, or as it came out; None where the original
+            model's tokens are not known.
+        pretraining_tokens: of the original model, or None.
         student_flops: forward and backward of the whole run.
         teacher_flops: the teacher's forward of the whole run; 0 without a teacher.
         asked_tokens: before rounding up to whole steps.
@@ -84,12 +84,12 @@ class Budget:
     teacher_flops_per_token: int
 
     def explain(self) -> list[str]:
-        """The arithmetic, one line a step of it, for a person."""
+        """The arithmetic, one line per step of it, for a person."""
         lines = []
         if self.alpha is not None and self.pretraining_tokens is not None:
             lines.append(f"α = {self.alpha:.3g} of {self.pretraining_tokens:,} pre-training tokens")
         lines += [
-            f"{self.asked_tokens:,} tokens / {self.tokens_per_step:,} a step = {self.steps:,} steps, rounded up",
+            f"{self.asked_tokens:,} tokens / {self.tokens_per_step:,} per step = {self.steps:,} steps, rounded up",
             f"{self.steps:,} steps × {self.tokens_per_step:,} tokens = {self.tokens:,} tokens",
             f"student: {self.tokens:,} tokens × {_short(self.student_flops_per_token)}FLOPs forward and backward "
             f"= {self.student_flops:.3g} FLOPs",
@@ -103,7 +103,7 @@ class Budget:
 
 
 def known_pretraining_tokens(name: str) -> tuple[int, str] | None:
-    """Tokens of a known parent's pre-training and their source, or None.
+    """Tokens of a known model's pre-training and their source, or None.
 
     ``name`` is a hub id such as ``"meta-llama/Llama-2-7b-hf"``; case does not matter, the longest entry wins.
     """
@@ -149,7 +149,7 @@ def plan_budget(
     teacher_parameters: int | None = None,
     teacher_embedding_parameters: int | None = None,
 ) -> Budget:
-    """What a run costs. Exactly one of α (with the parent's tokens), tokens and steps is given.
+    """What a run costs. Exactly one of α (with the original model's tokens), tokens and steps is given.
 
     A token costs 6·N + 12·L·E·T FLOPs forward and backward and 2·N + 4·L·E·T forward alone (PaLM, Chowdhery et al.
     2022, arXiv:2204.02311, appendix B; the 2·N and 6·N are of Kaplan et al. 2020, arXiv:2001.08361, section 2.1). N
@@ -159,11 +159,11 @@ def plan_budget(
 
     Args:
         alpha: share of the pre-training tokens, in (0, 1].
-        pretraining_tokens: of the parent. Beside ``tokens`` or ``steps`` it only serves to tell α.
+        pretraining_tokens: of the original model. Together with ``tokens`` or ``steps`` it only serves to compute α.
         tokens: rounded up to whole steps, as the tokens of α are.
         steps: optimizer steps.
         batch_size: sequences in an optimizer step, over all processes.
-        window: tokens a sequence (T).
+        window: tokens per sequence (T).
         parameters: all weights of the student.
         embedding_parameters: those of them that are looked up and not multiplied: the input embeddings, unless they
             are tied to the output.
@@ -227,7 +227,7 @@ def _asked_tokens(
     if pretraining_tokens is None:
         raise RegroupError(
             "alpha is a share of the pre-training, and how long that was is not known",
-            expected="the parent's pre-training tokens",
+            expected="the original model's pre-training tokens",
             got="none",
             remedy="pass --pretraining-tokens 2T (its model card or paper says how many), or --tokens or --steps",
         )
@@ -241,7 +241,7 @@ def _at_least_one(name: str, value: int) -> None:
 
 
 def _short(value: float) -> str:
-    """A number with an SI prefix, ready for its unit."""
+    """A number with an SI prefix, to be followed by its unit."""
     for prefix in ("", "k", "M", "G", "T"):
         if value < 1000:
             return f"{value:.3g} {prefix}"

@@ -30,9 +30,9 @@ class TeacherCache:
 
     Args:
         folder: where the file lies; made if it does not exist.
-        facts: everything that decides which examples these are and what the teacher says of them: data, objective,
+        facts: everything that decides which examples these are and what the teacher gives for them: data, objective,
             window, seed, tokenizer, teacher, temperature. Plain JSON.
-        k: tokens that are told apart.
+        k: tokens that are kept apart.
         positions: that carry loss in one example, at most.
         vocabulary: of the teacher.
 
@@ -80,7 +80,7 @@ class TeacherCache:
         return False
 
     def write(self, numbers: Sequence[int], counts: Sequence[int], value: TopK) -> None:
-        """Keep what the teacher says of some examples.
+        """Keep the teacher's logits for some examples.
 
         Args:
             numbers: of the examples.

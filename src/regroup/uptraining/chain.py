@@ -1,4 +1,4 @@
-"""Conversion and uptraining in one go: what lies between them is kept beside the destination until it is complete."""
+"""Conversion and uptraining in one go: what lies between them is kept next to the destination until it is complete."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..data.sources import find_sources
 from ..errors import RegroupError
 from ..files import as_named
 from ..plans import Plan
+from .listener import Listener
 from .recipe import Recipe
 from .run import Result, uptrain
 from .settings import read_settings
-from .watch import Listener
 
 _OPTIONS = "conversion.json"
 
@@ -36,38 +36,38 @@ def convert_and_uptrain(
     """Convert, uptrain with a recipe, and put the result where it is wanted.
 
     ``DESTINATION.uptraining/`` holds the converted checkpoint and the run until then, and the run's record afterwards.
-    The same call goes on where one was broken off.
+    The same call continues where one was broken off.
 
     Args:
-        source: the parent, which is the teacher unless the recipe says otherwise.
+        source: the original model, which is the teacher unless the recipe says otherwise.
         destination: a folder that does not exist yet; it appears when it is complete.
         recipe: YAML as for ``regroup uptrain``; ``model`` and ``output`` are given by this function.
         convert: writes the converted checkpoint into a folder, all of it or nothing.
-        options: what the conversion was asked for, to tell another one apart.
+        options: what the conversion was asked for, to recognize a different one.
         listener: of the uptraining.
 
     Raises:
         RegroupError: as conversion and uptraining; another conversion lies there unfinished.
     """
-    work, child, run = _places(destination)
+    work, converted, run = _places(destination)
     # Everything that can be wrong with the recipe, before the conversion takes its time.
     wanted = check_recipe(recipe, source, destination)
     check_destination(destination, as_named(source), 0)
     asked = _asked(source, options)
-    if child.exists():
+    if converted.exists():
         if not (work / _OPTIONS).is_file() or (work / _OPTIONS).read_text(encoding="utf-8") != asked:
             raise RegroupError(
                 "another conversion to this place was begun and not finished",
                 file=work,
-                remedy="give the options and files of then to go on, or remove that folder",
+                remedy="resume with the same options and files, or remove that folder",
             )
     else:
-        with _begun(work, child, asked):
-            convert(child)
+        with _begun(work, converted, asked):
+            convert(converted)
     done = uptrain(wanted, listener=listener)
     assert done.model is not None
     done.model.rename(destination)
-    shutil.rmtree(child)
+    shutil.rmtree(converted)
     for state in run.glob("checkpoint-*"):
         shutil.rmtree(state)
     return Result(done.recipe, done.budget, done.lines, destination, done.record, done.resumed_from)
@@ -88,14 +88,14 @@ def check_recipe(recipe: Path, source: str, destination: Path) -> Recipe:
     settings = {name.replace("-", "_") for name in read_settings(recipe)}
     if settings & {"model", "output"}:
         raise RegroupError(
-            "the recipe says what to uptrain, or where to",
+            "the recipe sets the model or the output",
             file=recipe,
             got=", ".join(sorted(settings & {"model", "output"})),
             remedy="leave model and output out: the model is what is converted, the output is DST",
         )
-    _, child, run = _places(destination)
+    _, converted, run = _places(destination)
     teacher = None if "teacher" in settings else source
-    wanted = Recipe.load(recipe, model=str(child), output=run, teacher=teacher)
+    wanted = Recipe.load(recipe, model=str(converted), output=run, teacher=teacher)
     held_out = () if wanted.held_out is None else (wanted.held_out,)
     find_sources((*wanted.data, *held_out), pairs=wanted.objective == "pairs")
     # A hub id could only be checked by downloading the teacher, which a dry run should not do.
@@ -106,12 +106,12 @@ def check_recipe(recipe: Path, source: str, destination: Path) -> Recipe:
 
 def uptraining_of(destination: Path) -> tuple[Path, Path]:
     """The folders of the run and of the converted checkpoint that ``convert_and_uptrain`` keeps meanwhile."""
-    _, child, run = _places(destination)
-    return run, child
+    _, converted, run = _places(destination)
+    return run, converted
 
 
 def _places(destination: Path) -> tuple[Path, Path, Path]:
-    """The folder beside the destination, and in it those of the converted checkpoint and of the run."""
+    """The folder next to the destination, and in it those of the converted checkpoint and of the run."""
     work = destination.with_name(destination.name + ".uptraining")
     return work, work / "converted", work / "run"
 
@@ -122,7 +122,7 @@ def _asked(source: str, options: Mapping[str, Any]) -> str:
     if (plan := said.get("plan")) is not None:
         said["plan"] = Plan.load(Path(plan)).digest()
     if (text := said.get("calibration")) is not None:
-        # A folder has no hash: its place has to tell it apart.
+        # A folder has no hash: its path has to distinguish it.
         said["calibration"] = asdict(text) | text.describe() | {"data": _place(text.data)}
     return json.dumps(said, indent=2, default=str) + "\n"
 
@@ -133,7 +133,7 @@ def _place(name: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def _begun(work: Path, child: Path, asked: str) -> Iterator[None]:
+def _begun(work: Path, converted: Path, asked: str) -> Iterator[None]:
     """Note what is asked for while it is converted; where that fails, nothing of the note is left behind."""
     made = [folder for folder in (work, *work.parents) if not folder.exists()]
     try:
@@ -141,7 +141,7 @@ def _begun(work: Path, child: Path, asked: str) -> Iterator[None]:
         write_text(work / _OPTIONS, asked)
         yield
     except BaseException:
-        if not child.exists():
+        if not converted.exists():
             # A folder that something else was put into meanwhile is not ours to remove.
             with contextlib.suppress(OSError):
                 (work / _OPTIONS).unlink(missing_ok=True)

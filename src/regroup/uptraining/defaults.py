@@ -1,4 +1,4 @@
-"""What a recipe leaves open, settled by the family that is trained and by what it is trained for."""
+"""Defaults of what a recipe leaves open, by the family that is trained and by the objective."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class FamilyDefaults:
-    """How a family was pre-trained, as far as uptraining goes on with it.
+    """How a family was pre-trained, as far as uptraining continues it.
 
     Attributes:
         learning_rate: the peak of its model of about 7 billion parameters; smaller ones bear more.
@@ -40,10 +40,10 @@ HIDDEN_WEIGHT = 10.0
 def resolved(recipe: Recipe, family: str, encoder_decoder: bool) -> tuple[Recipe, list[str]]:
     """The recipe with nothing left open, and a line for each choice that was made.
 
-    ``family`` is transformers' ``model_type``. T5 and its kin go on as they were pre-trained: Adafactor, span
+    ``family`` is transformers' ``model_type``. T5 models continue as they were pre-trained: Adafactor, span
     corruption, and the inverse square root of the step from step 1,000,000 on (Raffel et al. 2020, arXiv:1910.10683,
     section 3.1.2). Other families use AdamW and a cosine with a new warm-up (Ibrahim et al. 2024, arXiv:2403.08763).
-    Pairs are fine-tuned as in Ainslie et al. 2023, section 3.1: constant rate 0.001 for T5 and its kin, dropout 0.1.
+    Pairs are fine-tuned as in Ainslie et al. 2023, section 3.1: constant rate 0.001 for T5 models, dropout 0.1.
 
     Raises:
         RegroupError: settings that exclude each other.
@@ -84,7 +84,7 @@ def resolved(recipe: Recipe, family: str, encoder_decoder: bool) -> tuple[Recipe
         if not t5:
             raise RegroupError(
                 "the schedule inverse-sqrt continues one whose length is not known",
-                expected="the steps of the parent's pre-training",
+                expected="the steps of the original model's pre-training",
                 got="none",
                 remedy="pass --original-steps, or another --schedule",
             )
@@ -136,7 +136,7 @@ def _staged(recipe: Recipe, chosen: list[str]) -> tuple[Recipe, list[str]]:
         weight = 0.0
     elif weight is None:
         weight = HIDDEN_WEIGHT
-        chosen.append(f"hidden-weight: {weight:g} (hidden states are matched beside the logits)")
+        chosen.append(f"hidden-weight: {weight:g} (hidden states are matched as well as logits)")
     return replace(recipe, stages=stages, hidden_weight=weight), chosen
 
 

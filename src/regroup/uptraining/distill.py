@@ -1,4 +1,4 @@
-"""The loss of uptraining: cross-entropy, KL to the parent's logits, the distance from its hidden states.
+"""The loss of uptraining: cross-entropy, KL to the original model's logits, the distance from its hidden states.
 
 Hinton et al. 2015 (arXiv:1503.02531, section 2): both softmaxes are taken at a temperature T, and their KL is
 multiplied by T², which keeps its gradients on the scale of cross-entropy's.
@@ -6,7 +6,7 @@ multiplied by T², which keeps its gradients on the scale of cross-entropy's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ _SMALLEST = 1e-12
 
 @dataclass(frozen=True)
 class TopK:
-    """A distribution over a vocabulary, of which k tokens are told apart and the rest is one bucket.
+    """A distribution over a vocabulary, of which k tokens are kept apart and the rest is one bucket.
 
     Attributes:
         ids: (N, k) int64, the k most likely tokens of each of N positions.
@@ -64,9 +64,9 @@ def mixed_loss(
 
     Args:
         logits: (batch, length, vocabulary) of the student.
-        targets: (batch, length) int64, ``IGNORED`` where nothing is asked (see ``aligned_targets``).
-        teacher: the parent's logits, (batch, length, vocabulary) in any dtype, or their ``TopK`` at the positions that
-            carry loss, in the order of ``targets.flatten()``; None where the weight is 0.
+        targets: (batch, length) int64, ``IGNORED`` where there is no target (see ``aligned_targets``).
+        teacher: its logits, (batch, length, vocabulary) in any dtype, or their ``TopK`` at the positions that carry
+            loss, in the order of ``targets.flatten()``; None where the weight is 0.
         mix: cross-entropy alone by default.
         chunk: positions at a time; 0 for as many as ``CHUNK_ELEMENTS`` allows.
 
@@ -75,18 +75,18 @@ def mixed_loss(
         temperature, not multiplied by T² (0 without a teacher). The latter two have no gradient.
     """
     flat = logits.flatten(0, -2)
-    asked = targets.flatten()
-    rows = (asked != IGNORED).nonzero().squeeze(1)
+    wanted = targets.flatten()
+    rows = (wanted != IGNORED).nonzero().squeeze(1)
     size = chunk or max(1, CHUNK_ELEMENTS // flat.shape[-1])
     if isinstance(teacher, Tensor):
         teacher = teacher.flatten(0, -2)
-    return _Chunked.apply(flat, asked, rows, teacher, mix or Mix(), size)  # type: ignore[no-any-return]
+    return _Chunked.apply(flat, wanted, rows, teacher, mix or Mix(), size)  # type: ignore[no-any-return]
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, flat: Tensor, asked: Tensor, rows: Tensor, teacher: Tensor | TopK | None, mix: Mix, size: int
+        ctx: Any, flat: Tensor, targets: Tensor, rows: Tensor, teacher: Tensor | TopK | None, mix: Mix, size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(flat.dtype, torch.float32)
         sums = torch.zeros(3, dtype=wide, device=flat.device)
@@ -95,7 +95,7 @@ class _Chunked(torch.autograd.Function):
             part = rows[first : first + size]
             with torch.enable_grad():
                 x = flat[part].to(wide).requires_grad_(gradient is not None)
-                loss, cross_entropy, kl = _rows_loss(x, asked[part], _taught(teacher, part, first, wide), mix)
+                loss, cross_entropy, kl = _rows_loss(x, targets[part], _teacher_rows(teacher, part, first, wide), mix)
             if gradient is not None:
                 gradient[part] = torch.autograd.grad(loss, x)[0].to(gradient.dtype)
             sums += torch.stack([loss.detach(), cross_entropy.detach(), kl.detach()])
@@ -112,20 +112,20 @@ class _Chunked(torch.autograd.Function):
         return gradient.mul_(grads[0].to(gradient.dtype)), None, None, None, None, None
 
 
-def _taught(teacher: Tensor | TopK | None, part: Tensor, first: int, wide: torch.dtype) -> Tensor | TopK | None:
+def _teacher_rows(teacher: Tensor | TopK | None, part: Tensor, first: int, wide: torch.dtype) -> Tensor | TopK | None:
     if isinstance(teacher, TopK):
         own = slice(first, first + len(part))
         return TopK(teacher.ids[own], teacher.log_q[own].to(wide))
     return None if teacher is None else teacher[part].to(wide)
 
 
-def _rows_loss(x: Tensor, wanted: Tensor, teacher: Tensor | TopK | None, mix: Mix) -> tuple[Tensor, Tensor, Tensor]:
+def _rows_loss(x: Tensor, targets: Tensor, teacher: Tensor | TopK | None, mix: Mix) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, cross-entropy and KL of rows (n, vocabulary)."""
     log_p = x.log_softmax(-1)
     alone = teacher is None or mix.weight == 0
-    # It is told in any case; a gradient is needed only where it counts.
+    # It is reported in any case; a gradient is needed only where it counts.
     with torch.set_grad_enabled((alone or mix.weight < 1) and x.requires_grad):
-        cross_entropy = -log_p.gather(-1, wanted.unsqueeze(-1)).sum()
+        cross_entropy = -log_p.gather(-1, targets.unsqueeze(-1)).sum()
     if alone:
         return cross_entropy, cross_entropy, torch.zeros_like(cross_entropy)
     T = mix.temperature
@@ -177,8 +177,8 @@ def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], target
 
     At each position the mean over layers of ``‖s - t‖² / ‖t‖²``. Matching hidden states is FitNets' idea (Romero et al.
     2015, arXiv:1412.6550), for all layers of a transformer that of Jiao et al. 2020 (TinyBERT, arXiv:1909.10351,
-    section 3.1). A converted child has its parent's layers and width, so no map stands between them. The share of each
-    position's own norm is taken since a few positions (the first one) can be a thousand times as large as the rest.
+    section 3.1). A converted model has the layers and the width of the original, so no map is needed. The distance is
+    relative to the norm of each position, since a few positions (the first one) can be 1000 times as large as the rest.
 
     Args:
         student, teacher: after each layer, (batch, length, hidden) each, as many of one as of the other.
@@ -187,11 +187,11 @@ def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], target
     Returns:
         A scalar in float32 (float64 for such states), differentiable in ``student``.
     """
-    asked = targets != IGNORED
+    carry_loss = targets != IGNORED
     total = student[0].new_zeros((), dtype=torch.promote_types(student[0].dtype, torch.float32))
     for own, wanted in zip(student, teacher, strict=True):
-        right = wanted[asked].to(total.dtype)
-        distance = (own[asked].to(total.dtype) - right).square().sum(-1)
+        right = wanted[carry_loss].to(total.dtype)
+        distance = (own[carry_loss].to(total.dtype) - right).square().sum(-1)
         total = total + (distance / right.square().sum(-1).clamp(min=_SMALLEST)).sum()
     return total / len(student)
 
@@ -201,13 +201,3 @@ def layer_outputs(outputs: Any) -> tuple[Tensor, ...]:
     found = getattr(outputs, "decoder_hidden_states", None)
     states = outputs.hidden_states if found is None else found
     return tuple(states[1:])
-
-
-def inputs_of(batch: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """What of a collated batch a model's forward takes: all but the labels, of which the loss is made here."""
-    return ((name, value) for name, value in batch.items() if name != "labels")
-
-
-def frozen(model: Any) -> Any:
-    """A teacher: in evaluation mode and without gradients. Its dtype stays."""
-    return model.eval().requires_grad_(False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data import IGNORED
-from ..data.text import _pieces
+from ..data.text import pieces_of
 from ..errors import RegroupError
 
 Example = dict[str, np.ndarray]
@@ -63,7 +63,7 @@ class RunningText:
 
     def encode(self, tokenizer: Any, documents: Sequence[str]) -> list[list[int]]:
         # Book-sized documents go in pieces: tokenizing one at once takes memory out of all proportion.
-        pieces = [[text[start:end] for start, end in _pieces(text)] for text in documents]
+        pieces = [[text[start:end] for start, end in pieces_of(text)] for text in documents]
         flat = [piece for document in pieces for piece in document]
         if not flat:
             return [[] for _ in documents]
@@ -80,17 +80,6 @@ def stacked(examples: Sequence[Example], key: str) -> Tensor:
     return torch.from_numpy(np.stack([example[key] for example in examples]).astype(np.int64))
 
 
-def padded(examples: Sequence[Example], key: str, fill: int) -> tuple[Tensor, Tensor]:
-    """One array of each example, filled up to the longest, and where it is not: both (examples, length), int64."""
-    length = max(len(example[key]) for example in examples)
-    values = torch.full((len(examples), length), fill, dtype=torch.int64)
-    mask = torch.zeros((len(examples), length), dtype=torch.int64)
-    for row, example in enumerate(examples):
-        values[row, : len(example[key])] = torch.from_numpy(example[key].astype(np.int64))
-        mask[row, : len(example[key])] = 1
-    return values, mask
-
-
 def shifted(labels: Tensor, start_token: int) -> Tensor:
     """What the decoder has seen before each label, (examples, length) as the labels are."""
     before = torch.empty_like(labels)
@@ -102,5 +91,7 @@ def shifted(labels: Tensor, start_token: int) -> Tensor:
 def lacking(what: str, why: str) -> RegroupError:
     """The error of a tokenizer without a token that an objective needs."""
     return RegroupError(
-        f"the tokenizer lacks {what}", expected=why, remedy="use the tokenizer of the parent, or another objective"
+        f"the tokenizer lacks {what}",
+        expected=why,
+        remedy="use the tokenizer of the original model, or another objective",
     )

@@ -1,4 +1,4 @@
-"""Watching the loss: a run that has broken down stops, and says from where to go on.
+"""Watching the loss: a run that has broken down stops, and says where to resume.
 
 Ainslie et al. 2023 (appendix A) saw loss spikes in multi-query models and gave up on fine-tuning them; a spike that is
 noticed after a week has cost a week.
@@ -20,7 +20,7 @@ from ..errors import RegroupError
 WINDOW, ENOUGH = 64, 16
 # Steps above it in a row that are no longer a spike but a run that has diverged.
 PATIENCE = 16
-# Nats a token above the median that are never a spike: distillation ends at losses so small that they jump by factors.
+# Nats per token above the median that are never a spike: at the small losses of distillation, noise is a large factor.
 SMALLEST = 0.1
 
 
@@ -61,7 +61,7 @@ class LossGuard(TrainerCallback):
 
         Args:
             step: its number, from 1.
-            loss: nats a token.
+            loss: nats per token.
             norm: of the gradient.
 
         Raises:

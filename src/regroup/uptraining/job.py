@@ -1,20 +1,24 @@
-"""What a run trains with: its parts, its share of the data, and what the Trainer is told."""
+"""One run: its parts, each process's share of its data, and the arguments of the Trainer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import TrainingArguments
 
+from ..checkpoint import Checkpoint
 from ..data import Batch
 from ..devices import on_cpu
 from ..errors import RegroupError
+from ..opening import Source
 from ..processes import rank, world
+from .budget import Budget
+from .objective import Objective
 from .recipe import Recipe
 from .stream import ExampleStream
 from .teacher import Teacher
@@ -27,31 +31,68 @@ if _CHECKPOINTING not in {field.name for field in fields(TrainingArguments)}:
 
 @dataclass
 class Job:
-    """Everything that one run trains with.
+    """One run, checked as far as it can be without taking a step.
 
     Attributes:
         recipe: with nothing left open.
-        source: folder of the checkpoint that is trained; its tokenizer goes into every state.
-        stream: stands where the run begins or goes on.
-        first_example: examples of the stream that were used before the first step.
-        steps: of this stage.
-        count_tokens: of a batch, those that carry loss.
-        shifted: whether labels are the inputs (see ``aligned_targets``).
-        teacher: or None.
-        held_out: batches to evaluate on; none for no evaluation.
         digest: of the recipe.
+        source: the checkpoint that is trained, and whose form the result gets.
+        student: its model, on the CPU, in float32.
+        objective: makes examples and batches of text.
+        stream: positioned where the run begins or continues.
+        teacher_folder, teacher: or None; the teacher is None too where no loss asks for one.
+        held_out: batches to evaluate on; none for no evaluation.
+        budget: of the whole run.
+        lines: for a person: what the run does, and why.
+        local_steps: of the budget, for the local stage.
+        local_done: whether an earlier start did that stage.
+        state_folder, state: to continue from, or None.
     """
 
     recipe: Recipe
-    source: Path
+    digest: str
+    source: Source
+    student: Any
+    objective: Objective
     stream: ExampleStream
-    steps: int
-    count_tokens: Callable[[dict[str, Tensor]], int]
-    shifted: bool
+    teacher_folder: Path | None
     teacher: Teacher | None
     held_out: list[Batch]
-    digest: str
-    first_example: int = 0
+    budget: Budget
+    lines: list[str]
+    local_steps: int
+    local_done: bool
+    state_folder: Path | None
+    state: dict[str, Any] | None
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.source.checkpoint
+
+    @property
+    def steps(self) -> int:
+        """Of the stage that trains the whole model."""
+        return self.budget.steps - self.local_steps
+
+    @property
+    def first_example(self) -> int:
+        """Examples of the stream that were used before the first of these steps."""
+        return self.local_steps * self.recipe.batch_size
+
+    @property
+    def step(self) -> int | None:
+        """The step that the run continues from, or None."""
+        return None if self.state is None else int(self.state["step"])
+
+    @cached_property
+    def arguments(self) -> TrainingArguments:
+        """Of the Trainer."""
+        arguments = training_arguments(self.recipe, self.steps)
+        arguments.eval_on_start = bool(self.held_out) and self.state is None
+        # Looking for parameters that a step did not use costs time, and only dropped layers leave any.
+        dropped = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+        arguments.ddp_find_unused_parameters = any(getattr(self.student.config, name, 0) for name in dropped)
+        return arguments
 
 
 class MicroBatches:
@@ -83,7 +124,7 @@ def pieces_of(recipe: Recipe) -> tuple[int, int]:
 
 
 def training_arguments(recipe: Recipe, steps: int) -> TrainingArguments:
-    """What the Trainer is told."""
+    """The Trainer's own settings for ``steps`` steps of a recipe."""
     micro, pieces = pieces_of(recipe)
     every = max(1, steps // 10)
     if recipe.device not in (None, "cpu", "cuda"):
@@ -123,7 +164,7 @@ def training_arguments(recipe: Recipe, steps: int) -> TrainingArguments:
         report_to=list(recipe.report_to) or "none",
         disable_tqdm=True,
         log_level="warning",
-        # The stream knows its place itself.
+        # The stream knows its position itself.
         ignore_data_skip=True,
         remove_unused_columns=False,
         **extra,

@@ -1,4 +1,4 @@
-"""What is learnt from text: the next token, T5's missing spans, or the target of a source.
+"""What is learned from text: the next token, T5's missing spans, or the target of a pair.
 
 An objective turns tokenised documents into examples (``encode``, ``pack``, ``corrupt``) and examples into a batch
 (``collate``). It keeps no state: what is left of a document at the end of a chunk is handed back, so that a stream can
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..data import IGNORED
+from ..data.batches import padded
 from ..errors import RegroupError
-from .examples import Carry, Example, Objective, RunningText, Tokens, lacking, padded, shifted, stacked
+from .examples import Carry, Example, Objective, RunningText, Tokens, lacking, shifted, stacked
 from .spans import SpanCorruption, sentinel_ids
 
 __all__ = [
@@ -149,8 +150,8 @@ class Pairs:
         return example
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        source, mask = padded(examples, "input", self.pad)
-        labels, target_mask = padded(examples, "target", IGNORED)
+        source, mask = padded([example["input"] for example in examples], self.pad)
+        labels, target_mask = padded([example["target"] for example in examples], IGNORED)
         before = shifted(labels, self.start_token)
         return {
             "input_ids": source,

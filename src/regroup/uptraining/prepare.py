@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
 
-from ..checkpoint import Checkpoint, fetch
+from ..checkpoint import fetch
+from ..data import Batch
+from ..data.text import check_window
 from ..errors import RegroupError
 from ..families import is_encoder_decoder
 from ..modeling import load, load_tokenizer
@@ -17,62 +18,20 @@ from ..modeling.lm_head import require_head
 from ..opening import Source, open_source
 from ..processes import world
 from . import states
-from .budget import Budget
-from .checks import (
-    check_reporting,
-    check_room,
-    check_sharding,
-    check_window,
-    checked_teacher,
-    dropouts,
-    state_of,
-)
+from .budget import Budget, known_pretraining_tokens, plan_budget
+from .checks import check_reporting, check_room, check_sharding, dropouts, state_of
 from .defaults import resolved
-from .enough import check_enough
+from .distill import aligned_targets
 from .export import check_names, freeze_tables
-from .job import Job, training_arguments
-from .objective import keeps_documents_apart
-from .parts import budget_of, cache_of, held_out_batches, local_steps_of, objective_of, teacher_of
+from .job import Job
+from .learning import check_enough
+from .objective import Objective, keeps_documents_apart, make_objective
 from .recipe import Recipe
-from .stream import open_stream
+from .stream import held_out_examples, open_stream
+from .teacher import check_teacher, open_cache, open_teacher
 
 
-@dataclass
-class Prepared:
-    """A run that was checked as far as it can be without taking a step.
-
-    Attributes:
-        recipe: with nothing left open. digest: of it.
-        checkpoint: that is trained, and whose form the result gets.
-        student: on the CPU, in float32.
-        job, arguments: of the trainer.
-        budget: of the whole run.
-        lines: for a person: what the run does, and why so.
-        local_steps: of the budget, for the local stage. local_done: whether an earlier start did it.
-        step, state, state_folder: that the run goes on from, or None.
-    """
-
-    recipe: Recipe
-    digest: str
-    source: Source
-    student: Any
-    teacher_folder: Path | None
-    job: Job
-    arguments: TrainingArguments
-    budget: Budget
-    lines: list[str]
-    local_steps: int = 0
-    local_done: bool = False
-    step: int | None = None
-    state: dict[str, Any] | None = None
-    state_folder: Path | None = None
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        return self.source.checkpoint
-
-
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe) -> Job:
     """Check a recipe against the model, the teacher, the data and the disk, and load what it needs.
 
     Raises:
@@ -109,11 +68,12 @@ def prepare(recipe: Recipe) -> Prepared:
     student: Any = load(begun, dtype=torch.float32, progress=False, **options)
     freeze_tables(student, source.checkpoint.tensors.keys())
     check_names(source.checkpoint, student, values=begun == folder)
-    check_window(student.config, recipe.window)
+    if not encoder_decoder:
+        check_window(student.config.to_dict(), recipe.window)
     vocab_size = student.get_input_embeddings().weight.shape[0]
 
-    teacher_folder = checked_teacher(recipe, folder, tokenizer, student)
-    objective, facts = objective_of(recipe, tokenizer, student)
+    teacher_folder = check_teacher(recipe, folder, tokenizer, student)
+    objective, facts = _objective(recipe, tokenizer, student)
     stream = open_stream(
         recipe.data,
         tokenizer,
@@ -126,60 +86,159 @@ def prepare(recipe: Recipe) -> Prepared:
     )
     if state is None:
         check_enough(recipe, stream, tokenizer)
-    held_out = list(held_out_batches(recipe, tokenizer, objective, vocab_size))
-    budget = budget_of(recipe, source, student, teacher_folder)
-    local_steps = local_steps_of(recipe, budget.steps)
+    held_out = list(_held_out_batches(recipe, tokenizer, objective, vocab_size))
+    budget = _budget(recipe, source, student, teacher_folder)
+    local_steps = _local_steps(recipe, budget.steps)
     if state is not None:
         stream.load_state_dict(state["stream"])
     elif begun == local:
         _skip(stream, recipe, local_steps)
-    steps = budget.steps - local_steps
     check_room(recipe, source.checkpoint, student)
 
     teacher = None
     if teacher_folder is not None and (recipe.distill_weight or recipe.hidden_weight):
-        cache = cache_of(recipe, teacher_folder, stream, objective, vocab_size)
-        teacher = teacher_of(recipe, teacher_folder, cache, encoder_decoder)
+        cache = open_cache(recipe, teacher_folder, stream, objective, vocab_size)
+        teacher = open_teacher(recipe, teacher_folder, cache, encoder_decoder)
         apart = teacher.loaded is None or not getattr(objective, "isolate", False)
         if not (apart or keeps_documents_apart(teacher.loaded)):
             facts.append("note: the teacher does not keep documents apart, and sees across their borders")
-    job = Job(
-        recipe=recipe,
-        source=folder,
-        stream=stream,
-        steps=steps,
-        count_tokens=objective.count_tokens,
-        shifted=recipe.objective == "causal",
-        teacher=teacher,
-        held_out=held_out,
-        digest=digest,
-        first_example=local_steps * recipe.batch_size,
-    )
     lines = [*budget.explain(), *choices, *facts, *_stream_lines(stream, recipe, budget)]
     lines.append(f"result: {recipe.output / states.MODEL_FOLDER}")
     if state is not None:
-        lines.append(f"going on from step {state['step']} of {steps}: {state_folder}")
-    arguments = training_arguments(recipe, steps)
-    arguments.eval_on_start = bool(held_out) and state is None
-    # Looking for parameters that a step did not use costs time, and only dropped layers leave any.
-    dropped = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-    arguments.ddp_find_unused_parameters = any(getattr(student.config, name, 0) for name in dropped)
-    return Prepared(
-        recipe,
-        digest,
-        source,
-        student,
-        teacher_folder,
-        job,
-        arguments,
-        budget,
-        lines,
-        local_steps,
-        state is not None or begun == local,
-        None if state is None else int(state["step"]),
-        state,
-        state_folder,
+        lines.append(f"resuming from step {state['step']} of {budget.steps - local_steps}: {state_folder}")
+    job = Job(
+        recipe=recipe,
+        digest=digest,
+        source=source,
+        student=student,
+        objective=objective,
+        stream=stream,
+        teacher_folder=teacher_folder,
+        teacher=teacher,
+        held_out=held_out,
+        budget=budget,
+        lines=lines,
+        local_steps=local_steps,
+        local_done=state is not None or begun == local,
+        state_folder=state_folder,
+        state=state,
     )
+    _ = job.arguments  # checks the device
+    return job
+
+
+def _objective(recipe: Recipe, tokenizer: Any, student: Any) -> tuple[Objective, list[str]]:
+    """The objective, and notes on it for a person.
+
+    Raises:
+        RegroupError: documents are to be kept apart, and this model cannot do that.
+    """
+    causal = recipe.objective == "causal"
+    isolate = False
+    facts = []
+    if causal and not recipe.cross_documents and recipe.isolate is not False:
+        isolate = keeps_documents_apart(student)
+        if recipe.isolate and not isolate:
+            raise RegroupError(
+                "this model cannot keep packed documents apart",
+                expected="attention that sees position_ids begin again",
+                remedy="leave isolate out of the recipe: the loss still does not cross borders",
+            )
+        facts.append(
+            "documents in a window do not attend to each other"
+            if isolate
+            else "documents in a window attend to each other, which this family cannot prevent; no loss crosses borders"
+        )
+    start = None
+    if not causal:
+        start = student.generation_config.decoder_start_token_id
+        start = student.config.decoder_start_token_id if start is None else start
+    made = make_objective(
+        recipe.objective,
+        tokenizer,
+        window=recipe.window,
+        start_token=start,
+        max_target=recipe.max_target,
+        cross_documents=recipe.cross_documents,
+        isolate=isolate,
+    )
+    return made, facts
+
+
+def _held_out_batches(recipe: Recipe, tokenizer: Any, objective: Objective, vocab_size: int) -> Iterator[Batch]:
+    """Batches of the text that is evaluated on, as large as a process's share of a training batch."""
+    if recipe.held_out is None:
+        return
+    found = held_out_examples(
+        recipe.held_out, tokenizer, objective, limit=recipe.held_out_windows, vocab_size=vocab_size
+    )
+    size = recipe.micro_batch or max(1, recipe.batch_size // world())
+    for first in range(0, len(found), size):
+        batch = objective.collate(found[first : first + size])
+        targets = aligned_targets(batch.pop("labels"), shifted=recipe.objective == "causal")
+        yield Batch(batch, targets)
+
+
+def _budget(recipe: Recipe, source: Source, student: Any, teacher_folder: Path | None) -> Budget:
+    """Tokens, steps and FLOPs of the run.
+
+    Raises:
+        RegroupError: see ``plan_budget``; a teacher that cannot be opened.
+    """
+    known = None
+    for name in (recipe.teacher, recipe.model):
+        known = known or (known_pretraining_tokens(name) if name else None)
+    layout = source.layout
+    parameters = sum(p.numel() for p in student.parameters())
+    own, teachers = _lookups(student, layout.tied_embeddings), None
+    if teacher_folder is not None:
+        with open_source(str(teacher_folder)) as teacher:
+            teachers = teacher.layout.parameters or parameters
+    return plan_budget(
+        alpha=recipe.alpha,
+        pretraining_tokens=recipe.pretraining_tokens or (known[0] if known else None),
+        tokens=recipe.tokens,
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        window=recipe.window,
+        parameters=parameters,
+        embedding_parameters=own,
+        layers=len(layout.layers) + layout.encoder_layers,
+        hidden=layout.layers[0].num_attention_heads * layout.layers[0].head_dim,
+        teacher_parameters=teachers,
+        teacher_embedding_parameters=own if teachers else None,
+    )
+
+
+def _lookups(student: Any, tied: bool) -> int:
+    """Weights that are looked up and not multiplied: the input embeddings, unless they are the output's."""
+    head = student.get_output_embeddings()
+    weight = student.get_input_embeddings().weight
+    return 0 if tied or (head is not None and head.weight is weight) else weight.numel()
+
+
+def _local_steps(recipe: Recipe, steps: int) -> int:
+    """How many of the steps the local stage takes.
+
+    Raises:
+        RegroupError: too few to judge on one of them.
+    """
+    if "local" not in recipe.stages:
+        return 0
+    share = round(steps * recipe.local_share) if "logit" in recipe.stages else steps
+    if "logit" in recipe.stages and share >= steps:
+        raise RegroupError(
+            "the local stage leaves no step to the stage after it",
+            got=f"{share} of {steps} steps",
+            remedy="set a smaller local_share in the recipe, or ask for --stages local alone",
+        )
+    if share < 2:
+        raise RegroupError(
+            "the local stage needs two batches at least, one to judge on",
+            got=f"{share} of {steps} steps",
+            remedy="give the run more tokens, or a larger local_share in the recipe",
+        )
+    return share
 
 
 def _skip(stream: Any, recipe: Recipe, steps: int) -> None:
@@ -195,7 +254,9 @@ def _stream_lines(stream: Any, recipe: Recipe, budget: Budget) -> list[str]:
     if there is None:
         return []
     needed = budget.tokens / recipe.epochs
-    line = f"data: about {there:,} tokens a pass, {recipe.epochs} {'pass' if recipe.epochs == 1 else 'passes'} at most"
+    line = (
+        f"data: about {there:,} tokens per pass, {recipe.epochs} {'pass' if recipe.epochs == 1 else 'passes'} at most"
+    )
     if there < 0.95 * needed:
         return [line, f"note: that is less than the run's {budget.tokens:,}; it ends where the data end. Raise epochs"]
     return [line]

@@ -12,8 +12,8 @@ from ..errors import RegroupError
 from ..files import as_named
 from .settings import checked, read_settings, unknown_setting
 
-# Settings that do not change what is learnt.
-_ASIDE = {
+# Settings that do not change what is learned.
+_WITHOUT_EFFECT = {
     *("output", "teacher_cache", "workers", "eval_every", "save_every", "keep", "log_every", "report_to", "resume"),
     *("device", "micro_batch", "gradient_checkpointing", "compile", "fsdp", "held_out", "held_out_windows"),
     "spike_factor",
@@ -31,17 +31,17 @@ class Recipe:
         data: sources of text or pairs (see ``regroup.uptraining.stream.open_stream``).
         alpha, pretraining_tokens, tokens, steps: how long (see ``regroup.uptraining.budget.plan_budget``).
         objective: ``"causal"``, ``"span-corruption"``, ``"pairs"``, or ``"auto"`` for what the family was trained with.
-        teacher: the parent: a folder or hub id; None trains on cross-entropy alone.
+        teacher: the original model: a folder or hub id; None trains on cross-entropy alone.
         stages: ``"local"`` (layer by layer against the teacher) and ``"logit"`` (whole model), in this order; empty
             stands for ``("logit",)`` with a teacher. Without a teacher it stays empty.
         local_share: share of the steps that the local stage takes where both are asked for.
         temperature: of both softmaxes in the KL.
         distill_weight: 1 trains on KL alone, 0 on cross-entropy alone.
-        hidden_weight: of the distance from the teacher's hidden states (``distill.hidden_distance``), beside the KL;
+        hidden_weight: of the distance from the teacher's hidden states (``distill.hidden_distance``), added to the KL;
             None for ``HIDDEN_WEIGHT`` with a teacher that runs, 0 where its logits come from a cache.
         top_k: compare the teacher's k largest logits and the rest as one; None compares all.
         teacher_cache: folder in which the teacher's logits are kept.
-        window: tokens a sequence; of an encoder-decoder, of its input.
+        window: tokens per sequence; of an encoder-decoder, of its input.
         max_target: tokens of a pair's target; None for ``window``.
         batch_size: sequences in an optimizer step, over all processes.
         micro_batch: sequences of a process that are computed at once; None for all of its share.
@@ -51,16 +51,16 @@ class Recipe:
         schedule: ``"cosine"``, ``"constant-decay"``, ``"constant"``, ``"inverse-sqrt"``, or ``"auto"``.
         warmup: share of the steps in which the rate rises from zero.
         decay: share of the steps in which it falls to zero at the end, for ``"constant-decay"``.
-        original_steps: of the parent's pre-training, from which ``"inverse-sqrt"`` is continued.
+        original_steps: of the original model's pre-training, from which ``"inverse-sqrt"`` is continued.
         weight_decay: of matrices, for AdamW. None for the optimizer's default here.
         betas: of AdamW.
-        dropout: None leaves the checkpoint's.
+        dropout: None keeps the checkpoint's.
         clip_norm: largest norm of the gradient; 0 does not clip.
         seed: of shuffling, noise and dropout.
         dtype: of the computation: ``"float32"``, ``"bfloat16"``, ``"float16"``. Weights are kept in float32.
         gradient_checkpointing, compile, fsdp: as transformers' Trainer has them; FSDP is version 2.
         cross_documents: let loss and attention cross the borders of documents.
-        isolate: keep attention within documents, beside the loss; None does where the model can.
+        isolate: keep attention, and not only loss, within documents; None does where the model can.
         shuffle_buffer: windows among which the next one is drawn.
         workers: threads that tokenise ahead.
         held_out: a source for evaluation that is not trained on.
@@ -70,7 +70,7 @@ class Recipe:
         log_every: steps between log entries.
         report_to: what the Trainer reports to.
         spike_factor: a loss above this many times its running mean stops the run; 0 does not stop.
-        resume: go on from the newest complete state in ``output``.
+        resume: continue from the newest complete state in ``output``.
         device: a torch device; a GPU where there is one.
     """
 
@@ -129,8 +129,8 @@ class Recipe:
     def load(cls, path: Path | None = None, **overrides: Any) -> Recipe:
         """A recipe from a YAML file, or from settings alone.
 
-        What is given here, and is neither None nor an empty list, goes before the file's; a length (``alpha``,
-        ``tokens``, ``steps``) before any length of the file's.
+        Settings given here, except None and empty lists, override the file's; a length (``alpha``, ``tokens``,
+        ``steps``) overrides any length in the file.
 
         Names are written as here or with hyphens; counts may be written ``262k`` or ``2T``. Relative paths are relative
         to the current directory, in a file as well.
@@ -152,11 +152,11 @@ class Recipe:
             if key not in known:
                 raise unknown_setting(key, known, path if key not in given else None)
         hints = get_type_hints(cls)
-        settled = {
+        checked_values = {
             key: checked(key, value, hints[key], None if key in given else where.get(key))
             for key, value in values.items()
         }
-        missing = [key for key in ("model", "output", "data") if not settled.get(key)]
+        missing = [key for key in ("model", "output", "data") if not checked_values.get(key)]
         if missing:
             raise RegroupError(
                 "the recipe lacks a setting",
@@ -164,7 +164,7 @@ class Recipe:
                 expected=", ".join(missing),
                 remedy="add it to the recipe file or pass it on the command line",
             )
-        recipe = cls(**settled)
+        recipe = cls(**checked_values)
         if recipe.held_out is not None and _same(recipe.held_out) in {_same(source) for source in recipe.data}:
             raise RegroupError(
                 "the held-out data is trained on", file=recipe.held_out, remedy="hold out a file that is not in data"
@@ -176,8 +176,8 @@ class Recipe:
         return {key: _plain(value) for key, value in asdict(self).items()}
 
     def digest(self) -> str:
-        """Hash of the settings that decide what is learnt: not of paths of output, logging, saving, or the device."""
-        kept = {key: value for key, value in self.to_json().items() if key not in _ASIDE}
+        """Hash of the settings that decide what is learned: not of paths of output, logging, saving, or the device."""
+        kept = {key: value for key, value in self.to_json().items() if key not in _WITHOUT_EFFECT}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -12,11 +12,11 @@ import yaml
 from ..errors import RegroupError
 from ..files import read_once
 from .budget import parse_count
+from .schedule import SCHEDULES
 
 OBJECTIVES = ("causal", "span-corruption", "pairs")
 STAGES = ("local", "logit")
 OPTIMIZERS = ("adamw", "adafactor")
-SCHEDULES = ("cosine", "constant-decay", "constant", "inverse-sqrt")
 DTYPES = ("float32", "bfloat16", "float16")
 
 _CHOICES = {

@@ -53,7 +53,7 @@ class SpanCorruption(RunningText):
                 "the window is too short or too long for span corruption",
                 expected=f"at least 2 tokens, and at most {len(self.sentinels)} spans (the tokenizer's sentinels)",
                 got=f"{length} tokens, {spans} spans",
-                remedy="use another --window (T5 was trained with 512), or the tokenizer of the parent",
+                remedy="use another --window (T5 was trained with 512), or the tokenizer of the original model",
             )
 
     @property

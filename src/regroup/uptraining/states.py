@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -38,6 +40,54 @@ def quiet_files() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keep other processes from continuing a run until the block, or this process, ends.
+
+    The lock is on the run's file: one on its folder would be in the way of what is written into the folder
+    (``checkpoint.stage``).
+
+    Raises:
+        RegroupError: another process holds it.
+    """
+    with run.open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RegroupError(
+                "another process is running in the output folder",
+                file=run.parent,
+                remedy="wait until it has ended, or choose another --output",
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+@contextlib.contextmanager
+def begun(output: Path, run: Mapping[str, Any]) -> Iterator[None]:
+    """Note in a folder without a run, which is made if need be, what is run there, and hold its lock.
+
+    Raises:
+        RegroupError: another process has begun a run there meanwhile.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    temporary = output / f".{RUN_FILE}.{os.getpid()}"
+    write_text(temporary, json.dumps(dict(run), indent=2) + "\n")
+    with locked(temporary):
+        try:
+            os.link(temporary, output / RUN_FILE)  # a rename would replace what another process has linked
+        except (FileExistsError, FileNotFoundError) as error:
+            raise RegroupError(
+                "another process has begun a run in the output folder meanwhile",
+                file=output,
+                remedy="give the command again when it has ended, or choose another --output",
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        yield
+
+
 def complete(output: Path) -> list[tuple[int, Path]]:
     """Step and folder of every complete state, oldest first."""
     found = []
@@ -46,11 +96,6 @@ def complete(output: Path) -> list[tuple[int, Path]]:
         if match and (path / STATE_FILE).is_file():
             found.append((int(match[1]), path))
     return sorted(found)
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """What a state says of itself: step, stream, guard, seconds."""
-    return read_json(folder / STATE_FILE)
 
 
 def staging(output: Path) -> Path:
@@ -66,6 +111,8 @@ def clean(output: Path) -> None:
     for path in [output / _STAGING, *output.glob(f"{_REMOVED}*")]:
         if path.exists():
             shutil.rmtree(path)
+    for path in output.glob(f".{RUN_FILE}*"):
+        path.unlink(missing_ok=True)
 
 
 def publish(output: Path, step: int, state: Mapping[str, Any]) -> Path:
@@ -86,13 +133,13 @@ def publish(output: Path, step: int, state: Mapping[str, Any]) -> Path:
 
 
 def forget(output: Path) -> None:
-    """Remove all that a run wrote which learnt nothing: it must not be resumed, let alone be finished."""
+    """Remove all that a run wrote which learned nothing: it must not be resumed, let alone be finished."""
     clean(output)
     for _, folder in complete(output):
         remove(folder)
     shutil.rmtree(output / "logs", ignore_errors=True)
     (output / RUN_FILE).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # something else lies there, such as what the local stage learnt
+    with contextlib.suppress(OSError):  # something else lies there, such as what the local stage learned
         output.rmdir()
 
 
@@ -137,13 +184,3 @@ def occupied(output: Path) -> dict[str, Any] | None:
             remedy="choose another --output",
         )
     return None
-
-
-def changed_settings(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """Settings that differ, as ``name: before → now``."""
-    names = [name for name in now if name in before and now[name] != before[name]]
-    return [f"{name}: {before[name]} → {now[name]}" for name in names]
-
-
-def folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,7 +1,7 @@
 """Examples in one global order, from sources that are never held in memory, resumable at any batch.
 
 The order depends on data, objective, seed and buffer, and not on the number of processes or workers: every process
-reads and tokenises everything, which costs little beside training, and computes on its share.
+reads and tokenises everything, which costs little compared with training, and computes on its share.
 
 A state holds the position of the chunk that is being read, what the chunk before left over, how many examples of the
 chunk were taken, and the shuffle buffer. Draws and noise are functions of the seed and the number of the example, so
@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..data.batches import check_vocabulary
 from ..data.chunking import Source
 from ..data.sources import find_sources
 from ..errors import RegroupError
 from .examples import Example, Objective
-from .reading import Cursor, Reader, sides
+from .reader import Cursor, Reader, sides
 
 _REMEMBERED = 16
 _FORMAT = 1
@@ -142,7 +143,7 @@ class ExampleStream:
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; call before ``batches``.
+        """Continue from there; call before ``batches``.
 
         Raises:
             RegroupError: the state is of other data (a file's name or size), objective, seed, buffer or tokenizer.
@@ -200,8 +201,7 @@ class ExampleStream:
             )
         batch = self.objective.collate([self._corrupted(0, first[0])])
         largest = max(int(batch[key].max()) for key in batch if key.endswith(("input_ids", "labels")))
-        if largest >= self._reader.vocab_size:
-            raise self._reader.outside(largest, "special tokens")
+        check_vocabulary(largest, self._reader.vocab_size, "special tokens")
 
     @cached_property
     def _identity(self) -> dict[str, Any]:

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer
 
-from ..checkpoint.companions import companion_files
 from ..data import IGNORED
 from ..errors import RegroupError
 from ..evaluation import Score, score
@@ -30,19 +29,19 @@ from .schedule import schedule
 
 
 class UptrainTrainer(Trainer):
-    """Trains a model as its job says.
+    """Trains the student of a job.
 
     A step's loss is the mean over all tokens that carry loss in it, whatever processes and micro-batches they lie in.
     """
 
-    def __init__(self, model: Any, job: Job, arguments: TrainingArguments, *, guard: bool = True) -> None:
-        recipe = job.recipe
+    def __init__(self, job: Job) -> None:
+        recipe, arguments = job.recipe, job.arguments
         self.job = job
         self.mix = Mix(recipe.distill_weight if job.teacher else 0.0, recipe.temperature)
         self.hidden_weight = (recipe.hidden_weight or 0.0) if job.teacher else 0.0
         self.last_loss, self.last_norm = math.nan, None
         self.data_ended = False
-        self.learnt = 0  # tokens that carried loss, since this process began
+        self.learned = 0  # tokens that carried loss, since this process began
         self.seconds_before = 0.0
         adafactor = None
         if recipe.optimizer == "adafactor":
@@ -52,7 +51,7 @@ class UptrainTrainer(Trainer):
             settings = {"scale_parameter": True, "relative_step": False, "warmup_init": False, "clip_threshold": 1.0}
             adafactor = (Adafactor, {"lr": arguments.learning_rate, **settings})
         super().__init__(
-            model=model,
+            model=job.student,
             args=arguments,
             eval_dataset=job.held_out or None,  # type: ignore[arg-type]
             optimizer_cls_and_kwargs=adafactor,
@@ -67,8 +66,7 @@ class UptrainTrainer(Trainer):
             if type(callback).__name__ == "TensorBoardCallback":
                 callback.logging_dir = str(recipe.output / "logs")  # type: ignore[attr-defined]
         self.guard = LossGuard(recipe.spike_factor, self._observe, lambda began: self._last_state(began))
-        if guard:
-            self.add_callback(self.guard)
+        self.add_callback(self.guard)
         self._started = time.perf_counter()
 
     # ---- data and loss ----
@@ -83,25 +81,25 @@ class UptrainTrainer(Trainer):
             self.data_ended = True
             self.control.should_training_stop = self.control.should_save = True
             return [], None
-        count = torch.tensor(sum(self.job.count_tokens(batch) for batch in batches), device=device)
+        count = torch.tensor(sum(self.job.objective.count_tokens(batch) for batch in batches), device=device)
         self._step_loss.zero_()
         count = torch.as_tensor(self.accelerator.reduce(count, "sum"))
-        self.learnt += int(count)
+        self.learned += int(count)
         return batches, count.clamp(min=1)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        given = {name: value for name, value in inputs.items() if name not in ("labels", "numbers")}
-        targets = aligned_targets(inputs["labels"], shifted=self.job.shifted)
-        # Before the student, whose activations then do not lie beside the teacher's.
-        lesson = self.job.teacher(given, targets, inputs["numbers"]) if self.job.teacher else None
-        outputs = model(**given, **({"output_hidden_states": True} if self.hidden_weight else {}))
-        taught = lesson.logits if lesson and self.mix.weight else None
-        loss, cross_entropy, kl = mixed_loss(outputs.logits, targets, teacher=taught, mix=self.mix)
+        model_inputs = {name: value for name, value in inputs.items() if name not in ("labels", "numbers")}
+        targets = aligned_targets(inputs["labels"], shifted=self.job.recipe.objective == "causal")
+        # Before the student, whose activations are then not in memory at the same time as the teacher's.
+        teacher_output = self.job.teacher(model_inputs, targets, inputs["numbers"]) if self.job.teacher else None
+        outputs = model(**model_inputs, **({"output_hidden_states": True} if self.hidden_weight else {}))
+        teacher_logits = teacher_output.logits if teacher_output and self.mix.weight else None
+        loss, cross_entropy, kl = mixed_loss(outputs.logits, targets, teacher=teacher_logits, mix=self.mix)
         distance = torch.zeros_like(kl)
-        if lesson and self.hidden_weight:
-            distance = hidden_distance(layer_outputs(outputs), lesson.hidden, targets)
+        if teacher_output and self.hidden_weight:
+            distance = hidden_distance(layer_outputs(outputs), teacher_output.hidden, targets)
             loss = loss + self.hidden_weight * distance
         self._sums += torch.stack([cross_entropy, kl, distance, (targets != IGNORED).sum()]).detach()
         loss = loss * (world() / num_items_in_batch)
@@ -170,7 +168,7 @@ class UptrainTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out loss in nats a token, and the distance from the teacher where it is loaded."""
+        """Held-out loss in nats per token, and the distance from the teacher where it is loaded."""
         model: Any = self.model
         before, training = time.perf_counter(), model.training
         model.eval()
@@ -251,10 +249,11 @@ class UptrainTrainer(Trainer):
     def _publish(self, output: Path, step: int) -> None:
         staged = output / ".saving" / f"checkpoint-{step}"
         try:
-            for path in companion_files(self.job.source):
+            checkpoint = self.job.checkpoint
+            for path in checkpoint.companions():
                 if path.suffix != ".md" and not (staged / path).exists():
                     (staged / path).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(self.job.source / path, staged / path)
+                    shutil.copyfile(checkpoint.folder / path, staged / path)
             states.publish(output, step, self._own_state(step))
         except OSError as error:
             raise self._unsaved(error) from error
@@ -277,7 +276,7 @@ class UptrainTrainer(Trainer):
 
     def _unsaved(self, error: Exception) -> RegroupError:
         last = states.last_before(self.job.recipe.output, None)
-        after = f"go on from {last.name}" if last else "start from the beginning: nothing was saved yet"
+        after = f"resume from {last.name}" if last else "start from the beginning: nothing was saved yet"
         return RegroupError(
             "a state of the run could not be saved",
             file=self.job.recipe.output,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from threading import local
 from typing import Any
 
+from ..data.batches import check_vocabulary
 from ..data.chunking import Chunk, Source
 from ..errors import RegroupError
 from .examples import Carry, Example, Objective, Tokens
@@ -102,51 +103,9 @@ class Reader:
 
     def _check_vocabulary(self, tokens: Tokens, where: str) -> None:
         largest = max((max(side) for document in tokens.documents for side in sides(document) if side), default=0)
-        if largest >= self.vocab_size:
-            raise self.outside(largest, where)
-
-    def outside(self, token: int, where: str) -> RegroupError:
-        """The error of a token that the model has no row for; ``where`` is the source."""
-        return RegroupError(
-            "a token is outside the model's vocabulary",
-            file=where,
-            expected=f"ids below {self.vocab_size}",
-            got=token,
-            remedy="the tokenizer belongs to another model: use the parent's",
-        )
+        check_vocabulary(largest, self.vocab_size, where)
 
 
 def sides(document: Any) -> tuple[Sequence[int], ...]:
     """The tokens of a text, or of the source and the target of a pair."""
     return document if isinstance(document, tuple) else (document,)
-
-
-def check_same_tokenizer(student: Any, teacher: Any) -> None:
-    """Refuse a teacher whose tokenizer gives tokens other ids: its logits would be of other tokens.
-
-    Raises:
-        RegroupError: the vocabularies or the special tokens differ, or a sample text is cut differently.
-    """
-    sample = "The cat sat; naïve café 步步 🙂\n\tx = 10_000  # 2.5%"
-
-    def facts(tokenizer: Any) -> dict[str, dict[str, int | None]]:
-        ids = tokenizer(sample)["input_ids"]
-        return {
-            "tokens": tokenizer.get_vocab(),
-            "special tokens": {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id},
-            "tokens of a sample text": {f"token {place}": token for place, token in enumerate(ids)},
-        }
-
-    other = facts(teacher)
-    for what, ours in facts(student).items():
-        theirs = other[what]
-        odd = sorted(
-            key for key in {*ours, *theirs} if (key in ours, ours.get(key)) != (key in theirs, theirs.get(key))
-        )
-        if odd:
-            raise RegroupError(
-                "the teacher's tokenizer is not the student's",
-                expected=f"the same {what}",
-                got=f"{len(odd)} differ, such as {odd[0]!r}: {ours.get(odd[0])} and {theirs.get(odd[0])}",
-                remedy="use the parent of this checkpoint as the teacher",
-            )

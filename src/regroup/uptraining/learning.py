@@ -1,4 +1,4 @@
-"""Whether anything is learnt: looked at before the first step, and once more after the last."""
+"""Whether anything is learned: checked before the first step, and again after the last."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _LOOKED_AT = 1024
 _REMEMBERED = 1024
 
 
-class NothingLearntError(RegroupError):
-    """A run that ended without having learnt anything; nothing of it is to be kept."""
+class NothingLearnedError(RegroupError):
+    """A run that ended without having learned anything; nothing of it is kept."""
 
 
 def check_enough(recipe: Recipe, stream: ExampleStream, tokenizer: Any) -> None:
@@ -42,14 +42,14 @@ def check_enough(recipe: Recipe, stream: ExampleStream, tokenizer: Any) -> None:
     if isinstance(stream.objective, SpanCorruption):
         marks |= set(stream.objective.sentinels)
 
-    def learnt(examples: list[Any]) -> bool:
+    def learned(examples: list[Any]) -> bool:
         for example in examples:
             labels = stream.objective.collate([example])["labels"]
             if set(labels[labels != IGNORED].tolist()) - marks:
                 return True
         return False
 
-    if not learnt(found) and not learnt(found := stream.take(_LOOKED_AT)):
+    if not learned(found) and not learned(found := stream.take(_LOOKED_AT)):
         raise RegroupError(
             "there are no tokens to learn from",
             file=where,
@@ -83,10 +83,10 @@ def check_changed(before: list[torch.Tensor], model: Any, steps: int) -> None:
         steps: that were taken since.
 
     Raises:
-        NothingLearntError: every weight is what it was.
+        NothingLearnedError: every weight is what it was.
     """
     if steps and all(torch.equal(old, new) for old, new in zip(before, sample(model), strict=True)):
-        raise NothingLearntError(
+        raise NothingLearnedError(
             "the training changed no weight",
             got=f"{steps} step{'s' if steps > 1 else ''} without an effect",
             remedy="look at the learning rate and the labels; in float16 the first steps only find the scale of the "

@@ -1,4 +1,4 @@
-"""What `regroup demo` does: convert the embedded parent in several ways, uptrain two children, show what was lost."""
+"""`regroup demo` as one function: convert the embedded model in several ways, uptrain two, show the loss in quality."""
 
 from __future__ import annotations
 
@@ -36,32 +36,32 @@ UPTRAINED_KV_HEADS = 2
 WINDOW = 256
 
 
-class Remembered:
-    """A model that is asked for the same batches again and again: it computes each once.
+class CachedModel:
+    """A model that is called with the same batches again and again, and computes each once.
 
     Args:
         model: as ``score`` takes it.
 
     Attributes:
         config: the model's.
-        answers: what ``model(…)`` gave, by shape and bytes of ``input_ids``.
+        outputs: of ``model(…)``, by shape and bytes of ``input_ids``.
     """
 
     def __init__(self, model: Any) -> None:
         self.model, self.config = model, model.config
-        self.answers: dict[tuple[tuple[int, ...], bytes], Any] = {}
+        self.outputs: dict[tuple[tuple[int, ...], bytes], Any] = {}
 
     def parameters(self) -> Iterator[Any]:
         return self.model.parameters()
 
     def __call__(self, *, input_ids: Tensor, **inputs: Any) -> Any:
-        asked = (tuple(input_ids.shape), input_ids.numpy().tobytes())
-        if asked not in self.answers:
-            self.answers[asked] = self.model(input_ids=input_ids, **inputs)
-        return self.answers[asked]
+        key = (tuple(input_ids.shape), input_ids.numpy().tobytes())
+        if key not in self.outputs:
+            self.outputs[key] = self.model(input_ids=input_ids, **inputs)
+        return self.outputs[key]
 
 
-class Story:
+class Demonstration:
     """One run of the demonstration: what all its parts look at.
 
     Args:
@@ -76,8 +76,8 @@ class Story:
         self.windows, self.nbytes = token_windows(
             (text for _, text in held_out_text()), tokenizer, length=WINDOW, limit=windows, bos=False
         )
-        # Every child is compared with it, on the same windows.
-        self.parent = Remembered(load_for_scoring(PARENT, "float32", "cpu"))
+        # Every model is compared with it, on the same windows.
+        self.original = CachedModel(load_for_scoring(PARENT, "float32", "cpu"))
         self.texts: Texts = divide(
             output,
             training_text(),
@@ -85,10 +85,10 @@ class Story:
             lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
             CALIBRATION_TOKENS,
         )
-        self.base = score(self.parent, causal_batches(self.windows, 16))
+        self.base = score(self.original, causal_batches(self.windows, 16))
 
-    def child(self, method: str, heads: int) -> Path:
-        """The parent, converted; what an earlier run left is replaced."""
+    def converted(self, method: str, heads: int) -> Path:
+        """The original model, converted; what an earlier run left is replaced."""
         folder = self.output / f"{method.replace(' + ', '-')}-{heads}"
         shutil.rmtree(folder, ignore_errors=True)
         on_text = method.endswith("text")
@@ -119,15 +119,15 @@ class Story:
         }
 
     def measured(self, method: str, folder: Path) -> dict[str, Any]:
-        child = load_for_scoring(folder, "float32", "cpu")
-        return self.row(method, folder, score(child, causal_batches(self.windows, 16), teacher=self.parent))
+        model = load_for_scoring(folder, "float32", "cpu")
+        return self.row(method, folder, score(model, causal_batches(self.windows, 16), teacher=self.original))
 
     def convert_all(self) -> list[dict[str, Any]]:
         variants = [(method, heads) for heads in KV_HEADS for method in METHODS]
         rows = [self.row("parent", PARENT, self.base)]
         with stage("converting and evaluating", len(variants), unit="variants") as progress:
             for method, heads in variants:
-                rows.append(self.measured(method, self.child(method, heads)))
+                rows.append(self.measured(method, self.converted(method, heads)))
                 progress(1)
         return rows
 
@@ -136,9 +136,9 @@ class Story:
         tokens = self.training["tokens"]
         found = []
         for way in WAYS:
-            child = self.output / f"{way.start.replace(' + ', '-')}-{UPTRAINED_KV_HEADS}"
+            model = self.output / f"{way.start.replace(' + ', '-')}-{UPTRAINED_KV_HEADS}"
             folder = self.output / ("uptrained-ours" if way.distilled else "uptrained-paper")
-            run = recover(way, child, PARENT, self.texts, folder, pretraining_tokens=tokens, window=WINDOW)
+            run = recover(way, model, PARENT, self.texts, folder, pretraining_tokens=tokens, window=WINDOW)
             results = run["results"]
             found.append(
                 self.measured(way.name, folder / "model")
@@ -149,17 +149,17 @@ class Story:
                     "seconds": results["seconds"],
                     "learning_rate": way.learning_rate,
                     "curve": points(run, tokens),
-                    "parent_on_the_curve": recovery.parent_loss(run),
+                    "parent_on_the_curve": recovery.teacher_loss(run),
                 }
             )
-        # Both curves are on the same windows; only a run with a teacher knows the parent's loss there.
+        # Both curves are on the same windows; only a run with a teacher knows the original model's loss there.
         base = next(row["parent_on_the_curve"] for row in found if row["parent_on_the_curve"] is not None)
         for row in found:
             row["parent_on_the_curve"] = base
         return found
 
 
-def tell(output: Path, *, windows: int) -> dict[str, Any]:
+def run_demo(output: Path, *, windows: int) -> dict[str, Any]:
     """Run the demonstration.
 
     Args:
@@ -171,19 +171,20 @@ def tell(output: Path, *, windows: int) -> dict[str, Any]:
         The record that was written.
     """
     started = time.perf_counter()
-    story = Story(output, windows)
-    config, tokens = story.parent.config, story.training["tokens"]
+    demonstration = Demonstration(output, windows)
+    config, tokens = demonstration.original.config, demonstration.training["tokens"]
+    parameters = sum(p.numel() for p in demonstration.original.parameters())
     out.print(
-        f"The parent: a multi-head Llama of {sum(p.numel() for p in story.parent.parameters()) / 1e6:.1f} M parameters "
+        f"The original model: a multi-head Llama of {parameters / 1e6:.1f} M parameters "
         f"with {config.num_attention_heads} heads, trained on {tokens / 1e6:.1f} M tokens of Python's standard "
         "library.",
-        f"Held out: {len(story.windows)} windows of {WINDOW} tokens from files it never saw.",
+        f"Held out: {len(demonstration.windows)} windows of {WINDOW} tokens from files it never saw.",
         "",
         f"1. Convert to {', '.join(str(g) for g in KV_HEADS)} key/value heads in {len(METHODS)} ways (a minute).",
         "",
         sep="\n",
     )
-    rows = story.convert_all()
+    rows = demonstration.convert_all()
     _table(rows)
     out.print(
         "",
@@ -196,19 +197,19 @@ def tell(output: Path, *, windows: int) -> dict[str, Any]:
         "",
         sep="\n",
     )
-    recovered = story.uptrain_both()
+    recovered = demonstration.uptrain_both()
     _table([rows[0], *recovered])
     out.print(
         "",
-        "The paper's recipe starts from mean and goes on with pre-training. Ours starts from auto + text and learns",
-        "the parent's logits and hidden states, which costs a forward pass of the parent more: "
+        "The paper's recipe starts from mean and continues with pre-training. Ours starts from auto + text and learns",
+        "the original model's logits and hidden states, which costs a forward pass of the original model more: "
         f"{recovered[1]['flops'] / recovered[0]['flops']:.2f} times the FLOPs.",
         sep="\n",
     )
     value = record(
         "demo",
         {
-            "windows": len(story.windows),
+            "windows": len(demonstration.windows),
             "window": WINDOW,
             "dtype": "float32",
             "parent_tokens": tokens,
@@ -220,7 +221,7 @@ def tell(output: Path, *, windows: int) -> dict[str, Any]:
     draw(value, output / "demo.png")
     out.print(
         "",
-        f"Wrote {output / 'demo.png'}, {output / 'demo.json'} and the checkpoints beside them "
+        f"Wrote {output / 'demo.png'}, {output / 'demo.json'} and the checkpoints next to them "
         f"({time.perf_counter() - started:.0f} s). Load one with regroup.load or AutoModelForCausalLM.",
         sep="\n",
     )

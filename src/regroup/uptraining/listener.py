@@ -1,4 +1,4 @@
-"""What people see of a run: a bar while it goes on, a curve when it is over."""
+"""What people see of a run: a progress bar, and a curve at the end."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 class Listener:
-    """Told how a run goes on, in the first process alone; this one does not listen."""
+    """Is informed of the progress of a run, in the first process; this one does nothing with it."""
 
     def planned(self, lines: Sequence[str]) -> None:
         """Everything is checked, and this is what will be done."""
 
     def notice(self, text: str) -> None:
-        """Something that is good to know."""
+        """Something worth knowing."""
 
     def stage(
         self, title: str, total: int | None = None, unit: str = ""
     ) -> contextlib.AbstractContextManager[progress.Progress]:
-        """Around work before and after the training: something to call with how much more of it is done."""
+        """Around work before and after the training: something to call with the amount that was just done."""
         return contextlib.nullcontext(progress.Progress(title, total))
 
     def training(self, steps: int, first: int) -> contextlib.AbstractContextManager[None]:
@@ -39,13 +39,13 @@ class Listener:
         """A step is done."""
 
     def evaluated(self, step: int, results: Mapping[str, float]) -> None:
-        """Held-out text was looked at."""
+        """Held-out text was evaluated."""
 
     def saved(self, step: int) -> None:
         """A state is complete."""
 
 
-class Shown(Listener):
+class ConsoleListener(Listener):
     """Shows a run on standard error: a bar with loss, speed and time left, and a line for each evaluation."""
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Shown(Listener):
     def evaluated(self, step: int, results: Mapping[str, float]) -> None:
         names = {"eval_loss": "held-out", "eval_kl": "KL to the teacher", "eval_teacher_loss": "the teacher's"}
         said = ", ".join(f"{name} {results[key]:.4f}" for key, name in names.items() if key in results)
-        self.console.print(f"step {step}: {said} nats a token")
+        self.console.print(f"step {step}: {said} nats per token")
 
 
 class Progress(TrainerCallback):
@@ -139,10 +139,10 @@ def curve(
         points = line(key)
         if points:
             above.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, markersize=4, linewidth=1.3)
-    taught = [entry["eval_teacher_loss"] for entry in history if "eval_teacher_loss" in entry]
-    if taught:
-        above.axhline(taught[-1], color="grey", linestyle="--", linewidth=1, label="the teacher, held-out")
-    above.set_ylabel("nats a token")
+    teacher = [entry["eval_teacher_loss"] for entry in history if "eval_teacher_loss" in entry]
+    if teacher:
+        above.axhline(teacher[-1], color="grey", linestyle="--", linewidth=1, label="the teacher, held-out")
+    above.set_ylabel("nats per token")
     above.set_title(title, fontsize=10)
     above.grid(alpha=0.3)
     above.legend(fontsize=8)

@@ -1,4 +1,4 @@
-"""Runs that would end without having learnt anything, runs that are interrupted, and where they report to."""
+"""Runs that would end without having learned anything, runs that are interrupted, and where they report to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import runs
 from helpers import refused, run, tensors
 from regroup.errors import RegroupError
 from regroup.uptraining import checks, states
-from regroup.uptraining.enough import NothingLearntError
+from regroup.uptraining.learning import NothingLearnedError
 from regroup.uptraining.run import uptrain
 from regroup.uptraining.schedule import SCHEDULES, schedule
 from regroup.uptraining.trainer import UptrainTrainer
@@ -137,7 +137,7 @@ def test_a_training_that_changes_nothing_is_refused(shop: Path, tmp_path: Path) 
         "save_every": 1,
     }
     for _ in range(2):  # what was saved on the way is not finished by a second call
-        with pytest.raises(NothingLearntError, match="changed no weight"):
+        with pytest.raises(NothingLearnedError, match="changed no weight"):
             uptrain(runs.recipe(shop, **given))
         assert not (tmp_path / "run").exists()
     # The control.
@@ -228,7 +228,7 @@ def test_an_interruption_says_what_is_kept_and_what_resumes(
     # What it says is true: that command, taken apart as a shell does, finishes the run.
     status, _, message = run(*shlex.split(command)[1:])
     assert status == 0, message
-    assert (saved is not None) == ("going on from step" in message)
+    assert (saved is not None) == ("resuming from step" in message)
     assert (output / "model/config.json").is_file()
 
 

@@ -10,7 +10,8 @@ import pytest
 
 import tiny
 from regroup.data import causal_batches
-from regroup.demo import recovery, story
+from regroup.demo import recovery
+from regroup.demo import run as demo_run
 from regroup.demo.corpus import held_out_text, training_text
 from regroup.demo.figure import draw
 from regroup.evaluation import score
@@ -42,42 +43,42 @@ def test_a_curve_is_told_in_shares_of_the_parent() -> None:
 
 
 def test_a_parent_that_remembers_answers_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    child, parent = tiny.build("llama_grouped"), tiny.build("llama")
+    converted, original = tiny.build("llama_grouped"), tiny.build("llama")
     calls: list[int] = []
-    right = parent.forward
+    right = original.forward
 
     def forward(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         return right(*arguments, **options)
 
-    monkeypatch.setattr(parent, "forward", forward)
+    monkeypatch.setattr(original, "forward", forward)
     first, other = (tiny.inputs("llama", 5, 12, seed=seed)["input_ids"] for seed in (0, 1))
-    wanted = score(child, causal_batches(first, 2), teacher=parent)
+    wanted = score(converted, causal_batches(first, 2), teacher=original)
     assert len(calls) == 3
-    remembered = story.Remembered(parent)
-    found = [score(child, causal_batches(first, 2), teacher=remembered) for _ in range(3)]
+    remembered = demo_run.CachedModel(original)
+    found = [score(converted, causal_batches(first, 2), teacher=remembered) for _ in range(3)]
     assert found == [wanted] * 3
     assert len(calls) == 6
     own = score(remembered, causal_batches(first, 2))
     assert own.nats_per_token == pytest.approx(wanted.teacher_nats_per_token, rel=1e-12)
     assert len(calls) == 6
-    assert score(child, causal_batches(other, 2), teacher=remembered) != wanted
+    assert score(converted, causal_batches(other, 2), teacher=remembered) != wanted
     assert len(calls) == 9
 
 
-def test_the_whole_story_on_a_small_scale(
+def test_the_whole_demonstration_on_a_small_scale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(recovery, "ALPHA", 0.0012)
     monkeypatch.setattr(recovery, "HELD_OUT_WINDOWS", 4)
-    monkeypatch.setattr(story, "CALIBRATION_TOKENS", 4096)
-    monkeypatch.setattr(story, "KV_HEADS", (2,))
-    monkeypatch.setattr(story, "METHODS", ("mean", "auto + text"))
+    monkeypatch.setattr(demo_run, "CALIBRATION_TOKENS", 4096)
+    monkeypatch.setattr(demo_run, "KV_HEADS", (2,))
+    monkeypatch.setattr(demo_run, "METHODS", ("mean", "auto + text"))
     (tmp_path / "uptrained-ours").mkdir()
-    value = story.tell(tmp_path, windows=4)
-    parent, mean, auto = value["results"]["rows"]
-    assert [row["method"] for row in (parent, mean, auto)] == ["parent", "mean", "auto + text"]
-    assert parent["excess_nats_per_token"] == 0
+    value = demo_run.run_demo(tmp_path, windows=4)
+    original, mean, auto = value["results"]["rows"]
+    assert [row["method"] for row in (original, mean, auto)] == ["parent", "mean", "auto + text"]
+    assert original["excess_nats_per_token"] == 0
     assert auto["excess_nats_per_token"] < mean["excess_nats_per_token"]
     paper, ours = value["results"]["uptrained"]
     # Four steps of 2,048 tokens, rounded up from α of 6.55 million.
