@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint.writer import existing_parent
 from .errors import RegroupError
+from .extras import require
 from .files import replacing
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def draw_similarity(layers: Sequence[LayerSimilarity], folder: Path) -> list[Pat
     Raises:
         RegroupError: the folder cannot be written to.
     """
+    require("report", "matplotlib")
     check_folder(folder)
     shown = [layer for layer in layers if layer.overall is not None]
     digits = max(2, *(len(str(layer.index)) for layer in shown))

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RegroupError
+from ..extras import require
 from ..safe_text import command
 from .options import AllowPickle, Calibration, Revision, check_file, spread
 
@@ -73,6 +74,8 @@ def advise(
         if file is not None:
             check_file(file, taken)
             taken[what] = file
+    if figure is not None:
+        require("report", "matplotlib")
     text = calibration.text()
     with readable(source, revision=revision, allow_pickle=allow_pickle) as place:
         advice = run(

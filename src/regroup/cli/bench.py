@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RegroupError
+from ..extras import require
 from .options import AllowPickle, Json, Record, Verb, check_file, numbers, summary
 
 app = typer.Typer(
@@ -63,6 +64,8 @@ def decode(
     for file in (output, plot):
         if file is not None:
             check_file(file)
+    if plot is not None:
+        require("report", "matplotlib")
     heads = None if kv_heads is None else numbers(kv_heads)
     if plot is not None and (heads is None or len(set(heads)) < 2):
         raise RegroupError(

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..extras import require
+
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints, record and plot.")] = Path(
@@ -15,6 +17,7 @@ def demo(
     windows: Annotated[int, typer.Option(min=2, help="Held-out windows of 256 tokens.")] = 64,
 ) -> None:
     """Convert a small embedded model to several G with each method, and show what each costs in quality."""
+    require("train", "accelerate", "matplotlib")
     from ..demo.story import tell
 
     tell(output, windows=windows)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RegroupError
+from ..extras import require
 from .options import AllowPickle, Revision, check_file, numbers
 
 
@@ -81,6 +82,7 @@ def _compare(source: str, summary: Any, plots: Path | None, revision: str | None
             remedy="give the folder that holds the weights, or leave --similarity out",
         )
     if plots is not None:
+        require("report", "matplotlib")
         check_folder(plots)
     with (
         open_source(source, revision=revision) as opened,

@@ -18,7 +18,7 @@ from ..modeling import load_tokenizer
 from ..record import record
 from . import choices, generate
 from .bootstrap import LEVEL, RESAMPLES, interval, paired
-from .metrics import GENERATING
+from .metrics import GENERATING, check_installed
 from .outputs import Outputs, read
 from .prompts import check_positions, check_vocabulary, encode
 from .run import check_dtype, load_for_scoring
@@ -61,6 +61,7 @@ def evaluate_task(
         RegroupError: anything missing, unreadable or mismatched.
     """
     check_dtype(dtype)
+    check_installed(task.metrics)
     rows = task.rows()
     digest = task.digest(rows)
     others = None if against is None else _others(against, task, digest, len(rows))

@@ -12,6 +12,7 @@ from ..checkpoint import is_gguf, staged_folder
 from ..checkpoint.header import nbytes_of
 from ..checkpoint.writer import check_destination, existing_parent
 from ..errors import RegroupError
+from ..extras import require
 from ..files import as_named
 from ..listener import Listener
 from ..modeling.expected import check_loadable
@@ -112,6 +113,8 @@ def export_checkpoint(
         raise RegroupError("this dtype is not known here", expected=" or ".join(DTYPES), got=dtype)
     request = Request(to, expand, tensor_parallel, dtype, check, listener or Listener())
     file, target = as_named(source), as_named(destination)
+    if to == "gguf" or is_gguf(file):
+        require("gguf", "gguf")
     if is_gguf(file):
         from .gguf_source import export_from_gguf
 

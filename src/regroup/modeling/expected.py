@@ -251,7 +251,7 @@ def _loaded(cls: Any, config: Mapping[str, Any], tensors: Mapping[str, TensorInf
 
     state = {name: torch.empty(entry.shape, device="meta") for name, entry in tensors.items()}
     try:
-        with _quiet():
+        with _quiet(), _one_device():
             return cls.from_pretrained(
                 None,
                 config=cls.config_class.from_dict(dict(config)),
@@ -264,6 +264,19 @@ def _loaded(cls: Any, config: Mapping[str, Any], tensors: Mapping[str, TensorInf
     # Configs are data of strangers: a class that is built from one may fail in any way.
     except Exception as error:
         raise _UnbuildableError(f"{type(error).__name__}: {error}".strip()) from error
+
+
+@contextlib.contextmanager
+def _one_device() -> Iterator[None]:
+    """transformers asks for accelerate wherever a device is named, and uses it only where there are several."""
+    from transformers.integrations import accelerate
+
+    asked = accelerate.is_accelerate_available
+    accelerate.is_accelerate_available = lambda *_: True
+    try:
+        yield
+    finally:
+        accelerate.is_accelerate_available = asked
 
 
 class _Comparison:

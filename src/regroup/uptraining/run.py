@@ -12,6 +12,7 @@ import torch
 
 from ..checkpoint.writer import write_text
 from ..errors import RegroupError
+from ..extras import require
 from ..processes import barrier, errors_shared, rank, world
 from ..record import record, write_record
 from ..safe_text import code_span, visible
@@ -66,6 +67,7 @@ def uptrain(recipe: Recipe, *, listener: Listener | None = None, dry_run: bool =
     Raises:
         RegroupError: anything wrong, as far as possible before the first step; the loss breaks down; the disk is full.
     """
+    require("train", "accelerate", "matplotlib", *({"tensorboard"} & {*recipe.report_to}))
     _join(recipe)
     told = (listener or Listener()) if rank() == 0 else Listener()
     with told.stage("checking the recipe, the model and the data"), errors_shared():
