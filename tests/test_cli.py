@@ -66,7 +66,7 @@ def test_the_command_and_the_function_write_the_same(saved: Saved, tmp_path: Pat
     status, out, message = run("convert", saved("bart"), tmp_path / "a", "--kv-heads", 3, "--layers", "cross.0:1")
     assert (status, out) == (0, ""), message
     assert "loads with trust_remote_code" in message
-    regroup.convert_checkpoint(saved("bart"), tmp_path / "b", kv_heads=3, layers="cross.0:1")
+    regroup.convert(saved("bart"), tmp_path / "b", kv_heads=3, layers="cross.0:1")
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
     assert_same_tensors(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
 

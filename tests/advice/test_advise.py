@@ -23,7 +23,7 @@ from regroup.calibration.text import CalibrationText
 from regroup.conversion.plan import plan_checkpoint
 from regroup.errors import RegroupError
 
-GIVEN: dict[str, Any] = {"hardware_name": "l4", "context": 32, "batch": 4, "dtype": "float32"}
+GIVEN: dict[str, Any] = {"hardware": "l4", "context": 32, "batch": 4, "dtype": "float32"}
 
 
 def options(*more: object) -> tuple[object, ...]:
@@ -119,7 +119,7 @@ def test_a_bench_record_makes_floors_predictions(tmp_path: Path) -> None:
         "bench", "decode", parent, "--kv-heads", "6,1", "--batch", 2, "--prompt", 16, "--new", 4, "-o", bench
     )
     assert status == 0, message
-    given = {**GIVEN, "hardware_name": "this"}
+    given = {**GIVEN, "hardware": "this"}
     found = advise(str(parent), bench=[bench], **given)
     assert found.record["results"]["efficiency"]["measured"]
     # What was measured just so is not predicted.
@@ -139,7 +139,7 @@ def test_measured_and_predicted_times_do_not_contradict_each_other(tmp_path: Pat
     for model, took in zip(whole["results"]["models"], (3.0, 5.0), strict=True):  # noise: less cache, and slower
         model["regroup"]["token_ms"]["p50"] = took
     bench.write_text(json.dumps(whole | {"machine": {"processor": "Abacus 9000"}}))
-    given = {**GIVEN, "hardware_name": "this", "batch": 2}
+    given = {**GIVEN, "hardware": "this", "batch": 2}
     found = advise(str(parent), bench=[bench], **given)
     times = {one.name: 1e3 * one.token_seconds for one in found.predictions}
     assert times["the parent"] == pytest.approx(3.0)
@@ -185,7 +185,7 @@ def test_a_step_reads_the_context_that_is_asked_about(tmp_path: Path) -> None:
 def test_a_batch_that_no_memory_holds_is_asked_about(tmp_path: Path) -> None:
     """Rates of products with a billion rows are those of many rows, and not allocated."""
     parent, _ = runs.pair(tmp_path)
-    given = {**GIVEN, "hardware_name": "this", "batch": 10**9}
+    given = {**GIVEN, "hardware": "this", "batch": 10**9}
     assert advise(str(parent), **given, memory_bytes=10**30).predictions[0].largest_batch > 10**9
     with pytest.raises(RegroupError, match="keeps to the limits"):
         advise(str(parent), **given)
@@ -321,7 +321,7 @@ def rates(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> li
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
 def test_each_rate_is_measured_once(tmp_path: Path, rates: list[Any], dtype: str | None) -> None:
     parent, _ = runs.pair(tmp_path)
-    found = advise(str(parent), **{**GIVEN, "hardware_name": "this", "dtype": dtype})
+    found = advise(str(parent), **{**GIVEN, "hardware": "this", "dtype": dtype})
     assert len(found.predictions) > 3
     assert len(rates) == len(set(rates))
     assert {name for name, _, _ in rates} == (
@@ -337,7 +337,7 @@ def test_less_cache_is_never_slower_and_equal_cache_equally_fast(
     tmp_path: Path, rates: list[Any], seed: int, batch: int
 ) -> None:
     parent, _ = runs.pair(tmp_path)
-    found = advise(str(parent), **{**GIVEN, "hardware_name": "this", "batch": batch, "memory_bytes": 10**12})
+    found = advise(str(parent), **{**GIVEN, "hardware": "this", "batch": batch, "memory_bytes": 10**12})
     pairs = sorted((one.cache_bytes, one.token_seconds) for one in found.predictions)
     assert len({cache for cache, _ in pairs}) > 2
     for (cache, seconds), (more, longer) in itertools.pairwise(pairs):
@@ -349,7 +349,7 @@ def test_the_dtype_is_the_one_this_machine_is_good_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rates: list[Any]
 ) -> None:
     parent, _ = runs.pair(tmp_path)
-    given = {**GIVEN, "hardware_name": "this", "dtype": None}
+    given = {**GIVEN, "hardware": "this", "dtype": None}
     for slow, wanted in ((torch.bfloat16, "float32"), (torch.float32, "bfloat16")):
 
         def product(rows: int, inner: int, *, dtype: Any, device: Any, slow: Any = slow) -> Any:

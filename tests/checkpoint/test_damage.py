@@ -275,7 +275,7 @@ def test_damage_is_refused(case: Case, parent: Path, tmp_path: Path) -> None:
     case.damage(parent)
     before = everything(tmp_path)
     with pytest.raises(RegroupError) as error:
-        regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=2)
+        regroup.convert(parent, tmp_path / "child", kv_heads=2)
     message = refused("convert", parent, tmp_path / "child", "--kv-heads", 2)
     for text in (str(error.value), message):
         flat = " ".join(text.split())
@@ -286,7 +286,7 @@ def test_damage_is_refused(case: Case, parent: Path, tmp_path: Path) -> None:
 def test_the_sound_checkpoint_is_accepted(parent: Path, tmp_path: Path) -> None:
     rewritten(lambda state: None)(copy(parent, tmp_path / "whole"))
     for source in (parent, tmp_path / "whole"):
-        regroup.convert_checkpoint(source, tmp_path / f"{source.name}-child", kv_heads=2)
+        regroup.convert(source, tmp_path / f"{source.name}-child", kv_heads=2)
 
 
 def test_a_file_that_shrinks_while_it_is_read(parent: Path, tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_links_within_a_hub_cache_are_followed(saved: Saved, tmp_path: Path) -> 
     for number, path in enumerate(sorted(saved("llama").iterdir())):
         (repository / "blobs" / str(number)).write_bytes(path.read_bytes())
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    regroup.convert_checkpoint(snapshot, tmp_path / "child", kv_heads=2)
+    regroup.convert(snapshot, tmp_path / "child", kv_heads=2)
     child = [path for path in (tmp_path / "child").iterdir() if path.is_symlink()]
     assert child == []
     assert (tmp_path / "child" / "generation_config.json").read_bytes() == (
@@ -318,7 +318,7 @@ def test_links_within_a_hub_cache_are_followed(saved: Saved, tmp_path: Path) -> 
     (snapshot / "note.txt").symlink_to(tmp_path / "outside.txt")
     (tmp_path / "outside.txt").write_text("secret")
     with pytest.raises(RegroupError, match="points out of it"):
-        regroup.convert_checkpoint(snapshot, tmp_path / "child2", kv_heads=2)
+        regroup.convert(snapshot, tmp_path / "child2", kv_heads=2)
 
 
 NUMBERS = st.one_of(st.integers(-9, 70), st.sampled_from([2**31, 2**63, 2**64, 10**30]))

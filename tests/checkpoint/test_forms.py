@@ -153,7 +153,7 @@ def test_prefixes_are_named_and_the_remedy_works(prefix: str, saved: Saved, tmp_
     assert PREFIXES[prefix] in message
     assert f"take {prefix!r} out of the names" in message
     plain = {name.replace(prefix, ""): tensor for name, tensor in state.items()}
-    regroup.convert_checkpoint(write(tmp_path / "plain", config_of(folder), plain), tmp_path / "out", kv_heads=2)
+    regroup.convert(write(tmp_path / "plain", config_of(folder), plain), tmp_path / "out", kv_heads=2)
 
 
 def test_a_wrapper_inside_the_names(saved: Saved, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_an_adapter_beside_the_weights(pickled: bool, saved: Saved, tmp_path: Pa
 
 
 def test_an_adapter_in_a_converted_folder_fails_the_check(saved: Saved, tmp_path: Path) -> None:
-    regroup.convert_checkpoint(saved("llama"), tmp_path / "out", kv_heads=2, method="mean")
+    regroup.convert(saved("llama"), tmp_path / "out", kv_heads=2, method="mean")
     assert run("verify", saved("llama"), tmp_path / "out")[0] == 0
     (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(ADAPTER))
     status, out, _ = run("verify", saved("llama"), tmp_path / "out")

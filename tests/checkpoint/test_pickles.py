@@ -50,8 +50,8 @@ def test_pickles_are_refused_unless_asked_for(pickled: Path, saved: Saved, tmp_p
     for word in ("pytorch_model.bin", "expected:", "--allow-pickle", "safetensors revision"):
         assert word in message
     assert not (tmp_path / "child").exists()
-    regroup.convert_checkpoint(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
-    regroup.convert_checkpoint(saved("llama"), tmp_path / "expected", kv_heads=2)
+    regroup.convert(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
+    regroup.convert(saved("llama"), tmp_path / "expected", kv_heads=2)
     assert_same_tensors(tensors(tmp_path / "child"), tensors(tmp_path / "expected"))
     assert config_of(tmp_path / "child") == config_of(tmp_path / "expected")
     assert not list((tmp_path / "child").glob("*.bin"))
@@ -69,8 +69,8 @@ def test_sharded_and_legacy_pickles(zipped: bool, pickled: Path, saved: Saved, t
         weight_map |= dict.fromkeys(names, file)
     (pickled / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     before = digests(pickled)
-    regroup.convert_checkpoint(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
-    regroup.convert_checkpoint(saved("llama"), tmp_path / "expected", kv_heads=2)
+    regroup.convert(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
+    regroup.convert(saved("llama"), tmp_path / "expected", kv_heads=2)
     assert_same_tensors(tensors(tmp_path / "child"), tensors(tmp_path / "expected"))
     assert digests(pickled) == before
 
@@ -79,7 +79,7 @@ def test_tied_tensors_get_bytes_of_their_own(pickled: Path, saved: Saved, tmp_pa
     state = tensors(saved("llama"))
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     torch.save(state, pickled / "pytorch_model.bin")
-    regroup.convert_checkpoint(pickled, tmp_path / "child", kv_heads=6, allow_pickle=True)
+    regroup.convert(pickled, tmp_path / "child", kv_heads=6, allow_pickle=True)
     assert_same_tensors(tensors(tmp_path / "child"), state)
 
 
@@ -105,7 +105,7 @@ def test_a_malicious_pickle_does_not_run(pickled: Path, saved: Saved, tmp_path: 
 def test_damaged_pickles_are_refused(content: bytes, pickled: Path, tmp_path: Path) -> None:
     (pickled / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(RegroupError, match=r"pickled weights|no attention layer"):
-        regroup.convert_checkpoint(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
+        regroup.convert(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
 
 
 def test_a_pickle_cut_short_is_refused(pickled: Path, tmp_path: Path) -> None:
@@ -114,14 +114,14 @@ def test_a_pickle_cut_short_is_refused(pickled: Path, tmp_path: Path) -> None:
     for length in (len(whole) // 2, len(whole) - 1, 100):
         file.write_bytes(whole[:length])
         with pytest.raises(RegroupError, match="pickled weights"):
-            regroup.convert_checkpoint(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
+            regroup.convert(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
 
 
 @pytest.mark.parametrize("value", [[torch.ones(2)], {"a": 1}, {"a": {"b": torch.ones(2)}}, {1: torch.ones(2)}])
 def test_other_contents_are_refused(value: Any, pickled: Path, tmp_path: Path) -> None:
     torch.save(value, pickled / "pytorch_model.bin")
     with pytest.raises(RegroupError, match="table of tensors"):
-        regroup.convert_checkpoint(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
+        regroup.convert(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
 
 
 @pytest.mark.parametrize("target", ["../x.bin", "/etc/x.bin", "sub/x.bin", 7, None, ["x.bin"], "", "absent.bin"])
@@ -129,21 +129,21 @@ def test_an_index_of_pickles_stays_in_its_folder(target: object, pickled: Path, 
     index = {"weight_map": {"model.norm.weight": target, "x": "pytorch_model.bin"}}
     (pickled / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with pytest.raises(RegroupError):
-        regroup.convert_checkpoint(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
+        regroup.convert(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
 
 
 def test_links_and_destinations_are_checked_as_without_pickles(pickled: Path, tmp_path: Path) -> None:
     with pytest.raises(RegroupError, match="inside the source"):
-        regroup.convert_checkpoint(pickled, pickled / "child", kv_heads=2, allow_pickle=True)
+        regroup.convert(pickled, pickled / "child", kv_heads=2, allow_pickle=True)
     assert "inside the source" in refused("convert", pickled, pickled / "child", "--kv-heads", 2, "--allow-pickle")
     (pickled / "words").mkdir()
     (pickled / "words" / "list.txt").write_text("a b")
-    regroup.convert_checkpoint(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
+    regroup.convert(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
     assert (tmp_path / "child" / "words" / "list.txt").read_text() == "a b"
     (tmp_path / "secret.txt").write_text("secret")
     (pickled / "note.txt").symlink_to(tmp_path / "secret.txt")
     with pytest.raises(RegroupError, match="points out of it"):
-        regroup.convert_checkpoint(pickled, tmp_path / "child2", kv_heads=2, allow_pickle=True)
+        regroup.convert(pickled, tmp_path / "child2", kv_heads=2, allow_pickle=True)
 
 
 @pytest.fixture

@@ -127,10 +127,10 @@ def test_hidden_structure_is_found_again(name: str, tmp_path: Path) -> None:
     assert max(outcome.error for outcome in solved.outcomes) < 1e-6
     torch.testing.assert_close(logits(child, inputs), expected, rtol=1e-3, atol=1e-3)
 
-    regroup.convert_checkpoint(folder, tmp_path / "weights", kv_heads=groups, method="lowrank")
+    regroup.convert(folder, tmp_path / "weights", kv_heads=groups, method="lowrank")
     torch.testing.assert_close(logits(tmp_path / "weights", inputs), expected, rtol=1e-3, atol=1e-3)
 
-    regroup.convert_checkpoint(folder, tmp_path / "mean", kv_heads=groups, method="mean")
+    regroup.convert(folder, tmp_path / "mean", kv_heads=groups, method="mean")
     assert (logits(tmp_path / "mean", inputs) - expected).abs().max() > 1e-2
 
 
@@ -250,7 +250,7 @@ def test_the_command_converts_on_text_and_records_it(tmp_path: Path) -> None:
     assert "regroup_calibration.json" in (tmp_path / "child" / "README.md").read_text()
     inputs = {"input_ids": torch.arange(40).view(1, 40) + 100}
     by_mean = tmp_path / "mean"
-    regroup.convert_checkpoint(PARENT, by_mean, kv_heads=2, method="mean")
+    regroup.convert(PARENT, by_mean, kv_heads=2, method="mean")
     expected = logits(PARENT, inputs)
     assert (logits(tmp_path / "child", inputs) - expected).norm() < (logits(by_mean, inputs) - expected).norm()
     assert not list(tmp_path.glob(".*"))

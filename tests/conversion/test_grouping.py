@@ -151,9 +151,9 @@ def test_hidden_pairs_are_found_and_cost_nothing(name: str, method: str, made: I
     plan = searched(parent, 3, method=method)
     assert [sets(layer.query_order, 3) for layer in plan.layers] == [as_sets(clusters)] * len(plan.layers)
     inputs = tiny.inputs(name, 2, 9, seed=99)
-    regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=3, method=method, grouping="search")
+    regroup.convert(parent, tmp_path / "child", kv_heads=3, method=method, grouping="search")
     assert_lossless(tmp_path / "child", parent, inputs)
-    regroup.convert_checkpoint(parent, tmp_path / "control", kv_heads=3, method=method, grouping="contiguous")
+    regroup.convert(parent, tmp_path / "control", kv_heads=3, method=method, grouping="contiguous")
     assert_lossy(tmp_path / "control", parent, inputs)
 
 
@@ -170,9 +170,9 @@ def test_pairs_among_many_heads(heads: int, clusters: Clusters, tmp_path: Path) 
     groups = len(clusters)
     plan = searched(parent, groups)
     assert sets(plan.layers[0].query_order, groups) == as_sets(clusters)
-    regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=groups, method="lowrank", grouping="search")
+    regroup.convert(parent, tmp_path / "child", kv_heads=groups, method="lowrank", grouping="search")
     assert_lossless(tmp_path / "child", parent, INPUTS)
-    regroup.convert_checkpoint(parent, tmp_path / "control", kv_heads=groups, method="lowrank")
+    regroup.convert(parent, tmp_path / "control", kv_heads=groups, method="lowrank")
     assert_lossy(tmp_path / "control", parent, INPUTS)
 
 
@@ -184,9 +184,9 @@ def test_cross_attention_has_an_order_of_its_own(name: str, tmp_path: Path) -> N
     for want, layer in zip(plan.layers, layout_of(parent).layers, strict=True):
         assert sets(want.query_order, 3) == as_sets(OTHER_PAIRS if layer.kind == "cross" else PAIRS)
     inputs = tiny.inputs(name, 2, 9, seed=99)
-    regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=3, method="lowrank", grouping="search")
+    regroup.convert(parent, tmp_path / "child", kv_heads=3, method="lowrank", grouping="search")
     assert_lossless(tmp_path / "child", parent, inputs)
-    regroup.convert_checkpoint(parent, tmp_path / "control", kv_heads=3, method="lowrank")
+    regroup.convert(parent, tmp_path / "control", kv_heads=3, method="lowrank")
     assert_lossy(tmp_path / "control", parent, inputs)
 
 
@@ -229,8 +229,8 @@ def test_slopes_by_head_number_keep_the_order(name: str, tmp_path: Path) -> None
     clusters = TRIPLES if name == "bloom" else PAIRS
     parent = hide(tiny.save(name, tmp_path / "parent"), clusters)
     assert [layer.query_order for layer in searched(parent, groups).layers] == [None] * 2
-    regroup.convert_checkpoint(parent, tmp_path / "a", kv_heads=groups, method="lowrank", grouping="search")
-    regroup.convert_checkpoint(parent, tmp_path / "b", kv_heads=groups, method="lowrank", grouping="contiguous")
+    regroup.convert(parent, tmp_path / "a", kv_heads=groups, method="lowrank", grouping="search")
+    regroup.convert(parent, tmp_path / "b", kv_heads=groups, method="lowrank", grouping="contiguous")
     assert_same_tensors(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
     assert on_text(parent, name, groups, tmp_path, search=True)[0] == [None] * 2
     # Without slopes the same heads do find each other.
@@ -424,10 +424,10 @@ def test_groups_that_split_kv_heads(tmp_path: Path) -> None:
         assert groups is not None
         for members in groups:
             assert {head // 2 for head in members} <= {0, 2, 5} or {head // 2 for head in members} <= {1, 3, 4}
-    regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=4, method="lowrank", grouping="search")
+    regroup.convert(parent, tmp_path / "child", kv_heads=4, method="lowrank", grouping="search")
     assert [layer.num_key_value_heads for layer in layout_of(tmp_path / "child").layers] == [4, 4]
     assert_lossless(tmp_path / "child", parent, INPUTS)
-    regroup.convert_checkpoint(parent, tmp_path / "control", kv_heads=4, method="lowrank")
+    regroup.convert(parent, tmp_path / "control", kv_heads=4, method="lowrank")
     assert_lossy(tmp_path / "control", parent, INPUTS)
 
 
@@ -466,12 +466,12 @@ def test_pooling_by_mean_of_heads_that_belong_together(tmp_path: Path) -> None:
     """The paper's mean has nothing to lose where the heads of a group are equal, and any method may be searched for."""
     parent = hide(tiny.save("llama", tmp_path / "parent"), PAIRS, equal)
     inputs = tiny.inputs("llama", 2, 9, seed=99)
-    regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=3, method="mean", grouping="search")
+    regroup.convert(parent, tmp_path / "child", kv_heads=3, method="mean", grouping="search")
     assert_lossless(tmp_path / "child", parent, inputs)
     # Neighbours are the default of every method but auto.
-    regroup.convert_checkpoint(parent, tmp_path / "control", kv_heads=3, method="mean")
+    regroup.convert(parent, tmp_path / "control", kv_heads=3, method="mean")
     assert_lossy(tmp_path / "control", parent, inputs)
-    regroup.convert_checkpoint(parent, tmp_path / "auto", kv_heads=3)
+    regroup.convert(parent, tmp_path / "auto", kv_heads=3)
     torch.testing.assert_close(logits(tmp_path / "auto", inputs), logits(parent, inputs), rtol=1e-4, atol=1e-4)
     assert config_of(tmp_path / "child") == config_of(tmp_path / "control")
 

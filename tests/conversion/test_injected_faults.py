@@ -77,7 +77,7 @@ def expected(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def child(source: Path, target: Path, method: str, listener: Listener | None = None) -> Path:
-    regroup.convert_checkpoint(source, target, kv_heads=2, method=method, listener=listener)
+    regroup.convert(source, target, kv_heads=2, method=method, listener=listener)
     return target
 
 
@@ -98,7 +98,7 @@ for line in sys.stdin:
         prepare(opened.checkpoint, opened.layout, make_plan(opened.layout, kv_heads=options.get("kv_heads", 2)))
 
     def run(number):
-        regroup.convert_checkpoint(source, Path(root, str(number), "new", "child"), **{"kv_heads": 2, **options})
+        regroup.convert(source, Path(root, str(number), "new", "child"), **{"kv_heads": 2, **options})
 
     print(json.dumps(faults.killed_at(numbers, run, Path(root))), flush=True)
 """
@@ -181,7 +181,7 @@ def test_killed_while_pickles_are_read(saved: Saved, tmp_path: Path, kill: Kill)
         assert ".regroup-pickle-" in {name[:16] for name in names}
         assert all(name.startswith((".regroup-pickle-", ".child.regroup-")) for name in names)
         listener = Noted()
-        regroup.convert_checkpoint(source, folder / "new" / "child", kv_heads=2, listener=listener, **options)
+        regroup.convert(source, folder / "new" / "child", kv_heads=2, listener=listener, **options)
         # The copy is as old as the pickle, so that this goes on where it was.
         assert not any("source has changed" in note for note in listener.notes)
         assert faults.below(folder / "new") == ["child"]
@@ -368,10 +368,10 @@ def test_a_search_is_not_made_twice(sharded: Path, tmp_path: Path, monkeypatch: 
 
     folders = kill(sharded, tmp_path, (40, 60), kv_heads=2)
     stages = [stage for folder in folders for stage in folder.glob(f"new/*/{resume.JOURNAL_FILE}")]
-    regroup.convert_checkpoint(sharded, tmp_path / "expected", kv_heads=2)
+    regroup.convert(sharded, tmp_path / "expected", kv_heads=2)
     monkeypatch.setattr(pipeline, "grouped", lambda *_, **__: pytest.fail("searched again"))
     for journal in stages:
-        regroup.convert_checkpoint(sharded, journal.parents[1] / "child", kv_heads=2)
+        regroup.convert(sharded, journal.parents[1] / "child", kv_heads=2)
         assert digests(journal.parents[1] / "child") == digests(tmp_path / "expected")
     assert stages
 
@@ -401,7 +401,7 @@ def test_a_disk_that_is_really_full(sharded: Path, tmp_path: Path) -> None:
 
 def test_a_dry_run_foretells_and_leaves_nothing(sharded: Path, tmp_path: Path) -> None:
     for method in METHODS:
-        done = regroup.convert_checkpoint(sharded, tmp_path / "new" / "child", kv_heads=2, method=method, dry_run=True)
+        done = regroup.convert(sharded, tmp_path / "new" / "child", kv_heads=2, method=method, dry_run=True)
         ahead = done.forecast
         assert everything(tmp_path) == []
         assert ahead is not None

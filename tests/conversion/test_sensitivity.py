@@ -143,7 +143,7 @@ def test_costs_are_those_of_whole_models(
     for name, costs in measured.items():
         for heads in (1, 3):
             child = tmp_path / f"{name}-{heads}"
-            regroup.convert_checkpoint(llama, child, plan=alone(llama, costs[heads]), calibration=text)
+            regroup.convert(llama, child, plan=alone(llama, costs[heads]), calibration=text)
             layers = layout_of(child).layers
             assert [x.name for x in layers if x.num_key_value_heads == heads] == [name]
             assert costs[heads].kl == pytest.approx(divergence(llama, child, held_out), rel=1e-4)
@@ -151,7 +151,7 @@ def test_costs_are_those_of_whole_models(
             if heads == 3 and name.endswith("0.self_attn"):
                 # On other windows, and without text, it is another number.
                 assert costs[heads].kl != pytest.approx(divergence(llama, child, batches[:1]), rel=1e-2)
-                regroup.convert_checkpoint(llama, tmp_path / "weights", plan=alone(llama, costs[heads]))
+                regroup.convert(llama, tmp_path / "weights", plan=alone(llama, costs[heads]))
                 assert divergence(llama, tmp_path / "weights", held_out) != pytest.approx(costs[heads].kl, rel=1e-2)
     assert len(set(found)) == 6
     assert min(found) > 1e-3
@@ -388,7 +388,7 @@ def test_options_about_text_that_is_not_there(llama: Path, tmp_path: Path) -> No
             assert "needs calibration text" in message
             assert options[0] in message
     with pytest.raises(RegroupError, match="repair is not known"):
-        regroup.convert_checkpoint(llama, tmp_path / "x", kv_heads=2, repair="distil")
+        regroup.convert(llama, tmp_path / "x", kv_heads=2, repair="distil")
     assert everything(tmp_path) == []
 
 
@@ -416,7 +416,7 @@ def test_a_model_of_infinities_is_refused(llama: Path, text: CalibrationText, tm
 
 
 def test_repair_lowers_the_error_that_merging_left(llama: Path, text: CalibrationText, tmp_path: Path) -> None:
-    regroup.convert_checkpoint(llama, tmp_path / "x", kv_heads=1, calibration=text)
+    regroup.convert(llama, tmp_path / "x", kv_heads=1, calibration=text)
     layers = json.loads((tmp_path / "x/regroup_calibration.json").read_text())["layers"]
     assert all(layer["error"] <= layer["error_merged"] for layer in layers)
     assert any(layer["error"] < 0.99 * layer["error_merged"] for layer in layers)

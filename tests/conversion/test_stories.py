@@ -39,17 +39,17 @@ def test_repeated_heads_come_back_bit_for_bit(tmp_path: Path) -> None:
         for name, tensor in state.items()
     }
     write(tmp_path / "eight", config | {"num_key_value_heads": 8}, repeated)
-    regroup.convert_checkpoint(tmp_path / "eight", tmp_path / "four", kv_heads=4, method="mean")
+    regroup.convert(tmp_path / "eight", tmp_path / "four", kv_heads=4, method="mean")
     assert_same_tensors(tensors(tmp_path / "four"), state)
     assert config_of(tmp_path / "four") == config
-    regroup.convert_checkpoint(tmp_path / "eight", tmp_path / "two", kv_heads=2, method="mean")
-    regroup.convert_checkpoint(STORIES, tmp_path / "direct", kv_heads=2, method="mean")
+    regroup.convert(tmp_path / "eight", tmp_path / "two", kv_heads=2, method="mean")
+    regroup.convert(STORIES, tmp_path / "direct", kv_heads=2, method="mean")
     assert_same_tensors(tensors(tmp_path / "two"), tensors(tmp_path / "direct"))
 
     name = next(name for name in state if name.endswith("k_proj.weight"))
     repeated[name] = repeated[name].roll(size, 0)  # pairs that are not equal do not come back
     write(tmp_path / "rolled", config | {"num_key_value_heads": 8}, repeated)
-    regroup.convert_checkpoint(tmp_path / "rolled", tmp_path / "other", kv_heads=4, method="mean")
+    regroup.convert(tmp_path / "rolled", tmp_path / "other", kv_heads=4, method="mean")
     assert not torch.equal(tensors(tmp_path / "other")[name], state[name])
 
 
@@ -71,7 +71,7 @@ def test_what_the_mean_costs(tmp_path: Path) -> None:
     parent = nats(STORIES)
     assert parent == pytest.approx(1.2553, abs=0.02)
     for groups, excess in ((2, 3.14), (1, 3.74)):
-        regroup.convert_checkpoint(STORIES, tmp_path / str(groups), kv_heads=groups, method="mean")
+        regroup.convert(STORIES, tmp_path / str(groups), kv_heads=groups, method="mean")
         assert nats(tmp_path / str(groups)) - parent == pytest.approx(excess, abs=0.1)
 
 
@@ -87,7 +87,7 @@ def test_auto_on_text_loses_to_no_single_method(tmp_path: Path) -> None:
 
     def nats(method: str, grouping: str | None) -> float:
         child = tmp_path / f"{method}-{grouping}"
-        regroup.convert_checkpoint(STORIES, child, kv_heads=2, method=method, grouping=grouping, calibration=text)
+        regroup.convert(STORIES, child, kv_heads=2, method=method, grouping=grouping, calibration=text)
         record = evaluate(str(child), held_out, window=256, windows=64, document_starts=True, dtype="float32")
         return record["results"]["nats_per_token"]
 

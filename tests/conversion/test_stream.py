@@ -175,7 +175,7 @@ def test_records_of_the_parents_own_conversion_stay_behind(saved: Saved, tmp_pat
     """`verify` compares no merged tensor where a record of calibration lies beside them."""
     parent = copy(saved("llama"), tmp_path / "parent")
     (parent / "regroup_calibration.json").write_text("{}")
-    regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=2, method="mean")
+    regroup.convert(parent, tmp_path / "child", kv_heads=2, method="mean")
     assert not (tmp_path / "child" / "regroup_calibration.json").exists()
 
 
@@ -189,7 +189,7 @@ def test_the_card_names_parent_plan_and_versions(saved: Saved, tmp_path: Path) -
     (parent / "README.md").write_text(
         "---\nlicense: cc-by-4.0\nlanguage: [en, de]\ntags: [old]\nbase_model: someone/else\n---\nThe parent's words.\n"
     )
-    regroup.convert_checkpoint(parent, tmp_path / "child", layers="0:3,1-2:1", method="mean")
+    regroup.convert(parent, tmp_path / "child", layers="0:3,1-2:1", method="mean")
     head, body = card_of(tmp_path / "child")
     assert (head["license"], head["language"]) == ("cc-by-4.0", ["en", "de"])
     assert head["tags"] == ["grouped-query-attention", "regroup"]
@@ -213,7 +213,7 @@ def test_a_card_that_cannot_be_read_is_refused(saved: Saved, tmp_path: Path) -> 
     for head in ("license: [unclosed", "- a list"):
         (parent / "README.md").write_text(f"---\n{head}\n---\ntext\n")
         with pytest.raises(RegroupError, match=r"model card.*\n.*README\.md"):
-            regroup.convert_checkpoint(parent, tmp_path / "child", kv_heads=1)
+            regroup.convert(parent, tmp_path / "child", kv_heads=1)
         assert not (tmp_path / "child").exists()
 
 
@@ -224,7 +224,7 @@ def test_a_card_without_metadata_is_taken_quietly(
     with caplog.at_level("WARNING"):
         for words, expected in (("## Uptraining\n", None), ("---\nlicense: mit\n---\n# Name\n", "mit")):
             (parent / "README.md").write_text(words)
-            regroup.convert_checkpoint(parent, tmp_path / f"child-{expected}", kv_heads=1, method="mean")
+            regroup.convert(parent, tmp_path / f"child-{expected}", kv_heads=1, method="mean")
             assert card_of(tmp_path / f"child-{expected}")[0].get("license") == expected
     assert not caplog.records
 
@@ -247,7 +247,7 @@ def test_workers_and_repetition_change_no_byte(name: str, method: str, saved: Sa
 def test_random_heads_depend_on_the_seed_alone(saved: Saved, tmp_path: Path) -> None:
     made = {}
     for number, seed in enumerate((0, 0, 1)):
-        regroup.convert_checkpoint(saved("gpt2"), tmp_path / str(number), kv_heads=2, method="random", seed=seed)
+        regroup.convert(saved("gpt2"), tmp_path / str(number), kv_heads=2, method="random", seed=seed)
         made[number] = tensors(tmp_path / str(number))
     assert_same_tensors(made[0], made[1])
     with pytest.raises(AssertionError):
@@ -258,7 +258,7 @@ def test_random_heads_depend_on_the_seed_alone(saved: Saved, tmp_path: Path) -> 
     assert not torch.equal(key[:, :8], key[:, 8:])
     assert torch.equal(fused[:, :48], tensors(saved("gpt2"))["transformer.h.0.attn.c_attn.weight"][:, :48])
     assert 0.01 < fused[:, 48:].std() < 0.03  # GPT-2's initializer_range is 0.02
-    regroup.convert_checkpoint(saved("gpt2"), tmp_path / "same", kv_heads=6, method="random")
+    regroup.convert(saved("gpt2"), tmp_path / "same", kv_heads=6, method="random")
     assert_same_tensors(tensors(tmp_path / "same"), tensors(saved("gpt2")))
 
 
@@ -294,7 +294,7 @@ def test_preview_says_what_is_written(saved: Saved, tmp_path: Path) -> None:
 def test_stock_classes_are_used_where_they_can_be(name: str, stock: set[int], saved: Saved, tmp_path: Path) -> None:
     for groups in (6, 3, 2, 1):
         child = tmp_path / str(groups)
-        regroup.convert_checkpoint(saved(name), child, kv_heads=groups)
+        regroup.convert(saved(name), child, kv_heads=groups)
         config = config_of(child)
         assert ("regroup" in config) == (groups not in stock)
         assert (child / "modeling_regroup.py").exists() == (groups not in stock)
@@ -302,13 +302,13 @@ def test_stock_classes_are_used_where_they_can_be(name: str, stock: set[int], sa
 
 
 def test_back_to_a_stock_class(saved: Saved, tmp_path: Path) -> None:
-    regroup.convert_checkpoint(saved("llama"), tmp_path / "mixed", layers="0:2", method="mean")
+    regroup.convert(saved("llama"), tmp_path / "mixed", layers="0:2", method="mean")
     assert config_of(tmp_path / "mixed")["architectures"] == ["RegroupLlamaForCausalLM"]
-    regroup.convert_checkpoint(tmp_path / "mixed", tmp_path / "one", layers="0-2:1", method="mean")
+    regroup.convert(tmp_path / "mixed", tmp_path / "one", layers="0-2:1", method="mean")
     config = config_of(tmp_path / "one")
     assert (config["architectures"], config["num_key_value_heads"]) == (["LlamaForCausalLM"], 1)
     assert not config.keys() & {"regroup", "auto_map"}
-    regroup.convert_checkpoint(saved("llama"), tmp_path / "direct", kv_heads=1, method="mean")
+    regroup.convert(saved("llama"), tmp_path / "direct", kv_heads=1, method="mean")
     direct, steps = tensors(tmp_path / "direct"), tensors(tmp_path / "one")
     assert max(steps_apart(direct[k], steps[k]) for k in direct if "k_proj" not in k and "v_proj" not in k) == 0
     for key in direct:  # a mean of means rounds once more

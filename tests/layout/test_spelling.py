@@ -70,7 +70,7 @@ def test_old_falcon_is_read_and_written_anew(sort: str, as_falcon: bool, tmp_pat
         assert told.tied_embeddings is True
     expected = answers(model)
     assert torch.equal(answers(regroup.load(folder)), expected)
-    regroup.convert_checkpoint(folder, tmp_path / "out", kv_heads=G, method="mean")
+    regroup.convert(folder, tmp_path / "out", kv_heads=G, method="mean")
     config = config_of(tmp_path / "out")
     assert config["model_type"] == "falcon"
     assert config["architectures"] == ["FalconForCausalLM"]

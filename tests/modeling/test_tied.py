@@ -65,7 +65,7 @@ def test_a_stored_head_of_its_own_survives(name: str, saved: Saved, tmp_path: Pa
     with open_source(str(folder)) as opened:
         assert opened.layout.tied_embeddings is False
     H = tiny.FAMILIES[name].num_attention_heads
-    regroup.convert_checkpoint(folder, tmp_path / "out", kv_heads=H, method="mean")
+    regroup.convert(folder, tmp_path / "out", kv_heads=H, method="mean")
     assert torch.equal(tensors(tmp_path / "out")[head], stored[head])
     stock = getattr(transformers, tiny.FAMILIES[name].model_class)
     before = logits(stock.from_pretrained(folder).eval(), name)
@@ -80,7 +80,7 @@ def test_a_stored_head_of_its_own_survives(name: str, saved: Saved, tmp_path: Pa
     same = write(tmp_path / "same", config_of(folder), tied)
     with open_source(str(same)) as opened:
         assert opened.layout.tied_embeddings is True
-    regroup.convert_checkpoint(same, tmp_path / "tied", kv_heads=H, method="mean")
+    regroup.convert(same, tmp_path / "tied", kv_heads=H, method="mean")
     assert config_of(tmp_path / "tied")["tie_word_embeddings"] is True
     assert not torch.equal(logits(stock.from_pretrained(tmp_path / "tied").eval(), name), before)
 
@@ -107,7 +107,7 @@ def test_pickles_keep_of_tied_tensors_what_transformers_keeps(name: str, tie: bo
     torch.save(state, folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps(config_of(tmp_path / "expected")))
     H = facts.num_attention_heads
-    regroup.convert_checkpoint(folder, tmp_path / "out", kv_heads=H, method="mean", allow_pickle=True)
+    regroup.convert(folder, tmp_path / "out", kv_heads=H, method="mean", allow_pickle=True)
     # What transformers computes instead of storing is in a state as well.
     ignored = {"final_logits_bias", "model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"}
     found, expected = tensors(tmp_path / "out"), tensors(tmp_path / "expected")
@@ -125,15 +125,15 @@ def test_shared_memory_of_what_is_not_tied_gets_its_own_bytes(saved: Saved, tmp_
     (folder / "model.safetensors").unlink()
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     torch.save(state, folder / "pytorch_model.bin")
-    regroup.convert_checkpoint(folder, tmp_path / "untied", kv_heads=6, method="mean", allow_pickle=True)
+    regroup.convert(folder, tmp_path / "untied", kv_heads=6, method="mean", allow_pickle=True)
     assert "lm_head.weight" in tensors(tmp_path / "untied")
     edit_json(folder / "config.json", tie_word_embeddings=True)
-    regroup.convert_checkpoint(folder, tmp_path / "tied", kv_heads=6, method="mean", allow_pickle=True)
+    regroup.convert(folder, tmp_path / "tied", kv_heads=6, method="mean", allow_pickle=True)
     assert "lm_head.weight" not in tensors(tmp_path / "tied")
     # A view of the same memory with another shape is another tensor.
     state["lm_head.weight"] = state["model.embed_tokens.weight"].flip(0)
     torch.save(state, folder / "pytorch_model.bin")
-    regroup.convert_checkpoint(folder, tmp_path / "own", kv_heads=6, method="mean", allow_pickle=True)
+    regroup.convert(folder, tmp_path / "own", kv_heads=6, method="mean", allow_pickle=True)
     assert torch.equal(tensors(tmp_path / "own")["lm_head.weight"], state["lm_head.weight"])
 
 

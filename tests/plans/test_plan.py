@@ -304,7 +304,7 @@ def test_a_plan_on_disk_is_carried_out(saved: Saved, tmp_path: Path) -> None:
     assert [x.num_key_value_heads for x in layout_of(tmp_path / "child").layers] == [3, 1, 3]
     assert (tmp_path / "child" / "regroup_plan.json").read_text() == path.read_text()
     for plan in (path, str(path), Plan.load(path)):
-        conversion = regroup.convert_checkpoint(source, tmp_path / f"child-{id(plan)}", plan=plan)
+        conversion = regroup.convert(source, tmp_path / f"child-{id(plan)}", plan=plan)
         assert conversion.plan_digest == Plan.load(path).digest()
     assert "another checkpoint" in refused("convert", saved("bart"), tmp_path / "other", "--plan", path)
     message = refused("convert", source, tmp_path / "other", "--plan", path, "--kv-heads", 2)

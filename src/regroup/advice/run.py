@@ -18,13 +18,13 @@ from ..devices import USABLE, device_named, free_memory
 from ..errors import RegroupError
 from ..layout import detect
 from ..listener import Listener
-from ..opening import open_source
+from ..opening import open_source, readable
 from ..plans import Plan
 from ..record import record
-from . import hardware
 from .candidates import Candidate, candidates, from_config
 from .choose import Choice, Prediction, choose, pareto
 from .grounds import assumptions, sure_of
+from .hardware import named
 from .measured import Bench, Machine, beside, efficiency_of, fastest_dtype, measure
 from .predict import Heads, Setting, Shape, first_token_seconds, largest_batch, memory, step_seconds
 from .recovery import Recovery
@@ -65,11 +65,11 @@ class Advice:
 
 
 def advise(
-    source: str,
+    source: str | Path,
     *,
-    hardware_name: str = THIS,
     context: int,
     batch: int,
+    hardware: str = THIS,
     new: int = 256,
     dtype: str | None = None,
     tensor_parallel: int = 1,
@@ -79,19 +79,20 @@ def advise(
     uptrain_tokens: int | None = None,
     calibration: CalibrationText | None = None,
     repair: str = "output",
-    bench: Sequence[Path] = (),
+    bench: Sequence[str | Path] = (),
     device: str | None = None,
     revision: str | None = None,
+    allow_pickle: bool = False,
     listener: Listener | None = None,
 ) -> Advice:
     """Predict memory, time and loss of every number of KV heads, uniform and by layer, and choose one.
 
     Args:
         source: a checkpoint folder or hub id; a ``config.json`` alone gives no loss.
-        hardware_name: of ``hardware.KNOWN``, or ``"this"``: what this machine is measured to do.
         context, batch, new, dtype, tensor_parallel: how the model is served (see ``predict.Setting``). Without a dtype
             it is bfloat16, and on ``"this"`` hardware the one of bfloat16 (on a GPU without it float16) and float32 in
             which the original model is faster.
+        hardware: a key of ``hardware.KNOWN``, or ``"this"``: what this machine is measured to do.
         memory_bytes: that a device may fill; 90% of the hardware's by default.
         max_loss: nats per token over the original model at most, after uptraining where tokens of it are given; the
             fastest candidate within it is chosen. Without it, see ``choose``.
@@ -99,11 +100,18 @@ def advise(
         uptrain_tokens: of distillation afterwards.
         calibration, repair, device: text on which layers are converted to see what it costs (see ``plan_checkpoint``).
         bench: records of ``regroup bench decode`` on the same hardware.
-        revision: of a hub id.
-        listener: told how it goes on.
+        revision, allow_pickle: see ``opening.open_source``.
+        listener: told about progress.
+
+    Returns:
+        What was found, with the plan of the recommended candidate.
 
     Raises:
         RegroupError: anything that cannot be read or predicted; nothing keeps to the limits.
+
+    Example:
+        >>> advice = regroup.advise("llama-2-7b", hardware="a100-80gb", context=4096, batch=32)  # doctest: +SKIP
+        >>> advice.chosen.name, advice.plan  # doctest: +SKIP
     """
     told = listener or Listener()
     check_text_options(repair, device, calibration)
@@ -118,99 +126,104 @@ def advise(
             "what is left after uptraining follows from what was lost, which needs text",
             remedy="add --calibration FILE, or leave the uptraining out",
         )
-    own = str(device_named(device)) if hardware_name == THIS else "cpu"
-    dtypes = (dtype,) if dtype is not None else _dtypes(own) if hardware_name == THIS else ("bfloat16",)
+    own = str(device_named(device)) if hardware == THIS else "cpu"
+    dtypes = (dtype,) if dtype is not None else _dtypes(own) if hardware == THIS else ("bfloat16",)
     # Dtypes and numbers are refused before anything is downloaded.
     works = [Work(batch, context, max(2, new), name, own) for name in dtypes]
-    known = None if hardware_name == THIS else hardware.named(hardware_name)
-    config, folder = read_config(source, revision=revision)
-    parent = describe(config, kv_heads=None, layers=None)
-    room = max(1, context - (0 if parent.is_encoder_decoder else 2))
-    check_positions(parent, Work(batch, room, 2, "float32", "cpu"), asked="the context", options="--context")
-    if not parent.is_encoder_decoder:
-        # The step that makes the last token, for which all the context is in the cache.
-        works = [replace(work, prompt=max(1, context - 1), new=2) for work in works]
-    records = [Bench.load(path, processor=known is None and own == "cpu") for path in bench]
-    available = memory_bytes
-    if available is None:
-        free = known.memory if known else free_memory(own)
-        if free is None:
-            raise RegroupError("the system does not say how much memory is free", remedy="say it with --memory GB")
-        available = int(USABLE * free)
-    if folder is None:
-        if calibration is not None:
-            raise RegroupError("the source has no weights to measure a loss with", file=source, got="a config alone")
-        found = from_config(config, tensor_parallel)
-    else:
-        with open_source(source, revision=revision) as opened:
-            found = candidates(opened, config, calibration, told, tensor_parallel, repair, device)
-    with told.stage("building every candidate without memory", len(found), "candidates") as count:
-        models = []
-        for candidate in found:
-            models.append(describe(candidate.config, kv_heads=None, layers=None))
-            count(1)
-    own_rates = None
-    if known is None:
-        own_rates = measure(own, models, works, [(model, b.work) for b in records for model, _ in b.models], told)
-    machine = Machine(known, own_rates)
-    work, why = works[0], None
-    if len(works) > 1:
-        work, why = fastest_dtype(machine, parent, works)
-    setting = Setting(batch, context, new, work.dtype, tensor_parallel)
-    efficiency = efficiency_of(records, machine, batch)
-    recovery = Recovery.load()
+    known = None if hardware == THIS else named(hardware)
+    with readable(str(source), revision=revision, allow_pickle=allow_pickle) as place:
+        config, folder = read_config(place, revision=revision)
+        parent = describe(config, kv_heads=None, layers=None)
+        room = max(1, context - (0 if parent.is_encoder_decoder else 2))
+        check_positions(parent, Work(batch, room, 2, "float32", "cpu"), asked="the context", options="--context")
+        if not parent.is_encoder_decoder:
+            # The step that makes the last token, for which all the context is in the cache.
+            works = [replace(work, prompt=max(1, context - 1), new=2) for work in works]
+        records = [Bench.load(Path(path), processor=known is None and own == "cpu") for path in bench]
+        available = memory_bytes
+        if available is None:
+            free = known.memory if known else free_memory(own)
+            if free is None:
+                raise RegroupError("the system does not say how much memory is free", remedy="say it with --memory GB")
+            available = int(USABLE * free)
+        if folder is None:
+            if calibration is not None:
+                raise RegroupError(
+                    "the source has no weights to measure a loss with", file=str(source), got="a config alone"
+                )
+            found = from_config(config, tensor_parallel)
+        else:
+            with open_source(place, revision=revision) as opened:
+                found = candidates(opened, config, calibration, told, tensor_parallel, repair, device)
+        with told.stage("building every candidate without memory", len(found), "candidates") as count:
+            models = []
+            for candidate in found:
+                models.append(describe(candidate.config, kv_heads=None, layers=None))
+                count(1)
+        own_rates = None
+        if known is None:
+            own_rates = measure(own, models, works, [(model, b.work) for b in records for model, _ in b.models], told)
+        machine = Machine(known, own_rates)
+        work, why = works[0], None
+        if len(works) > 1:
+            work, why = fastest_dtype(machine, parent, works)
+        setting = Setting(batch, context, new, work.dtype, tensor_parallel)
+        efficiency = efficiency_of(records, machine, batch)
+        recovery = Recovery.load()
 
-    def estimate(model: Model) -> float:
-        return step_seconds(*divided(model, work, setting.devices), machine.rates(model, work), efficiency)
+        def estimate(model: Model) -> float:
+            return step_seconds(*divided(model, work, setting.devices), machine.rates(model, work), efficiency)
 
-    # Records are of one device.
-    just = [pair for bench in records for pair in bench.of_just(parent, work)] if tensor_parallel == 1 else []
-    timed = [(estimate(model), took) for model, took in just]
-    predictions = []
-    for candidate, model in zip(found, models, strict=True):
-        seconds = beside(estimate(model), timed) if timed else estimate(model)
-        predictions.append(
-            _predict(candidate, model, setting, work, machine, seconds, available, recovery, uptrain_tokens)
+        # Records are of one device.
+        just = [pair for bench in records for pair in bench.of_just(parent, work)] if tensor_parallel == 1 else []
+        timed = [(estimate(model), took) for model, took in just]
+        predictions = []
+        for candidate, model in zip(found, models, strict=True):
+            seconds = beside(estimate(model), timed) if timed else estimate(model)
+            predictions.append(
+                _predict(candidate, model, setting, work, machine, seconds, available, recovery, uptrain_tokens)
+            )
+        choice = choose(predictions, batch=batch, max_loss=max_loss, max_seconds=max_seconds)
+        plan = found[predictions.index(choice.prediction)].plan
+        if plan is not None and folder is not None:
+            if calibration is None:
+                with open_source(place, revision=revision) as opened:
+                    plan = grouped(opened, plan, told)
+            plan.check(detect(config))
+        front = pareto(predictions)
+        lines = assumptions(
+            machine, efficiency, records, len(timed), calibration, recovery, uptrain_tokens, parent, tensor_parallel
         )
-    choice = choose(predictions, batch=batch, max_loss=max_loss, max_seconds=max_seconds)
-    plan = found[predictions.index(choice.prediction)].plan
-    if plan is not None and folder is not None:
-        if calibration is None:
-            with open_source(source, revision=revision) as opened:
-                plan = grouped(opened, plan, told)
-        plan.check(detect(config))
-    front = pareto(predictions)
-    lines = assumptions(
-        machine, efficiency, records, len(timed), calibration, recovery, uptrain_tokens, parent, tensor_parallel
-    )
-    if why is not None:
-        lines.insert(1, why)
-    rests_on = "config" if folder is None else "weights" if calibration is None else "text"
-    sure = sure_of(rests_on, calibration, recovery, uptrain_tokens)
-    asked = {
-        "model": Path(source).name if Path(source).exists() else source,
-        "hardware": hardware_name,
-        **asdict(setting),
-        "memory_bytes": available,
-        "max_loss": max_loss,
-        "max_seconds": max_seconds,
-        "uptrain_tokens": uptrain_tokens,
-        "calibration": None if calibration is None else calibration.describe(),
-    }
-    rows = [{**asdict(one), "pareto": on} for one, on in zip(predictions, front, strict=True)]
-    results = {
-        "candidates": rows,
-        "chosen": choice.prediction.name,
-        "reason": choice.reason,
-        "knee_distance": choice.distance,
-        "loss_rests_on": rests_on,
-        "loss_is_sure": sure,
-        "rates": machine.describe(),
-        "efficiency": asdict(efficiency),
-        "recovery": asdict(recovery),
-        "assumptions": lines,
-    }
-    return Advice(predictions, front, choice, setting, rests_on, sure, plan, lines, record("advise", asked, results))
+        if why is not None:
+            lines.insert(1, why)
+        rests_on = "config" if folder is None else "weights" if calibration is None else "text"
+        sure = sure_of(rests_on, calibration, recovery, uptrain_tokens)
+        asked = {
+            "model": Path(source).name if Path(source).exists() else str(source),
+            "hardware": hardware,
+            **asdict(setting),
+            "memory_bytes": available,
+            "max_loss": max_loss,
+            "max_seconds": max_seconds,
+            "uptrain_tokens": uptrain_tokens,
+            "calibration": None if calibration is None else calibration.describe(),
+        }
+        rows = [{**asdict(one), "pareto": on} for one, on in zip(predictions, front, strict=True)]
+        results = {
+            "candidates": rows,
+            "chosen": choice.prediction.name,
+            "reason": choice.reason,
+            "knee_distance": choice.distance,
+            "loss_rests_on": rests_on,
+            "loss_is_sure": sure,
+            "rates": machine.describe(),
+            "efficiency": asdict(efficiency),
+            "recovery": asdict(recovery),
+            "assumptions": lines,
+        }
+        return Advice(
+            predictions, front, choice, setting, rests_on, sure, plan, lines, record("advise", asked, results)
+        )
 
 
 def _dtypes(device: str) -> tuple[str, ...]:

@@ -14,9 +14,9 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints, record and plot.")] = Path(
         "demo-output"
     ),
-    windows: Annotated[int, typer.Option(min=2, help="Held-out windows of 256 tokens.")] = 64,
+    windows: Annotated[int, typer.Option(min=2, help="Number of held-out windows of 256 tokens.")] = 64,
 ) -> None:
-    """Convert a small embedded model to several G with each method, and show what each costs in quality."""
+    """Convert a small embedded model with each method and several numbers of KV heads, and compare their loss."""
     require("train", "accelerate", "matplotlib")
     from ..demo.story import tell
 

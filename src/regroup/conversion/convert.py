@@ -76,7 +76,7 @@ def convert_checkpoint(
         RegroupError: anything that keeps the conversion from being right; nothing is left behind.
 
     Example:
-        >>> regroup.convert_checkpoint("meta-llama/Llama-2-7b-hf", "llama-2-7b-gqa8", kv_heads=8)  # doctest: +SKIP
+        >>> regroup.convert("meta-llama/Llama-2-7b-hf", "llama-2-7b-gqa8", kv_heads=8)  # doctest: +SKIP
     """
     target, told = as_named(destination), listener or Listener()
     check_text_options(repair, device, calibration, processes)

@@ -1,4 +1,4 @@
-"""From a checkpoint to a form that an engine reads: ``export_checkpoint``, behind `regroup export`."""
+"""From a checkpoint to a form that an engine reads: ``export``, behind `regroup export`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Exported:
 
 @dataclass
 class Request:
-    """What is asked of an export, beside source and destination (see ``export_checkpoint``)."""
+    """What is asked of an export, beside source and destination (see ``export``)."""
 
     to: str
     expand: bool = False
@@ -75,7 +75,7 @@ class Request:
     notes: list[str] = field(default_factory=list)
 
 
-def export_checkpoint(
+def export(
     source: str | Path,
     destination: str | Path,
     *,
