@@ -7,16 +7,17 @@ imports neither torch nor transformers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RegroupError
+from .bars import without_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["MODELING_FILE", "grouped_config", "load", "load_tokenizer"]
+__all__ = ["MODELING_FILE", "grouped_config", "load", "load_tokenizer", "without_bars"]
 
 MODELING_FILE = Path(__file__).with_name("modeling_regroup.py")
 
@@ -119,20 +120,6 @@ def load(
             file=path,
             got=" ".join(str(error).split())[:800] or type(error).__name__,
         ) from error
-
-
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """Nothing of transformers' progress is shown: there is a bar already, or nobody to look at one."""
-    import transformers
-
-    shown = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.logging.enable_progress_bar()
 
 
 def load_tokenizer(folder: str | Path) -> Any:

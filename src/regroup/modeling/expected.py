@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import RegroupError
+from .bars import without_bars
 from .spelled import runnable
 
 if TYPE_CHECKING:
@@ -398,8 +399,6 @@ def _count(names: Sequence[str], what: str) -> str:
 def _quiet() -> Iterator[None]:
     """Without transformers' report, which names what it would fill with random numbers: it is refused here."""
     import transformers
-
-    from . import without_bars
 
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
