@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import logging
 import re
@@ -270,14 +271,13 @@ def _loaded(cls: Any, config: Mapping[str, Any], tensors: Mapping[str, TensorInf
 @contextlib.contextmanager
 def _one_device() -> Iterator[None]:
     """transformers asks for accelerate wherever a device is named, and uses it only where there are several."""
-    from transformers.integrations import accelerate
-
-    asked = accelerate.is_accelerate_available
-    accelerate.is_accelerate_available = lambda *_: True
+    integration: Any = importlib.import_module("transformers.integrations.accelerate")
+    is_available = integration.is_accelerate_available
+    integration.is_accelerate_available = lambda *_: True
     try:
         yield
     finally:
-        accelerate.is_accelerate_available = asked
+        integration.is_accelerate_available = is_available
 
 
 class _Comparison:
