@@ -10,7 +10,7 @@ from .variants import FAMILIES, OURS
 
 LABELS = {
     "average": "average of two tasks, %",
-    "nats_per_token": "held-out loss, nats a token (less is better)",
+    "nats_per_token": "held-out loss, nats per token (less is better)",
 }
 NAMES = {"mean": "mean (the paper's)", OURS: "ours"}
 
@@ -62,7 +62,7 @@ def _trade_off(axis: Any, results: dict[str, Any], measure: str) -> None:
         # To the right of the paper's and to the left of ours, which often stand close together.
         place: dict[str, Any] = {"xytext": (-6, -11), "ha": "right"} if ours else {"xytext": (6, 5)}
         axis.annotate(row["model"], (milliseconds, value), textcoords="offset points", fontsize=8, **place)
-    axis.set_xlabel("decoding, milliseconds a sample")
+    axis.set_xlabel("decoding, milliseconds per sample")
     axis.set_ylabel(LABELS[measure])
     axis.margins(x=0.2)
 

@@ -32,7 +32,7 @@ from .variants import OURS, Bench, Variant
 
 
 def pretrain(bench: Bench, family: str, which: str) -> None:
-    """Train a parent from nothing."""
+    """Train an original model from random weights."""
     scale, folder = bench.scale, bench.parent(family, which)
     if folder.exists():
         return
@@ -64,14 +64,14 @@ def pretrain(bench: Bench, family: str, which: str) -> None:
 
 
 def pretraining_facts(bench: Bench, family: str, which: str) -> dict[str, Any]:
-    """What a parent's pre-training came to, for the record."""
+    """Results of the pre-training of an original model, for the record."""
     results = json.loads((bench.parent(family, which).parent / "record.json").read_text())["results"]
     kept = ("tokens", "steps", "flops", "seconds", "spikes", "largest_spike", "last_cross_entropy")
     return {name: results[name] for name in kept}
 
 
 def convert(bench: Bench, variant: Variant) -> None:
-    """Convert a parent."""
+    """Convert an original model."""
     folder = bench.checkpoint(Variant(variant.family, variant.parent, variant.heads, variant.method, 0.0, variant.seed))
     if variant.heads is None or folder.exists():
         return
@@ -120,7 +120,7 @@ def spans(bench: Bench, text: Path, rows: int) -> Path:
 
 
 def uptrain_variant(bench: Bench, variant: Variant) -> None:
-    """Continue the pre-training of a child, as the paper does or by distilling its parent."""
+    """Uptrain a converted model, as the paper does or by distilling the original."""
     folder = bench.checkpoint(variant)
     if variant.alpha == 0 or folder.exists():
         return

@@ -14,7 +14,7 @@ TITLES = {
     "average": "average, %",
     "pronunciation": "pronunciation, %",
     "restoration": "restoration, %",
-    "nats_per_token": "nats a token",
+    "nats_per_token": "nats per token",
     "continuation": "continuation, %",
 }
 
@@ -32,7 +32,7 @@ def table_1(record: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     for family, names in MEASURES.items():
         titles = [TITLES[name] for name in names]
-        lines += [*([""] if lines else []), *heading(family, "ms a sample", "cache, MB", *titles)]
+        lines += [*([""] if lines else []), *heading(family, "ms per sample", "cache, MB", *titles)]
         for entry in record["results"][family]["table_1"]:
             time = f"{1e3 * entry['seconds_per_sample']['p50']:.2f}"
             lines.append(
@@ -49,7 +49,12 @@ def table_1(record: dict[str, Any]) -> list[str]:
 def summary(record: dict[str, Any]) -> list[str]:
     """Table 1 in the measures that matter most."""
     lines = heading(
-        "", "encoder-decoder: nats a token", "two tasks, %", "ms a sample", "decoder: nats a token", "ms a sample"
+        "",
+        "encoder-decoder: nats per token",
+        "two tasks, %",
+        "ms per sample",
+        "decoder: nats per token",
+        "ms per sample",
     )
     for pair in zip(*(record["results"][family]["table_1"] for family in MEASURES), strict=True):
         cells: list[str] = []
@@ -99,8 +104,8 @@ def appendix(record: dict[str, Any]) -> list[str]:
 
 
 def pretraining(record: dict[str, Any]) -> list[str]:
-    """What the parents are, and whether their loss spiked."""
-    lines = heading("parent", "tokens", "steps", "FLOPs", "last training loss, nats a token", "spikes")
+    """The original models, and whether their loss spiked."""
+    lines = heading("original model", "tokens", "steps", "FLOPs", "last training loss, nats per token", "spikes")
     names = {"large": "large", "small": "small", "scratch": "large, one KV head from scratch"}
     for family in MEASURES:
         for which, entry in record["results"][family]["pretraining"].items():

@@ -33,7 +33,7 @@ def time_models(bench: Bench, found: dict[str, Variant], say: Callable[[str], No
             times[name].append((timing.first[0] + sum(timing.tokens)) / work.batch)
             cache[name] = timing.cache_bytes
     for name, values in times.items():
-        say(f"decoding: {name}: {1e3 * quantiles(values)['p50']:.2f} ms a sample")
+        say(f"decoding: {name}: {1e3 * quantiles(values)['p50']:.2f} ms per sample")
     return {
         name: {"seconds_per_sample": quantiles(values), "cache_bytes": cache[name]} for name, values in times.items()
     }
