@@ -202,7 +202,7 @@ def test_a_batch_that_no_memory_holds_is_asked_about(tmp_path: Path) -> None:
         (("--max-time", 1e-9), ("keeps to the limits", " ms a token, with G = 1")),
         (("--dtype", "int3"), ("dtype",)),
         (("--memory", 0), ("keeps to the limits", "at best a batch of 0")),
-        (("--memory", "inf"), ("not a number of GB",)),
+        (("--memory", "inf"), ("--memory is not a number",)),
         (("--max-time", 0), ("keeps to the limits",)),
     ],
 )
@@ -288,7 +288,7 @@ def test_without_a_limit_the_knee_is_named_with_what_it_costs(tmp_path: Path) ->
     assert f"{original['largest_batch']:,} → {chosen['largest_batch']:,} fit" in said["sequences"]
     assert f"{chosen['loss']:+.3f} nats per token" in said["loss"]
     assert f"perplexity {math.exp(chosen['loss']) - 1:+,.1%}" in said["loss"]
-    assert "512 tokens of calibration text" in said["how sure"]
+    assert "512 tokens of calibration text" in said["certainty"]
     # With a limit the answer may be to leave it; the control that the question is another one.
     status, out, message = run("advise", parent, *options("--max-loss", 0), *flags)
     assert status == 0, message

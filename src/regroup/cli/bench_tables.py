@@ -129,14 +129,14 @@ def show_comparison(screen: Screen, record: dict[str, Any], paths: Sequence[str]
             )
     screen.print(table)
     if any("floor_speedup_over_mha" in found for found in models):
-        screen.print("ceiling: share of it that is reached. MHA: speed-up over it; limit: the highest possible speed-up")
+        screen.print(
+            "ceiling: share of it that is reached. MHA: speed-up over it; limit: the highest possible speed-up"
+        )
 
 
 def show_shapes(screen: Screen, shapes: Sequence[Shape]) -> None:
     """What attention reads and computes in each shape."""
-    table = Table(
-        "dtype", "batch", "context", "KV heads", "KV read", "FLOPs", title="one step of one layer, computed"
-    )
+    table = Table("dtype", "batch", "context", "KV heads", "KV read", "FLOPs", title="one step of one layer, computed")
     for shape in shapes:
         cost = shape.cost
         table.add_row(
@@ -157,7 +157,12 @@ def show_shape(screen: Screen, found: dict[str, Any]) -> None:
         screen.print(f"{shape}: skipped, {found['left_out']}")
         return
     table = Table(
-        "implementation", "20%, ms", "median, ms", "80%, ms", "of the floor", title=f"{shape}: floor {_ms(found['floor_ms'])} ms"
+        "implementation",
+        "20%, ms",
+        "median, ms",
+        "80%, ms",
+        "of the floor",
+        title=f"{shape}: floor {_ms(found['floor_ms'])} ms",
     )
     for name, way in sorted(found["ways"].items(), key=lambda item: item[1].get("ms", {"p50": 1e9})["p50"]):
         if "not_run" in way:

@@ -138,6 +138,6 @@ def uptrain(
         if done.model is None:
             err.print("dry run: nothing was written")
         elif done.finished_before:
-            err.print(f"the run was already finished; its result is {done.model}", markup=False)
+            err.print(f"the run was already finished, and nothing was done; its result is {done.model}")
         else:
             err.print(f"wrote {done.model}, and {done.recipe.output}/record.json and curve.png")
