@@ -79,7 +79,7 @@ RULES: dict[str, tuple[list[str], set[str]]] = {
     "files.py": ([], TORCH),
     "errors.py": (["safe_text"], TORCH | DISK | {"pathlib"}),
     "extras.py": (["errors"], TORCH | DISK | {"pathlib"}),
-    "progress.py": (["screen"], TORCH | DISK - {"os"}),
+    "progress.py": (["errors", "screen"], TORCH | DISK - {"os"}),
     "safe_text.py": ([], TORCH | DISK | {"pathlib"}),
     "screen.py": (["safe_text"], TORCH | DISK | {"pathlib"}),
     # The command line uses the public functions, and whatever shows their results.

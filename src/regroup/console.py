@@ -16,7 +16,7 @@ from .layout import Layout
 from .listener import Listener
 from .opening import Source
 from .plans import Plan
-from .progress import Progress, stage
+from .progress import Progress, duration, stage
 from .screen import Screen
 
 if TYPE_CHECKING:
@@ -180,19 +180,13 @@ def show_forecast(ahead: Forecast, *, calibrated: bool) -> None:
         f"{human_bytes(ahead.bytes_free)} free in {ahead.folder}"
     )
     least, most = ahead.seconds
-    parts = f"{_duration(ahead.copy_seconds)} to copy at {human_bytes(ahead.copy_rate)}/s"
+    parts = f"{duration(ahead.copy_seconds)} to copy at {human_bytes(ahead.copy_rate)}/s"
     if ahead.arithmetic_seconds:
-        parts += f", {_duration(ahead.arithmetic_seconds)} to compute the changed tensors"
+        parts += f", {duration(ahead.arithmetic_seconds)} to compute the changed tensors"
     err.print(
-        f"time: {_duration(least)} to {_duration(most)} ({parts}; from {human_bytes(ahead.probed)} copied and flushed, "
+        f"time: {duration(least)} to {duration(most)} ({parts}; from {human_bytes(ahead.probed)} copied and flushed, "
         "and one tensor or layer computed, just now)" + (", after calibration" if calibrated else "")
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def show_outcomes(solved: Calibrated) -> None:

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from .errors import human_bytes
+
 # Seconds between two lines of a log.
 MINUTE = 60.0
 
@@ -64,7 +66,7 @@ class Progress:
 
     def line(self) -> str:
         """Such as ``"calibrating: 12/30 layers, 40%, about 3 min left"``."""
-        amount = _bytes if self.unit == "bytes" else "{:,}".format
+        amount = human_bytes if self.unit == "bytes" else "{:,}".format
         if self.total is None and not self.done:
             so_far = time.monotonic() - self._started
             return f"{self.title} …" if so_far < 1 else f"{self.title}: {duration(so_far)} so far"
@@ -182,11 +184,3 @@ def quiet_libraries() -> None:
     ):
         if name in sys.modules:
             getattr(sys.modules[name], function)()
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

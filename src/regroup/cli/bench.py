@@ -54,7 +54,7 @@ def decode(
     from ..console import err, out
     from ..devices import device_named
     from ..opening import readable
-    from ..progress import stage
+    from ..progress import duration, stage
     from ..record import write_record
     from . import bench_tables as tables
 
@@ -81,7 +81,7 @@ def decode(
         tables.show_ceiling(screen, models, work, roofs)
         paths = ("regroup", "transformers") if baseline else ("regroup",)
         screen.print(
-            f"decoding; this takes about {tables.duration(tables.expected_seconds(models, work, roofs, len(paths)))} …"
+            f"decoding; this takes about {duration(tables.expected_seconds(models, work, roofs, len(paths)))} …"
         )
         started = time.perf_counter()
 
@@ -92,7 +92,7 @@ def decode(
         with stage("decoding", len(models), unit="models", calm=True) as progress:
             record = benchmark(model, models, work, paths=paths, roofs=roofs, each=measured)
         tables.show_comparison(screen, record, paths)
-        screen.print(f"took {tables.duration(time.perf_counter() - started)}")
+        screen.print(f"took {duration(time.perf_counter() - started)}")
     _finish(record, output, json, write_record, err)
     if plot is not None:
         from ..bench.plot import draw_groups

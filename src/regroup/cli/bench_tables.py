@@ -179,12 +179,6 @@ def show_shape(screen: Screen, found: dict[str, Any]) -> None:
     _warn_of_others(screen, found["other_processes_share_of_cpu"])
 
 
-def duration(seconds: float) -> str:
-    """95 to ``"1 min 35 s"``."""
-    whole = max(1, round(seconds))
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
-
-
 def _warn_of_others(screen: Screen, share: float | None) -> None:
     if share is not None and share > 0.05:
         screen.label(
