@@ -41,7 +41,7 @@ OPTIONS = _verbs(_COMMANDS)
 
 
 def wrong_commands(text: str) -> list[str]:
-    """Commands and options in a page's running text that the command line does not have (blocks: test_doc_examples.py)."""
+    """Commands and options in a page's running text that do not exist (blocks: test_doc_examples.py)."""
     found = []
     inline = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
     for code in inline:
