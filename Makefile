@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+DEMO := .venv/.demo
 
 .PHONY: demo test slow lint types check docs dist clean
 
-demo: $(READY)
+demo: $(DEMO)
 	$(BIN)/regroup demo
 
 test: $(READY)
@@ -31,12 +32,19 @@ docs: .venv/.docs
 dist: $(READY)
 	$(BIN)/python -m build --no-isolation
 
-$(READY): pyproject.toml constraints.txt
+.venv/.pip: pyproject.toml constraints.txt
 	@echo "Setting up .venv (once; about 400 MB to download)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' -c constraints.txt
 	@touch $@
+
+$(DEMO): .venv/.pip
+	$(BIN)/python -m pip install --quiet --editable '.[train]' -c constraints.txt
+	@touch $@
+
+$(READY): .venv/.pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' -c constraints.txt
+	@touch $@ $(DEMO)
 
 .venv/.docs: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]' -c constraints.txt

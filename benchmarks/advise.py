@@ -129,7 +129,7 @@ def speed(
             batch, prompt = (int(number) for number in part.split(","))
             advice = advise(
                 str(model),
-                hardware_name="this",
+                hardware="this",
                 context=prompt + new // 2,
                 batch=batch,
                 dtype=dtype,

@@ -47,8 +47,8 @@ def estimate(source: Path, target: Path, method: str, heads: int) -> dict[str, A
     """The estimates of a dry run."""
     started = time.perf_counter()
     done = convert(source, target, kv_heads=heads, method=method, dry_run=True)
-    assert done.forecast is not None
-    facts = asdict(done.forecast) | {"seconds": done.forecast.seconds}
+    assert done.estimate is not None
+    facts = asdict(done.estimate) | {"seconds": done.estimate.seconds}
     facts.pop("folder")  # where the benchmark ran
     return facts | {"dry_run_seconds": time.perf_counter() - started}
 

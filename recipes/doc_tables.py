@@ -115,7 +115,7 @@ def advise_loss(record: dict[str, Any]) -> list[str]:
 
 def scale_sizes(record: dict[str, Any]) -> list[str]:
     """Computed: what is read and written, and the cache."""
-    lines = heading("", "parameters", "KV heads", "read, GB", "written, GB", "minutes", "KV cache, KiB a token")
+    lines = heading("", "parameters", "KV heads", "read, GB", "written, GB", "minutes", "KV cache, KiB per token")
     for entry in record["results"]["rows"]:
         before, after = entry["kv_heads"]
         cache = " → ".join(f"{count / 1024:.0f}" for count in entry["cache_bytes_a_token"])
@@ -129,7 +129,9 @@ def scale_sizes(record: dict[str, Any]) -> list[str]:
 
 def scale_serving(record: dict[str, Any]) -> list[str]:
     """Computed: a device's memory, the largest batch and the least time of a step."""
-    lines = heading("", "devices", "weights, GB a device", "cache, GB a device", "largest batch", "least ms a step")
+    lines = heading(
+        "", "devices", "weights, GB per device", "cache, GB per device", "largest batch", "minimum ms per step"
+    )
     for entry in record["results"]["rows"]:
         pairs = zip(*(part.values() for part in entry["serving"]), strict=True)
         weights, cache, fits, batch, seconds = pairs
@@ -166,11 +168,11 @@ def scale_measured(record: dict[str, Any]) -> list[str]:
         f"{size:.1f} GB",
         "`cp -r` and flush, s",
         "convert, s",
-        "foretold, s",
+        "estimated, s",
         "anonymous memory, MB",
         "killed after, s",
         "of files",
-        "going on, s",
+        "resumed, s",
     )
     for method, found in record["results"]["methods"].items():
         kill = found["killed_and_resumed"]

@@ -111,7 +111,8 @@ def furnish(folder: Path, *, layers: int) -> None:
     """What the examples start from, under the names that they use: models of the same heads with few, random weights,
     and a few thousand tokens of text."""
     _llama(folder / "llama-2-7b", layers=layers, heads=32, kv_heads=32)
-    _llama(folder / "parent", layers=1, heads=8, kv_heads=4)
+    _llama(folder / "original", layers=1, heads=8, kv_heads=4)
+    (folder / "parent").symlink_to(folder / "original")
     (folder / "meta-llama").mkdir()
     (folder / "meta-llama/Llama-2-7b-hf").symlink_to(folder / "llama-2-7b")
     t5 = T5Config(vocab_size=tiny.VOCAB_SIZE, d_model=24, d_kv=2, d_ff=32, num_heads=12, num_layers=12)

@@ -6,6 +6,7 @@ import ast
 import fnmatch
 import itertools
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -19,42 +20,82 @@ TORCH = {"torch", "transformers", "safetensors", "triton"}
 # What reaches the disk or the network.
 DISK = {"os", "io", "shutil", "tempfile", "mmap", "glob", "safetensors", "huggingface_hub", "gguf"}
 
-# Files of the package: what they may import of ours (patterns of module names), and what they may not from outside.
+NETWORK = {"huggingface_hub", "urllib", "http", "socket"}
+# Helpers without knowledge of models.
+COMMON = ["devices", "errors", "extras", "files", "progress", "record", "safe_text"]
+BELOW_CONVERSION = [
+    *("checkpoint*", "families*", "layout*", "plans*", "merge*", "solver*", "calibration*", "writer*"),
+    *("data*", "modeling*", "processes", *COMMON),
+]
+
+# What the files of each package may import of ours (patterns of module names), and what they may not from outside.
 RULES: dict[str, tuple[list[str], set[str]]] = {
+    # Data and arithmetic: no tensors and no files.
     "families/*": (["errors", "families*"], TORCH | DISK | {"pathlib"}),
     "layout/*": (["errors", "families", "families*", "layout*"], TORCH | DISK | {"pathlib"}),
-    # The plan reads and writes its own JSON file, by a path.
+    # A plan reads and writes its own JSON file, given the path.
     "plans/*": (["errors", "files", "layout*", "plans*"], TORCH | DISK),
     "bench/roofline.py": (["layout", "layout.kv_cache"], TORCH | DISK | {"pathlib"}),
     "advice/hardware.py": (["errors"], TORCH | DISK | {"pathlib"}),
     "advice/predict.py": (["bench", "bench.roofline*", "layout", "layout.kv_cache"], TORCH | DISK | {"pathlib"}),
     "advice/choose.py": (["errors"], TORCH | DISK | {"pathlib"}),
     "uptraining/budget.py": (["errors"], TORCH | DISK | {"pathlib"}),
+    # Tensors without files.
     "merge/*": (["errors", "merge*"], {"transformers", "numpy"} | DISK | {"pathlib"}),
     "attention/*": (["errors", "attention", "attention*"], DISK | {"pathlib"}),
-    "checkpoint/*": (["errors", "files", "safe_text", "checkpoint*"], {"transformers"}),
-    "data/*": (["errors", "files", "data*"], {"transformers"}),
-    "report/*": (["errors", "files", "record", "report", "report*"], TORCH),
-    # They run beside a checkpoint, and in a process of their own.
+    # Files without models.
+    "checkpoint/*": (["errors", "extras", "files", "safe_text", "checkpoint*"], {"transformers"}),
+    "data/*": (["errors", "extras", "files", "data*"], {"transformers"}),
+    "report/*": (["errors", "extras", "files", "record", "report*"], TORCH),
+    # The steps of a conversion; each may use those before it.
+    "solver/*": (
+        ["checkpoint*", "errors", "layout*", "merge*", "plans*", "processes", "solver*"],
+        {"transformers"} | NETWORK,
+    ),
+    "calibration/*": (BELOW_CONVERSION, NETWORK),
+    "writer/*": (BELOW_CONVERSION, NETWORK - {"huggingface_hub"}),  # its model cards
+    "conversion/*": ([*BELOW_CONVERSION, "conversion*", "devices", "listener", "opening"], NETWORK),
+    # What works on whole models.
+    "modeling/*": (["errors", "checkpoint*", "families*", "layout*", "attention*", "modeling*"], NETWORK),
+    "evaluation/*": (["checkpoint*", "data*", "modeling*", "evaluation*", "opening", *COMMON], NETWORK),
+    "exports/*": (
+        [
+            *("checkpoint*", "families*", "layout*", "plans*", "writer*", "modeling*", "exports*"),
+            *("listener", "opening", *COMMON),
+        ],
+        NETWORK,
+    ),
+    "uptraining/*": (
+        [
+            *("checkpoint*", "families*", "layout*", "plans*", "calibration*", "conversion*", "data*"),
+            *("modeling*", "evaluation*", "uptraining*", "listener", "opening", "processes", "screen", *COMMON),
+        ],
+        NETWORK,
+    ),
+    # They are copied next to a checkpoint, or run in a process of their own.
     "exports/configuration_nemotron_nas.py": ([], {"torch"} | DISK | {"pathlib"}),
     "exports/llama_cpp_process.py": ([], TORCH),
     "processes.py": (["errors"], {"transformers", "safetensors"}),
     "files.py": ([], TORCH),
     "errors.py": (["safe_text"], TORCH | DISK | {"pathlib"}),
-    "progress.py": (["screen"], TORCH | DISK - {"os"}),
+    "extras.py": (["errors"], TORCH | DISK | {"pathlib"}),
+    "progress.py": (["errors", "screen"], TORCH | DISK - {"os"}),
     "safe_text.py": ([], TORCH | DISK | {"pathlib"}),
     "screen.py": (["safe_text"], TORCH | DISK | {"pathlib"}),
+    # The command line uses the public functions, and whatever shows their results.
+    "api.py": (
+        ["advice*", "conversion*", "evaluation*", "exports*", "inspection", "uptraining*", "verification"],
+        TORCH,
+    ),
 }
-# These reach the disk in rooms that keep from it: a compiler writes what it builds.
+# Exceptions: a compiler writes what it builds.
 MAY_REACH_DISK = {"attention/cpu/build.py"}
-# Nobody imports these, themselves apart.
-LEAVES = ["cli", "console"]
-MAY_IMPORT_LEAVES = {"cli": ["cli/*"], "console": ["cli/*", "demo/*"]}
+# Modules on top, and the files that may import them.
+TOP = {"cli": ["cli/*"], "api": ["__init__.py", "cli/*"], "console": ["cli/*", "demo/*"]}
 
 
-def imports(source: str, module: str) -> set[str]:
-    """Full names of everything that a module's source imports, wherever in it, but for type checkers alone."""
-    found: set[str] = set()
+def statements(source: str, module: str) -> Iterator[tuple[str, list[str]]]:
+    """The imports of a module's source, except those for type checkers: a full name, and names from it."""
     package = module.split(".")[:-1]
     tree = ast.parse(source)
     skipped = {
@@ -67,13 +108,16 @@ def imports(source: str, module: str) -> set[str]:
         if id(node) in skipped:
             continue
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from ((alias.name, []) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             start = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             base = ".".join(part for part in (start, node.module) if part)
-            # ``from x import y``: y may be a module of x.
-            found |= {f"{base}.{alias.name}" for alias in node.names} | {base}
-    return found
+            yield base, [alias.name for alias in node.names]
+
+
+def imports(source: str, module: str) -> set[str]:
+    """Full names of everything that a module's source imports; in ``from x import y``, y may be a module of x."""
+    return {name for base, names in statements(source, module) for name in (base, *(f"{base}.{n}" for n in names))}
 
 
 def ours(names: set[str]) -> set[str]:
@@ -82,7 +126,7 @@ def ours(names: set[str]) -> set[str]:
 
 
 def broken(file: str, source: str) -> list[str]:
-    """The rules that a file breaks, in words."""
+    """The rules that a file breaks, as text."""
     module = "regroup." + file.removesuffix(".py").replace("/", ".")
     names = imports(source, module)
     outside = {name.split(".")[0] for name in names}
@@ -93,13 +137,13 @@ def broken(file: str, source: str) -> list[str]:
         if file in MAY_REACH_DISK:
             forbidden = forbidden - DISK - {"pathlib"}
         for name in sorted(ours(names)):
-            if not any(name == rule or name.startswith(rule.rstrip("*") + ".") for rule in allowed):
+            if not any(name == rule.rstrip("*") or name.startswith(rule.rstrip("*") + ".") for rule in allowed):
                 complaints.append(f"{file} imports regroup.{name}")
         complaints += [f"{file} imports {name}" for name in sorted(outside & forbidden)]
-    for leaf in LEAVES:
-        excused = any(fnmatch.fnmatch(file, pattern) for pattern in MAY_IMPORT_LEAVES.get(leaf, []))
-        if not excused and any(name == leaf or name.startswith(leaf + ".") for name in ours(names)):
-            complaints.append(f"{file} imports {leaf}")
+    for top, users in TOP.items():
+        allowed = file == f"{top}.py" or any(fnmatch.fnmatch(file, pattern) for pattern in users)
+        if not allowed and any(name == top or name.startswith(top + ".") for name in ours(names)):
+            complaints.append(f"{file} imports {top}")
     return complaints
 
 
@@ -114,7 +158,7 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_imports_keep_to_the_house(file: str) -> None:
+def test_imports_follow_the_rules(file: str) -> None:
     assert broken(file, (PACKAGE / file).read_text(encoding="utf-8")) == []
 
 
@@ -171,7 +215,7 @@ def test_what_is_allowed_is_not_refused(file: str, source: str) -> None:
 
 
 def test_reader_and_layout_meet_in_few_places() -> None:
-    """Disk and heads are joined in the converter's room, and by what opens a source for a person."""
+    """Files and heads meet in the steps of a conversion, in exports, and where a source is opened for a user."""
     joined = [
         file
         for file in FILES
@@ -180,15 +224,95 @@ def test_reader_and_layout_meet_in_few_places() -> None:
         )
     ]
     assert "writer/write.py" in joined
-    assert [file for file in joined if not file.startswith("convert/")] == [
-        "inspection.py",
-        "opening.py",
-        "verification.py",
-    ]
+    steps = ("solver/", "calibration/", "writer/", "conversion/", "exports/")
+    assert [file for file in joined if not file.startswith(steps)] == ["inspection.py", "opening.py", "verification.py"]
 
 
-VERBS = "inspect|advise|plan|convert|verify|export|evaluate|uptrain|report|demo|bench"
-COMMAND = re.compile(rf"\bregroup ({VERBS})( [^`]*)?$")
+def graph(files: Mapping[str, str]) -> dict[str, set[str]]:
+    """Each module, by its name below the package, and the modules that it imports, also within functions.
+
+    Args:
+        files: paths below the package to sources.
+    """
+    modules = {file.removesuffix(".py").removesuffix("/__init__").replace("/", "."): file for file in files}
+    found: dict[str, set[str]] = {}
+    for module, file in modules.items():
+        # A package's own imports are relative to itself.
+        name = f"regroup.{module}.__init__" if file.endswith("__init__.py") else f"regroup.{module}"
+        found[module] = set()
+        for base, names in statements(files[file], name):
+            # ``from x import y``: y is a module of x, or a name in it.
+            inner = base.removeprefix("regroup.")
+            targets = {f"{inner}.{n}" if f"{inner}.{n}" in modules else inner for n in names} or {inner}
+            found[module] |= (targets & modules.keys()) - {module}
+    return found
+
+
+def cycles(edges: Mapping[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other, directly or through others (Tarjan 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in edges[node]:
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            group = [stack.pop()]
+            while group[-1] != node:
+                group.append(stack.pop())
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for node in edges:
+        if node not in index:
+            visit(node)
+    return sorted(found)
+
+
+def sources(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in folder.rglob("*.py")}
+
+
+def test_no_files_import_each_other() -> None:
+    assert cycles(graph(sources(PACKAGE))) == []
+
+
+def test_no_files_of_the_recipes_import_each_other() -> None:
+    files = {f"recipes/{name}": source for name, source in sources(PACKAGE.parents[1] / "recipes").items()}
+    absolute = {
+        name: re.sub(r"^(\s*from )recipes\b", r"\1regroup.recipes", text, flags=re.M) for name, text in files.items()
+    }
+    assert cycles(graph(absolute)) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"a/x.py": "from .y import f", "a/y.py": "def g():\n    from . import x"}, [["a.x", "a.y"]]),
+        ({"a/x.py": "from ..b import f", "b/__init__.py": "from .z import f", "b/z.py": "import regroup.a.x"},
+         [["a.x", "b", "b.z"]]),
+        ({"a/x.py": "from .y import f", "a/y.py": "from .z import g", "a/z.py": "from .x import h"},
+         [["a.x", "a.y", "a.z"]]),
+        ({"a/x.py": "from .y import f", "a/y.py": "if TYPE_CHECKING:\n    from .x import h"}, []),
+        ({"a/__init__.py": "from .x import f", "a/x.py": "from . import y", "a/y.py": "import os"}, []),
+        ({"a/__init__.py": "from .x import f", "a/x.py": "from . import g"}, [["a", "a.x"]]),
+        ({"a/__init__.py": "from .x import f", "a/x.py": "from .y import f", "a/y.py": "import os"}, []),
+    ],
+)  # fmt: skip
+def test_a_cycle_is_found(files: dict[str, str], expected: list[list[str]]) -> None:
+    assert cycles(graph(files)) == expected
+
+
+COMMANDS = "inspect|advise|plan|convert|verify|export|evaluate|uptrain|report|demo|bench"
+COMMAND = re.compile(rf"\bregroup ({COMMANDS})( [^`]*)?$")
 MARKUP = re.compile(r"\[/?(bold|dim|italic|underline|red|green|yellow|blue|cyan|magenta|white|black)( \w+)*\]|\[/\]")
 
 

@@ -10,11 +10,12 @@ import pytest
 from helpers import refused, run
 from regroup.advice.hardware import KNOWN
 from regroup.bench.build import DTYPES as BENCH_DTYPES
-from regroup.conversion.plan import GROUPINGS, REPAIRS
+from regroup.conversion.request import GROUPINGS
 from regroup.evaluation.metrics import CHOOSING, GENERATING
 from regroup.evaluation.run import _DTYPES as SCORED_DTYPES
 from regroup.exports.request import TARGETS
-from regroup.plans import ASKED_METHODS, METHODS, LayerPlan
+from regroup.merge.registry import METHODS
+from regroup.plans import ASKED_METHODS, REPAIRS, LayerPlan
 from regroup.uptraining.schedule import SCHEDULES
 from regroup.uptraining.settings import OBJECTIVES, OPTIMIZERS, STAGES
 

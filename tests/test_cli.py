@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import regroup
+import regroup.api
 from helpers import assert_same_tensors, digests, everything, refused, run, tensors
 from regroup.cli import app
 
@@ -118,6 +119,16 @@ def test_help_and_headers_import_nothing_that_takes_long(saved: Saved, tmp_path:
     assert not slow_imports("inspect", saved("t5"))
     reads_weights = ("inspect", saved("t5"), "--similarity", "-o", tmp_path / "plots")
     assert slow_imports(*reads_weights) >= {"torch"}
+
+
+def test_the_commands_are_public_functions() -> None:
+    names = {"inspect", "advise", "plan", "convert", "verify", "evaluate", "uptrain", "export"}
+    assert names == set(regroup.api.__all__)
+    assert names <= set(dir(regroup))
+    assert all(getattr(regroup, name) is getattr(regroup.api, name) for name in names)
+    code = "import sys, regroup.api; dir(regroup); print('torch' in sys.modules, hasattr(regroup.api, 'no_such'))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"]
 
 
 def test_the_public_names() -> None:

@@ -1,4 +1,4 @@
-"""What the documentation says of commands, families, messages and rooms, against the code."""
+"""What the documentation says of commands, families, messages and packages, against the code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COMMANDS: Any = typer.main.get_command(app)
 
 
 def _verbs(group: Any, before: str = "") -> dict[str, set[str]]:
-    """Verbs, those of two words too, and the options of each."""
+    """Commands, also those of two words, and the options of each."""
     found: dict[str, set[str]] = {}
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
@@ -41,7 +41,7 @@ OPTIONS = _verbs(_COMMANDS)
 
 
 def wrong_commands(text: str) -> list[str]:
-    """Verbs and options in a page's running text that the command line does not have (blocks: test_doc_examples.py)."""
+    """Commands and options in a page's running text that do not exist (blocks: test_doc_examples.py)."""
     found = []
     inline = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
     for code in inline:
@@ -134,12 +134,12 @@ def test_every_message_is_one_of_ours() -> None:
     assert not any("the source is made of cheese" in literal for literal in known)
 
 
-def test_every_room_is_described() -> None:
+def test_every_package_is_described() -> None:
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    rooms = {f"`{path.parent.name}/`" for path in PACKAGE.glob("*/__init__.py")}
+    packages = {f"`{path.parent.name}/`" for path in PACKAGE.glob("*/__init__.py")}
     files = {f"`{path.name}`" for path in PACKAGE.glob("*.py")}
     described = set(re.findall(r"^\| (`[\w/.]+`) \|", text, re.M))
-    assert described == rooms | files
+    assert described == packages | files
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -173,7 +173,7 @@ def test_the_command_reference_is_what_the_command_line_has(monkeypatch: pytest.
         assert options == set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", named))
 
 
-def test_a_verb_that_changed_is_missed_in_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_that_changed_is_missed_in_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     reference = load_recipe("cli_reference", monkeypatch)
     monkeypatch.setattr(_COMMANDS.commands["demo"], "help", "Something else.")
     monkeypatch.setattr(reference.typer.main, "get_command", lambda _: _COMMANDS)

@@ -20,7 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 
 import tiny
 from helpers import config_of, copy, head_map, refused, run
-from regroup import RegroupError, summarize
+from regroup import RegroupError, inspect
 from regroup.checkpoint import fetch, is_hub_id, open_checkpoint, remote_headers
 from regroup.console import human_bytes
 from regroup.inspection import Summary
@@ -47,7 +47,7 @@ def counted(name: str, heads: dict[str, int], context: int, batch: int, encoder:
 @pytest.mark.parametrize("name", ["llama", "llama_grouped", *WINDOWS, "bart", "t5", "whisper", "bloom", "gpt2"])
 def test_cache_bytes_are_what_a_count_says(name: str, saved: Saved, converted: Converted) -> None:
     for kind in ("all", "mixed"):
-        summary, heads = summarize(str(converted(name, kind))), head_map(name, kind)
+        summary, heads = inspect(str(converted(name, kind))), head_map(name, kind)
         for context, batch, encoder in ((1, 1, 1), (3, 2, 5), (20, 3, 11)):
             for dtype, width in BYTES.items():
                 expected = counted(name, heads, context, batch, encoder, width)
@@ -56,7 +56,7 @@ def test_cache_bytes_are_what_a_count_says(name: str, saved: Saved, converted: C
         fewer = {path: min(3, groups) for path, groups in heads.items()}
         assert summary.with_kv_heads(3).kv_bytes("F32", context=9) == counted(name, fewer, 9, 1, 9, 4)
     assert counted(name, heads, 3, 1, 3, 4) != counted(name, dict.fromkeys(heads, 1), 3, 1, 3, 4)
-    assert summarize(str(saved(name))).layers == summarize(str(saved(name) / "config.json")).layers
+    assert inspect(str(saved(name))).layers == inspect(str(saved(name) / "config.json")).layers
 
 
 @pytest.mark.parametrize("name", ["llama", "bart", "mistral"])
@@ -87,7 +87,7 @@ def test_every_family_is_shown(name: str, converted: Converted) -> None:
 def test_a_config_alone(saved: Saved, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((saved("llama") / "config.json").read_bytes())
     for source in (tmp_path, tmp_path / "config.json"):
-        summary = summarize(str(source))
+        summary = inspect(str(source))
         assert (summary.format, summary.parameters, summary.dtype) == ("config", None, None)
         assert run("inspect", source)[0] == 0
     assert "no weights" in refused("plan", tmp_path, "--kv-heads", 2)
@@ -139,7 +139,7 @@ def write_gguf(path: Path, architecture: str = "llama", **values: Any) -> Path:
 )
 def test_gguf_headers(values: dict[str, Any], expected: list[tuple[int, int, int]], tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "x.gguf", **values)
-    summary = summarize(str(path))
+    summary = inspect(str(path))
     found = [(x.num_attention_heads, x.num_key_value_heads, x.head_dim) for x in summary.layers]
     assert found == expected
     assert (summary.format, summary.family, summary.parameters) == ("gguf", "llama", 4 * 48)
@@ -244,8 +244,8 @@ def test_hub_headers_are_enough(saved: Saved, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub.HfApi, "get_safetensors_metadata", headers)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("weights were downloaded"))
-    summary = summarize("owner/bart", revision="v2")
-    local = summarize(str(saved("bart")))
+    summary = inspect("owner/bart", revision="v2")
+    local = inspect(str(saved("bart")))
     assert (summary.layers, summary.parameters) == (local.layers, local.parameters)
     status, out, _ = run("plan", "owner/bart", "--kv-heads", 2, "--revision", "v2")
     assert status == 0

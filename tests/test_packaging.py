@@ -56,7 +56,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     assert {
         "regroup/advice/recovery.json",
         "regroup/attention/cpu/decode.cpp",
-        "regroup/attention/vectors.h",
+        "regroup/attention/cpu/vectors.h",
         "regroup/demo/corpus.txt",
         "regroup/demo/parent/model.safetensors",
         "regroup/modeling/modeling_regroup.py",

@@ -40,7 +40,7 @@ def test_a_line_says_what_is_done_and_what_is_left(clock: list[float]) -> None:
     assert bar.line() == "calibrating: 30/30 layers, 100%"
     bar = Progress("converting", 2 << 30, unit="bytes")
     bar(1 << 29)
-    assert bar.line().startswith("converting: 512.0 MiB/2.0 GiB, 25%")
+    assert bar.line().startswith("converting: 512 MiB/2 GiB, 25%")
     bar = Progress("evaluating", None, unit="rows")
     bar(5)
     assert bar.line() == "evaluating: 5 rows"

@@ -28,10 +28,10 @@ from . import experiments, stages
 from .figures import draw
 from .pool import Pool
 from .settings import SCALES, TASKS
-from .stages import Bench, Variant
 from .tables import table_1
 from .texts import prepare
 from .timing import time_models
+from .variants import FAMILIES, PARENTS, Bench, Variant
 
 console = Console(stderr=True)
 
@@ -59,12 +59,12 @@ def main(
     )
     bench = Bench(chosen, texts, work, device)
     pool = Pool(processes or (1 if device == "cuda" else torch.get_num_threads()), console.print)
-    wanted = {family: experiments.variants(family, chosen) for family in stages.FAMILIES}
+    wanted = {family: experiments.variants(family, chosen) for family in FAMILIES}
     everything = [variant for found in wanted.values() for variant in found]
-    parents = [(bench, family, which) for which in stages.PARENTS for family in stages.FAMILIES]
+    parents = [(bench, family, which) for which in PARENTS for family in FAMILIES]
     pool.run("pre-training", stages.pretrain, parents)
     trained = experiments.trained(everything)
-    pool.run("conversion", stages.convert, [(bench, v) for v in {v.child: v for v in trained}.values()])
+    pool.run("conversion", stages.convert, [(bench, v) for v in {v.converted: v for v in trained}.values()])
     pool.run("uptraining", stages.uptrain_variant, [(bench, variant) for variant in trained])
     pool.run("held-out loss", stages.held_out, [(bench, variant) for variant in trained])
     tuned = [(bench, variant, task) for task in TASKS for variant in experiments.tuned(chosen)]
@@ -82,10 +82,8 @@ def main(
 
     seconds = {family: time_models(bench, experiments.table(family, chosen, 0), console.print) for family in wanted}
     results = experiments.summarise(chosen, lambda variant: stages.held_out(bench, variant), answers, seconds)
-    for family in stages.FAMILIES:
-        results[family]["pretraining"] = {
-            which: stages.pretraining_facts(bench, family, which) for which in stages.PARENTS
-        }
+    for family in FAMILIES:
+        results[family]["pretraining"] = {which: stages.pretraining_facts(bench, family, which) for which in PARENTS}
     # Of this go alone: what lay in the work folder took its time before.
     results["minutes"] = (time.monotonic() - started) / 60
     found = record("paper", {"scale": scale, **experiments.plain(chosen)}, results)

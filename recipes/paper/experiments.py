@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from .settings import ALPHA, Scale
-from .stages import OURS, Variant
+from .variants import OURS, Variant
 
 # Table 1's rows: name, parent, KV heads (None: as many as heads; "groups": the scale's), method.
 ROWS: tuple[tuple[str, str, int | str | None, str], ...] = (

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .stages import FAMILIES, OURS
+from .variants import FAMILIES, OURS
 
 LABELS = {
     "average": "average of two tasks, %",

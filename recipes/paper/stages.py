@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,82 +26,13 @@ from regroup.uptraining.recipe import Recipe
 from regroup.uptraining.run import uptrain
 
 from .parents import write_new
-from .settings import Scale
 from .tasks import evaluate_choices, evaluate_pairs
-from .texts import PAD, Texts
-
-OURS = "ours"
-FAMILIES = ("encoder-decoder", "decoder")
-PARENTS = ("large", "small", "scratch")  # scratch: the large one with one KV head from the start
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A model of the experiments.
-
-    Attributes:
-        family: one of ``FAMILIES``.
-        parent: one of ``PARENTS``.
-        heads: KV heads it was converted to; None for the parent as it is.
-        method: of conversion; ``OURS`` is calibrated and repaired on text, and distils the parent afterwards.
-        alpha: share of the parent's pre-training; our way's calibration counts.
-        seed: of uptraining and fine-tuning, and of ``random``.
-    """
-
-    family: str
-    parent: str = "large"
-    heads: int | None = None
-    method: str = "mean"
-    alpha: float = 0.0
-    seed: int = 0
-
-    @property
-    def child(self) -> str:
-        """Name of the converted checkpoint, the same for all α; ``random`` is drawn anew for each seed."""
-        if self.heads is None:
-            return f"{self.family}-{self.parent}"
-        drawn = f"-s{self.seed}" if self.method == "random" else ""
-        return f"{self.family}-{self.parent}-{self.method}-{self.heads}{drawn}"
-
-    @property
-    def name(self) -> str:
-        """Name of the model after uptraining."""
-        return self.child if self.alpha == 0 else f"{self.child}-a{self.alpha:g}-s{self.seed}"
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What all stages share.
-
-    Attributes:
-        scale: every number.
-        texts: on what.
-        work: where everything is kept.
-        device: ``"cpu"`` or ``"cuda"``.
-    """
-
-    scale: Scale
-    texts: Texts
-    work: Path
-    device: str
-
-    def pretraining_tokens(self, family: str) -> int:
-        return self.scale.encoder_decoder_tokens if family == "encoder-decoder" else self.scale.decoder_tokens
-
-    def parent(self, family: str, which: str) -> Path:
-        return self.work / "parents" / f"{family}-{which}" / "model"
-
-    def checkpoint(self, variant: Variant) -> Path:
-        """Where a variant's weights are, before fine-tuning."""
-        if variant.alpha:
-            return self.work / "uptrained" / variant.name / "model"
-        if variant.heads is None:
-            return self.parent(variant.family, variant.parent)
-        return self.work / "children" / variant.child
+from .texts import PAD
+from .variants import OURS, Bench, Variant
 
 
 def pretrain(bench: Bench, family: str, which: str) -> None:
-    """Train a parent from nothing."""
+    """Train an original model from random weights."""
     scale, folder = bench.scale, bench.parent(family, which)
     if folder.exists():
         return
@@ -134,14 +64,14 @@ def pretrain(bench: Bench, family: str, which: str) -> None:
 
 
 def pretraining_facts(bench: Bench, family: str, which: str) -> dict[str, Any]:
-    """What a parent's pre-training came to, for the record."""
+    """Results of the pre-training of an original model, for the record."""
     results = json.loads((bench.parent(family, which).parent / "record.json").read_text())["results"]
     kept = ("tokens", "steps", "flops", "seconds", "spikes", "largest_spike", "last_cross_entropy")
     return {name: results[name] for name in kept}
 
 
 def convert(bench: Bench, variant: Variant) -> None:
-    """Convert a parent."""
+    """Convert an original model."""
     folder = bench.checkpoint(Variant(variant.family, variant.parent, variant.heads, variant.method, 0.0, variant.seed))
     if variant.heads is None or folder.exists():
         return
@@ -190,7 +120,7 @@ def spans(bench: Bench, text: Path, rows: int) -> Path:
 
 
 def uptrain_variant(bench: Bench, variant: Variant) -> None:
-    """Continue the pre-training of a child, as the paper does or by distilling its parent."""
+    """Uptrain a converted model, as the paper does or by distilling the original."""
     folder = bench.checkpoint(variant)
     if variant.alpha == 0 or folder.exists():
         return

@@ -104,7 +104,7 @@ def appendix(record: dict[str, Any]) -> list[str]:
 
 
 def pretraining(record: dict[str, Any]) -> list[str]:
-    """What the parents are, and whether their loss spiked."""
+    """The original models, and whether their loss spiked."""
     lines = heading("original model", "tokens", "steps", "FLOPs", "last training loss, nats per token", "spikes")
     names = {"large": "large", "small": "small", "scratch": "large, one KV head from scratch"}
     for family in MEASURES:

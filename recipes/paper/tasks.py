@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from regroup.evaluation.answers import evaluate_task
 from regroup.evaluation.task import Task
 
-if TYPE_CHECKING:
-    from .stages import Bench
+from .variants import Bench
 
 # Characters, of which a token is one: no pronunciation and next to no clause is longer.
 LONGEST = {"pronunciation": 40, "restoration": 64}

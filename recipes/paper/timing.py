@@ -9,7 +9,7 @@ from regroup.bench.decode import measure
 from regroup.bench.machine import quantiles
 from regroup.bench.work import Work, models_for
 
-from .stages import Bench, Variant
+from .variants import Bench, Variant
 
 ROUNDS = 5
 

@@ -1,4 +1,4 @@
-"""How results look in a terminal: tables and progress bars, nothing computed."""
+"""Tables and progress bars for results; computes nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .layout.kv_cache import DTYPE_BYTES, cache_dtype
 from .listener import Listener
 from .opening import Source
 from .plans import Plan
-from .progress import Progress, stage
+from .progress import Progress, duration, stage
 from .screen import Screen
 
 if TYPE_CHECKING:
@@ -59,15 +59,17 @@ def show_summary(
     if encoder_context is not None:
         where += f", {encoder_context:,} encoder tokens"
     own, called = cache_dtype(summary.dtype)
-    # What a conversion counts in stands first; the other widths beside it.
+    # The dtype that a conversion counts in comes first.
     shown = {own: called} | {
         dtype: name
         for dtype, name in (("BF16", "16-bit"), ("F32", "32-bit"), ("F8", "8-bit"))
         if DTYPE_BYTES[dtype] != DTYPE_BYTES[own]
     }
-    cache = Table("KV heads", f"{called}, per token", *(f"{name}, {where}" for name in shown.values()), "of now")
+    cache = Table(
+        "KV heads", f"{called}, per token", *(f"{name}, {where}" for name in shown.values()), "relative to current"
+    )
     now = summary.kv_bytes(own, context=context, batch=batch, encoder_context=encoder_context)
-    for label, variant in [("now", summary), *((str(g), summary.with_kv_heads(g)) for g in kv_heads)]:
+    for label, variant in [("current", summary), *((str(g), summary.with_kv_heads(g)) for g in kv_heads)]:
         sizes = [
             variant.kv_bytes(dtype, context=context, batch=batch, encoder_context=encoder_context) for dtype in shown
         ]
@@ -76,15 +78,15 @@ def show_summary(
 
 
 def show_similarity(layers: Sequence[LayerSimilarity], left_out: int) -> None:
-    """How alike the KV heads of each layer are, and what is not compared and why.
+    """The similarity of the KV heads of each layer, and what was not compared and why.
 
     Args:
-        layers: compared.
-        left_out: how many layers were not, for want of a second KV head.
+        layers: the layers that were compared.
+        left_out: number of layers with a single KV head, which were not.
     """
     groups = sorted({g for layer in layers if layer.overall for g in layer.overall.contiguous}, reverse=True)
     table = Table(
-        "layer", "keys", "values", "both", "most alike", "lose", title="share of energy lost by sharing a head"
+        "layer", "keys", "values", "both", "most similar", "their loss", title="share of energy lost by sharing a head"
     )
     for g in groups:
         table.add_column(f"to {g}")
@@ -102,16 +104,16 @@ def show_similarity(layers: Sequence[LayerSimilarity], left_out: int) -> None:
         table.add_row(label, *medians, *best, *(_share(shares[g]) if g in shares else "–" for g in groups))
     out.print(table)
     out.print(
-        "keys, values, both (their mean): what the median pair of KV heads loses; 50% is the most.",
-        "to G: what groups of neighbouring heads lose together.",
-        "From the weights alone, for maps that queries and outputs absorb. Energy is not loss: regroup evaluate tells.",
+        "keys, values, both (their mean): the loss of the median pair of KV heads; 50% is the maximum.",
+        "to N: the loss of groups of adjacent heads with N KV heads.",
+        "From the weights alone, for maps that queries and outputs absorb. Energy is not loss: see regroup evaluate.",
         sep="\n",
     )
     for note, labels in notes.items():
         where = "every layer" if len(labels) == len(layers) else ", ".join(labels)
-        out.label("note:", "yellow", f"{note} ({where}); what follows in the row is of the other alone")
+        out.label("note:", "yellow", f"{note} ({where}); the other columns are of the rest alone")
     if left_out:
-        out.label("note:", "yellow", f"layers left out, for they have one KV head: {left_out}")
+        out.label("note:", "yellow", f"layers skipped, because they have one KV head: {left_out}")
 
 
 def _share(share: float) -> str:
@@ -120,7 +122,7 @@ def _share(share: float) -> str:
 
 
 def show_plan(plan: Plan, layout: Layout) -> None:
-    """A plan, like layers in one row."""
+    """A plan, with equal layers in one row."""
     table = Table("layers", "attention", "heads", "KV heads", "to", "keys by", "values by", "order", title="plan")
     rows: dict[tuple[object, ...], list[int]] = {}
     for layer, want in zip(layout.layers, plan.layers, strict=True):
@@ -139,13 +141,14 @@ def show_plan(plan: Plan, layout: Layout) -> None:
     if plan.kv_budget is not None:
         if plan.predicted_kl is None:
             err.print(
-                f"KV budget {plan.kv_budget}: divided by the energy that the weights lose, which does not say what the "
-                "loss will be; --calibration measures it"
+                f"KV budget {plan.kv_budget}: divided by the energy that the weights lose, which does not predict the "
+                "loss; --calibration measures it"
             )
         else:
             err.print(
-                f"KV budget {plan.kv_budget}: expect {plan.predicted_kl:.3f} nats a token of KL divergence from the "
-                "parent or more, the sum of the layers' own, if it is carried out with --calibration on such text"
+                f"KV budget {plan.kv_budget}: expect a KL divergence from the original model of "
+                f"{plan.predicted_kl:.3f} nats per token or more, the sum over layers, when converting with "
+                "--calibration on such text"
             )
     if plan.tensor_parallel > 1:
         for count, number in Counter(layer.num_key_value_heads for layer in plan.layers).items():
@@ -154,7 +157,7 @@ def show_plan(plan: Plan, layout: Layout) -> None:
                     "note:",
                     "yellow",
                     f"{number} layers have {count} KV heads for {plan.tensor_parallel} devices: "
-                    "each is copied to several, so fewer than the devices save nothing more (paper, section 2.2)",
+                    "each is copied to several devices, so this saves no memory over one per device (section 2.2)",
                 )
 
 
@@ -170,54 +173,50 @@ def show_preview(ahead: Preview) -> None:
     )
 
 
-def show_forecast(ahead: Estimate, *, calibrated: bool) -> None:
-    """What a conversion would take; with calibration that comes on top."""
+def show_estimate(ahead: Estimate, *, calibrated: bool) -> None:
+    """The estimated cost of a conversion, without calibration."""
     err.print("dry run: nothing was written")
     err.print(
         f"disk: {human_bytes(ahead.bytes_read)} to read, {human_bytes(ahead.bytes_written)} to write, "
         f"{human_bytes(ahead.bytes_free)} free in {ahead.folder}"
     )
     least, most = ahead.seconds
-    parts = f"{_duration(ahead.copy_seconds)} to copy at {human_bytes(ahead.copy_rate)}/s"
+    parts = f"{duration(ahead.copy_seconds)} to copy at {human_bytes(ahead.copy_rate)}/s"
     if ahead.pool_seconds:
-        parts += f", {_duration(ahead.pool_seconds)} to read and pool the tensors that change"
+        parts += f", {duration(ahead.pool_seconds)} to read and pool the tensors that change"
     if ahead.solve_seconds:
-        parts += f", {_duration(ahead.solve_seconds)} to solve layers"
+        parts += f", {duration(ahead.solve_seconds)} to solve layers"
     err.print(
-        f"time: {_duration(least)} to {_duration(most)} ({parts}; from {human_bytes(ahead.probed)} copied and flushed, "
-        "and one tensor or layer made, just now)" + (", and calibration before it" if calibrated else "")
+        f"time: {duration(least)} to {duration(most)} ({parts}; from {human_bytes(ahead.probed)} copied and flushed, "
+        "and one tensor or layer computed, just now)" + (", after calibration" if calibrated else "")
     )
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def show_outcomes(solved: Calibrated) -> None:
-    """What calibration chose for each layer, and what it could not save."""
-    table = Table("attention layer", "keys by", "values by", "order", "target missed", title="calibration")
+    """What calibration chose for each layer, and the remaining error."""
+    table = Table("attention layer", "keys by", "values by", "order", "relative error", title="calibration")
     orders = {layer.name: layer.query_order for layer in solved.plan.layers}
     for outcome in solved.outcomes:
         stand = "searched" if orders[outcome.name] else "in order"
         table.add_row(outcome.name, outcome.key_method, outcome.value_method, stand, f"{outcome.error:.1%}")
     err.print(table)
     expected = "" if solved.plan.predicted_kl is None else f" (the plan expected {solved.plan.predicted_kl:.3f})"
-    err.print(f"KL divergence from the parent on held-out calibration text: {solved.kl:.3f} nats a token{expected}")
+    err.print(
+        f"KL divergence from the original model on held-out calibration text: {solved.kl:.3f} nats per token{expected}"
+    )
 
 
-class Told(Listener):
-    """Shows a conversion or an export as it goes on."""
+class ConsoleListener(Listener):
+    """Shows the progress of a conversion or an export."""
 
-    def __init__(self, verb: str = "converting") -> None:
-        self.verb = verb
+    def __init__(self, title: str = "converting") -> None:
+        self.title = title
 
     def planned(self, source: Source, plan: Plan, ahead: Preview) -> None:
         show_plan(plan, source.layout)
         show_preview(ahead)
         if source.ignores_code:
-            err.label("note:", "yellow", "the source asks for code of its own; it is neither run nor copied")
+            err.label("note:", "yellow", "the source has code of its own, which is neither run nor copied")
 
     def notice(self, text: str) -> None:
         err.label("note:", "yellow", text)
@@ -232,10 +231,12 @@ class Told(Listener):
         show_outcomes(solved)
 
     def writing(self, nbytes: int) -> AbstractContextManager[Progress]:
-        return stage(self.verb, nbytes, unit="bytes")
+        return stage(self.title, nbytes, unit="bytes")
 
     def comparison_ahead(self, nbytes: int) -> None:
-        err.print(f"source and result are compared afterwards, one at a time, which takes about {human_bytes(nbytes)}")
+        err.print(
+            f"source and result are compared afterwards, one at a time, using about {human_bytes(nbytes)} of memory"
+        )
 
     def stage(self, title: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Progress]:
         return stage(title, total, unit=unit)
@@ -245,7 +246,7 @@ class Told(Listener):
 
 
 def _runs(layers: Sequence[LayerSummary]) -> list[tuple[str, LayerSummary]]:
-    """Layers that differ in their names alone share a row."""
+    """Layers that differ only in their names share a row."""
     rows: dict[tuple[object, ...], list[int]] = {}
     examples: dict[tuple[object, ...], LayerSummary] = {}
     seen: Counter[str] = Counter()

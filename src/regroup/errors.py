@@ -1,21 +1,23 @@
-"""The one exception that users see, and the form of its message and of the sizes in it."""
+"""The exception that users see, and how its message and the sizes in it are formatted."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from .safe_text import visible
 
 
 class RegroupError(Exception):
-    """Something the user can act on: bad input, an impossible request, a full disk.
+    """An error that the user can act on: bad input, an impossible request, a full disk.
 
     The command line prints it without a traceback and exits with status 2. In the message each detail is one line that
-    is safe to show on a terminal (``safe_text.visible``); ``details`` holds them as they are.
+    is safe to show on a terminal (``safe_text.visible``); ``details`` holds the values.
 
     Args:
-        what: one sentence that says what is wrong.
-        file, tensor, layer: where it is wrong, as far as that is known.
-        expected, got: the two sides of the contradiction.
-        remedy: what to do about it, in the imperative.
+        what: the problem, in one sentence.
+        file, tensor, layer: where it is, as far as known.
+        expected, got: what does not match.
+        remedy: what to do, in the imperative.
     """
 
     def __init__(
@@ -30,7 +32,7 @@ class RegroupError(Exception):
         remedy: str | None = None,
     ) -> None:
         self.what = what
-        self.details = {
+        self.details: dict[str, Any] = {
             "file": file,
             "tensor": tensor,
             "layer": layer,
@@ -44,24 +46,15 @@ class RegroupError(Exception):
 
 
 class AgreedError(RegroupError):
-    """An error that every process raises; ``speaker`` is True in the one that should say it."""
+    """An error that every process raises; ``speaker`` is True in the process that prints it."""
 
     def __init__(self, error: RegroupError, *, speaker: bool) -> None:
-        details = error.details
-        super().__init__(
-            error.what,
-            file=details["file"],
-            tensor=details["tensor"],
-            layer=details["layer"],
-            expected=details["expected"],
-            got=details["got"],
-            remedy=details["remedy"],
-        )
+        super().__init__(error.what, **error.details)
         self.speaker = speaker
 
 
 def human_bytes(count: float) -> str:
-    """1536 to ``"1.5 KiB"``: in a unit that shows them."""
+    """1536 to ``"1.5 KiB"``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
@@ -70,7 +63,7 @@ def human_bytes(count: float) -> str:
 
 
 def two_sizes(one: float, other: float) -> tuple[str, str]:
-    """Two numbers of bytes that are compared: all their digits where ``human_bytes`` would make them look alike."""
+    """Two sizes for a comparison: in full if ``human_bytes`` would show them as equal."""
     shown = human_bytes(one), human_bytes(other)
     return shown if shown[0] != shown[1] or one == other else (f"{one:,.0f} B", f"{other:,.0f} B")
 

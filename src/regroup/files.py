@@ -1,4 +1,4 @@
-"""Files: what a name stands for, JSON that is checked as it is read, and a file that appears when it is complete."""
+"""File helpers: kinds of paths, checked JSON, and files that appear when they are complete."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from typing import Any
 MAX_JSON_ITEMS = 10_000_000
 
 
-# Seconds that a named pipe is given to be written to by somebody.
-PATIENCE = 10.0
+# Seconds to wait for a writer of a named pipe.
+PIPE_TIMEOUT = 10.0
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -31,26 +31,26 @@ _KINDS = {
 
 
 def kind_of(path: Path) -> str:
-    """What a name stands for, in words; a link for what it points at.
+    """The kind of a path in words; links are followed.
 
     Returns:
         ``"a file"``, ``"a folder"``, ``"a pipe"``, ``"a socket"``, ``"a device"``, ``"a disk"``, or ``"nothing"``.
 
     Raises:
-        OSError: the system does not say, such as for a folder that may not be entered.
+        OSError: unknown, such as in a folder without permission.
     """
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return "nothing"
-    return "a file" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "something that is no file")
+    return "a file" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "a special file")
 
 
 def regular(path: Path) -> os.stat_result:
-    """The status of a file. Opening anything else may wait for ever, or read for ever.
+    """The status of a regular file; opening anything else may block or never end.
 
     Raises:
-        OSError: there is no file; whoever handles it reads in ``strerror`` what there is instead.
+        OSError: it is not a regular file; ``strerror`` says what it is.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -60,7 +60,7 @@ def regular(path: Path) -> os.stat_result:
 
 
 def read_once(path: Path, limit: int | None = None) -> bytes:
-    """All bytes of a file or of a pipe, such as a shell's ``<(…)``; a pipe can be read a single time.
+    """All bytes of a file or of a pipe, such as a shell's ``<(…)``; a pipe can be read only once.
 
     Args:
         path: of either, ``/dev/stdin`` included.
@@ -73,12 +73,12 @@ def read_once(path: Path, limit: int | None = None) -> bytes:
         regular(path)
         with path.open("rb") as file:
             return _bounded(file, limit, path)
-    # Opening a pipe waits for a writer, unless one is told not to; then it can be asked whether there is one.
+    # A blocking open would wait for a writer; after a non-blocking one, poll tells whether there is one.
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     with os.fdopen(number, "rb") as file:
         waiting = select.poll()
         waiting.register(number, select.POLLIN | select.POLLHUP)
-        if not waiting.poll(1000 * PATIENCE):
+        if not waiting.poll(1000 * PIPE_TIMEOUT):
             raise OSError(errno.EAGAIN, "this is a pipe that nobody writes to", str(path))
         os.set_blocking(number, True)
         return _bounded(file, limit, path)
@@ -92,29 +92,24 @@ def _bounded(file: Any, limit: int | None, path: Path) -> bytes:
 
 
 def as_named(name: str | Path) -> Path:
-    """The path that a name stands for: itself where that exists, else with ``~`` as the home folder.
-
-    The shell has expanded ``~`` already, save within quotes and after ``=``; a name that begins with it may be a
-    file's own.
-    """
+    """The path of a name: with ``~`` as the home folder unless a file of that very name exists."""
     path = Path(name)
     try:
         return path if path.exists() else path.expanduser()
-    except (RuntimeError, OSError, ValueError):  # the home of nobody; a name that no file can have
+    except (RuntimeError, OSError, ValueError):  # unknown user; invalid name
         return path
 
 
 def parse_json(raw: bytes, *, strict: bool = False, whole: Callable[[str], Any] = int) -> Any:
-    """JSON that can be written as UTF-8 again, and that does not become a hundred times larger in memory.
+    """JSON that is valid UTF-8 text when written again, and of bounded size in memory.
 
     Args:
         raw: the text.
-        strict: without Infinity and NaN, which Python writes into configs and which are no JSON, and without numbers
-            such as 1e999 that become one of them.
-        whole: makes whole numbers of their digits; see ``bounded``.
+        strict: refuse Infinity and NaN, which Python writes into configs, and numbers such as 1e999.
+        whole: converts the digits of integers; see ``bounded``.
 
     Raises:
-        ValueError, RecursionError: it is not that.
+        ValueError, RecursionError: invalid or too large.
     """
     if raw.count(b",") > MAX_JSON_ITEMS:
         raise ValueError(f"more than {MAX_JSON_ITEMS} commas")
@@ -132,10 +127,10 @@ def _finite(text: str) -> float:
 
 
 def bounded(text: str) -> int:
-    """A whole number that a reader which knows floating-point numbers alone can take, such as a browser.
+    """An integer within the range of float64, for readers that know no other numbers, such as browsers.
 
     Raises:
-        ValueError: it is beyond them.
+        ValueError: it is larger.
     """
     _finite(text)
     return int(text)
@@ -143,10 +138,10 @@ def bounded(text: str) -> int:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A hidden name beside a path, that becomes it when the block ends well and is removed when it does not.
+    """A temporary path that is renamed to ``path`` when the block succeeds, and removed when it fails.
 
-    A link stays a link, and a file keeps its mode. What is no file (such as ``/dev/stdout``), or lies in a folder that
-    takes no new one, is itself what the block writes to.
+    Links are followed, and an existing file keeps its mode. A special file (such as ``/dev/stdout``), or a file in a
+    read-only folder, is written to directly.
 
     Raises:
         OSError: the folder cannot be made, or the system refuses the rest.

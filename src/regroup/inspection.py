@@ -16,7 +16,7 @@ from .files import as_named
 from .layout import Layout, detect
 from .layout.detect import MAX_HEADS, MAX_LAYERS
 from .layout.kv_cache import cache_dtype, kv_cache_bytes
-from .opening import layout_of
+from .opening import layout_of, readable
 
 
 @dataclass(frozen=True)
@@ -103,19 +103,28 @@ class Summary:
         }
 
 
-def summarize(source: str, *, revision: str | None = None) -> Summary:
+def inspect(source: str | Path, *, revision: str | None = None, allow_pickle: bool = False) -> Summary:
     """Summarise a folder, a ``config.json``, a ``.gguf`` file, or a hub repository (its headers only).
 
     Args:
         source: a path, or a hub id.
         revision: branch, tag or commit of a hub repository.
+        allow_pickle: read pickled weights, with torch's restricted unpickler, where there is nothing else.
 
     Returns:
-        Where the heads are; no weight is read.
+        Where the heads are, and what their KV cache costs; no weight is read.
 
     Raises:
-        RegroupError: nothing of the kind, or nothing that is understood.
+        RegroupError: there is no such source, or its layout is not known.
+
+    Example:
+        >>> regroup.inspect("meta-llama/Llama-2-7b-hf").kv_bytes("BF16", context=4096)  # doctest: +SKIP
     """
+    with readable(str(source), revision=revision, allow_pickle=allow_pickle) as place:
+        return replace(_summary(place, revision), source=str(source))
+
+
+def _summary(source: str, revision: str | None) -> Summary:
     path = as_named(source)
     if path.suffix.lower() == ".gguf" or is_gguf(path):
         return _from_gguf(path)

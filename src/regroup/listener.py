@@ -1,4 +1,4 @@
-"""Who is told how a conversion or an export goes. Imports nothing that takes long: every command starts with it."""
+"""Callbacks for the progress of a conversion or an export. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -16,38 +16,41 @@ if TYPE_CHECKING:
 
 
 class Listener:
-    """Told how a conversion or an export goes on; this one does not listen. The command line shows tables and bars."""
+    """Callbacks for the progress of a conversion or an export; these do nothing.
+
+    Methods that return a context manager give a function to call as the work proceeds.
+    """
 
     def planned(self, source: Source, plan: Plan, ahead: Preview) -> None:
-        """Everything is checked and nothing is written yet."""
+        """Called after all checks and before anything is written."""
 
     def notice(self, text: str) -> None:
-        """Something that is worth a line."""
+        """A message for the user."""
 
     def searching(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """Something to call with 1 after each attention layer whose heads were grouped, or guessed about."""
+        """Called with 1 after each attention layer whose heads were grouped or estimated."""
         return contextlib.nullcontext(lambda count: None)
 
     def calibrating(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """Something to call with 1 after each decoder layer."""
+        """Called with 1 after each decoder layer."""
         return contextlib.nullcontext(lambda count: None)
 
     def calibrated(self, solved: Calibrated) -> None:
-        """What calibration chose."""
+        """The result of calibration."""
 
     def writing(self, nbytes: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """Something to call, from any thread, with the number of bytes just written."""
+        """Called, from any thread, with the number of bytes just written."""
         return contextlib.nullcontext(lambda count: None)
 
     def comparison_ahead(self, nbytes: int) -> None:
-        """Nothing is written yet; what is will be compared with its source, in so many bytes of memory."""
+        """Called before anything is written, with the memory that the comparison with the source will take."""
 
     def stage(
         self, title: str, total: int | None = None, unit: str = ""
     ) -> contextlib.AbstractContextManager[Progress]:
-        """Something to call with how much more of some other work is done."""
+        """Any other work; called with the amount just done."""
         return contextlib.nullcontext(Progress(title, total))
 
     def comparing(self) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """Something to call with 1 after each of the two models that has answered."""
+        """Called with 1 after each of the two models was run."""
         return contextlib.nullcontext(lambda count: None)

@@ -1,4 +1,4 @@
-"""Plots of how alike heads are, as PNG files; nothing is computed here."""
+"""Plots of the similarity of heads, as PNG files; computes nothing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint.writer import existing_parent
 from .errors import RegroupError
+from .extras import require
 from .files import replacing
 
 if TYPE_CHECKING:
@@ -18,20 +19,20 @@ if TYPE_CHECKING:
 
     from .solver.similarity import HeadSimilarity, LayerSimilarity
 
-# Perceptually even, and the same to colour-blind eyes. The darker two heads are, the less they lose.
+# Perceptually uniform and safe for colour blindness. Darker means more similar.
 _COLOURS = "viridis"
-# Of two heads the better half of all directions can be kept, so this is the most that a pair can lose.
+# Of two heads half of all directions can be kept, so a pair loses at most this.
 _MOST = 0.5
 _LABEL = "share of energy lost when two heads share one"
-# Heads up to which there is room to write the numbers into the cells.
+# Maximum number of heads for numbers in the cells.
 _NUMBERED = 10
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder for plots that is a file or that cannot be written to.
+    """Refuse a folder for plots that is a file or not writable.
 
     Raises:
-        RegroupError: with the remedy.
+        RegroupError: it is.
     """
     if folder.is_dir():
         nearest = folder
@@ -49,8 +50,8 @@ def draw_similarity(layers: Sequence[LayerSimilarity], folder: Path) -> list[Pat
     """Draw heat maps of every layer, and an overview of all.
 
     Args:
-        layers: see ``convert.similarity``; those of which nothing can be compared are left out.
-        folder: made if it is not there. Files of the same names are replaced, each when its successor is complete.
+        layers: see ``solver.similarity``; those without a comparison are skipped.
+        folder: created if needed; files of the same names are replaced.
 
     Returns:
         The files, the overview last.
@@ -58,6 +59,7 @@ def draw_similarity(layers: Sequence[LayerSimilarity], folder: Path) -> list[Pat
     Raises:
         RegroupError: the folder cannot be written to.
     """
+    require("report", "matplotlib")
     check_folder(folder)
     shown = [layer for layer in layers if layer.overall is not None]
     digits = max(2, *(len(str(layer.index)) for layer in shown))
@@ -74,7 +76,7 @@ def draw_similarity(layers: Sequence[LayerSimilarity], folder: Path) -> list[Pat
 
 
 def _layer_figure(layer: LayerSimilarity) -> Figure:
-    """Keys, values and both side by side."""
+    """Keys, values and their mean, side by side."""
     from matplotlib.figure import Figure
 
     side = min(5.2, 1.8 + 0.26 * layer.num_key_value_heads)
@@ -99,12 +101,12 @@ def _layer_figure(layer: LayerSimilarity) -> Figure:
 
 
 def _overview(layers: Sequence[LayerSimilarity]) -> Figure:
-    """One small heat map a layer."""
+    """One small heat map per layer."""
     from matplotlib.figure import Figure
 
     columns = min(len(layers), max(3, math.ceil(math.sqrt(1.6 * len(layers)))))
     kinds = {layer.kind for layer in layers}
-    # Self- and cross-attention of one layer stand side by side.
+    # Self- and cross-attention of a layer are side by side.
     columns += columns % len(kinds)
     rows = math.ceil(len(layers) / columns)
     figure = Figure(figsize=(max(5.0, 1.7 * columns + 1.2), max(3.4, 1.9 * rows + 0.8)), layout="constrained")
@@ -124,7 +126,7 @@ def _overview(layers: Sequence[LayerSimilarity]) -> Figure:
 
 
 def _heat_map(place: Any, part: HeadSimilarity, *, ticks: int, numbers: bool = False) -> None:
-    """One table, with at most about so many ticks on a side."""
+    """One heat map, with about this many ticks per axis."""
     table = part.pairs.numpy()
     place.imshow(table, cmap=_COLOURS, vmin=0, vmax=_MOST, interpolation="nearest")
     step = math.ceil(len(table) / ticks)
@@ -154,14 +156,14 @@ def _colour_bar(figure: Figure, axes: list[Any]) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    # A bar of its own scale: a first panel may hold no picture to take it from.
+    # With its own scale: the first panel may be empty.
     bar = figure.colorbar(ScalarMappable(Normalize(0, _MOST), _COLOURS), ax=axes, shrink=0.9, pad=0.02)
     bar.set_label(_LABEL, fontsize=8)
     bar.ax.tick_params(labelsize=8)
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG that appears when it is complete."""
+    """Write a PNG atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     with replacing(path) as stage:

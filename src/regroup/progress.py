@@ -1,4 +1,4 @@
-"""How long work goes on: a bar on a terminal, plain lines in a log, at most one a minute. Computes nothing else."""
+"""Progress of long work: a bar on a terminal, or lines in a log, at most one per minute."""
 
 from __future__ import annotations
 
@@ -10,53 +10,55 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from .errors import human_bytes
+
 # Seconds between two lines of a log.
 MINUTE = 60.0
 
 
 class Progress:
-    """One stage of some work; call it with how much more is done, from any thread.
+    """One stage of some work; call it with the amount just done, from any thread.
 
     Args:
-        title: what is being done, such as ``"calibrating"``.
-        total: of ``unit``; None where nobody knows.
-        done: of it that an earlier run did; it says nothing of the speed.
-        unit: what is counted, in the plural; ``"bytes"`` are shown as such.
-        calm: move as little as possible, beside work that is being timed.
+        title: of the stage, such as ``"calibrating"``.
+        total: amount of work in ``unit``; None if unknown.
+        done: amount that an earlier run did; it does not count for the speed.
+        unit: what is counted, in the plural; ``"bytes"`` are shown as sizes.
+        calm: redraw rarely, during work that is being timed.
     """
 
     def __init__(self, title: str, total: int | None, *, done: int = 0, unit: str = "", calm: bool = False) -> None:
         self.title, self.total, self.unit, self.calm = title, total, unit, calm
         self.done = self._first = done
-        self.said = ""
+        self.note = ""
         self._lock = threading.Lock()
         self._started = time.monotonic()
 
-    def __call__(self, count: int = 1, said: str | None = None) -> None:
-        """So much more is done; ``said`` is what else there is to know, such as the loss."""
+    def __call__(self, count: int = 1, note: str | None = None) -> None:
+        """Add to the amount done; ``note`` is shown next to it, such as the loss."""
         with self._lock:
             self.done += count
-            self.said = self.said if said is None else said
+            self.note = self.note if note is None else note
             self.show()
 
     def expect(self, total: int) -> None:
-        """There are so many, as is known now."""
+        """Set the total, once it is known."""
         with self._lock:
             self.total = total
             self.show()
 
     def begin(self, done: int) -> None:
-        """So much was done before: speed counts from here."""
+        """Set the amount that was done before; the speed counts from here."""
         with self._lock:
             self.done = self._first = done
             self._started = time.monotonic()
             self.show()
 
     def show(self) -> None:
-        """Something changed."""
+        """Called after every change."""
 
     def remaining(self) -> float | None:
-        """Seconds that are left if all goes on as it did, or None where that cannot be told."""
+        """Estimated seconds left, or None if unknown."""
         done = self.done - self._first
         if self.total is None or done <= 0:
             return None
@@ -64,7 +66,7 @@ class Progress:
 
     def line(self) -> str:
         """Such as ``"calibrating: 12/30 layers, 40%, about 3 min left"``."""
-        amount = _bytes if self.unit == "bytes" else "{:,}".format
+        amount = human_bytes if self.unit == "bytes" else "{:,}".format
         if self.total is None and not self.done:
             so_far = time.monotonic() - self._started
             return f"{self.title} …" if so_far < 1 else f"{self.title}: {duration(so_far)} so far"
@@ -78,16 +80,13 @@ class Progress:
         left = self.remaining()
         if left is not None and self.done < (self.total or 0):
             parts.append(f"about {duration(left)} left")
-        if self.said:
-            parts.append(self.said)
+        if self.note:
+            parts.append(self.note)
         return f"{self.title}: {', '.join(parts)}"
 
 
 class _Lines(Progress):
-    """Into a log: a line at the start and one a minute, also while a single piece of the work takes longer than that.
-
-    A stage that took longer than a minute has a line at its end.
-    """
+    """Lines in a log: one at the start, one per minute, and one at the end of a stage of more than a minute."""
 
     def __enter__(self) -> _Lines:
         self._ended = threading.Event()
@@ -110,7 +109,7 @@ class _Lines(Progress):
             self._write(line)
 
     def _write(self, line: str) -> None:
-        # A log that is gone, or a character that it cannot hold, is no reason to stop the work.
+        # A failed log must not stop the work.
         stream = sys.stderr
         with contextlib.suppress(OSError, ValueError):
             encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -131,23 +130,23 @@ class _Bar(Progress):
             amount = [progress.DownloadColumn(True), progress.TransferSpeedColumn()]
         title = self.title if self.unit in ("", "bytes") else f"{self.title}, {self.unit}"
         words = progress.TextColumn("{task.description}", markup=False)
-        said = progress.TextColumn("{task.fields[said]}", markup=False)
-        columns = (words, progress.BarColumn(), *amount, said, progress.TimeRemainingColumn())
+        note = progress.TextColumn("{task.fields[note]}", markup=False)
+        columns = (words, progress.BarColumn(), *amount, note, progress.TimeRemainingColumn())
         rate = 0.5 if self.calm else 10
         self._shown = progress.Progress(*columns, console=Screen(stderr=True), transient=True, refresh_per_second=rate)
         self._shown.start()
-        self._task = self._shown.add_task(title, total=self.total, completed=self.done, said="")
+        self._task = self._shown.add_task(title, total=self.total, completed=self.done, note="")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._shown.stop()
 
     def show(self) -> None:
-        self._shown.update(self._task, completed=self.done, total=self.total, said=self.said)
+        self._shown.update(self._task, completed=self.done, total=self.total, note=self.note)
 
 
 def on_terminal() -> bool:
-    """Whether somebody sees standard error move. ``FORCE_COLOR`` makes a log colourful, and no terminal of it."""
+    """Whether standard error is a terminal that can show a bar; ``FORCE_COLOR`` does not make it one."""
     try:
         return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
     except (AttributeError, ValueError):
@@ -185,11 +184,3 @@ def quiet_libraries() -> None:
     ):
         if name in sys.modules:
             getattr(sys.modules[name], function)()
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

@@ -1,4 +1,4 @@
-"""Result records: one JSON object that says what was measured, with what, on what."""
+"""Result records: JSON objects with configuration, results, versions and machine."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def record(kind: str, configuration: Mapping[str, Any], results: Mapping[str, An
 
     Args:
         kind: what was measured, such as ``"evaluate/language-modeling"``.
-        configuration: everything that is needed to do it again.
-        results: the figures; names carry their units.
+        configuration: everything needed to reproduce it.
+        results: the measurements; names include units.
     """
     return {
         "kind": kind,
@@ -39,7 +39,7 @@ def record(kind: str, configuration: Mapping[str, Any], results: Mapping[str, An
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory and accelerator: what a figure of speed depends on, and nothing that names the host."""
+    """Processor, cores, memory and accelerator, and nothing that identifies the host."""
     import os
 
     import torch
@@ -64,7 +64,7 @@ def write_record(path: Path | None, value: Mapping[str, Any]) -> None:
     Raises:
         RegroupError: the file cannot be written.
     """
-    # A terminal may lack characters, or obey some.
+    # A terminal may lack characters, or interpret some.
     text = json.dumps(_plain(value), indent=2, ensure_ascii=path is None, allow_nan=False) + "\n"
     if path is None:
         sys.stdout.write(text)
@@ -73,15 +73,15 @@ def write_record(path: Path | None, value: Mapping[str, Any]) -> None:
 
 
 def write_whole(path: Path, text: str, what: str) -> None:
-    """Write a text file that appears, or replaces the one that is there, when it is complete.
+    """Write a text file as UTF-8, atomically.
 
     Args:
-        path: of the file; its folder is made.
-        text: for it, as UTF-8.
-        what: it is called if it cannot be written.
+        path: of the file; its folder is created.
+        text: the content.
+        what: description of the file for the error, such as ``"the record"``.
 
     Raises:
-        RegroupError: the file cannot be written; what was there before is as it was.
+        RegroupError: the file cannot be written; an existing file is unchanged.
     """
     try:
         with replacing(path) as stage:
@@ -91,7 +91,7 @@ def write_whole(path: Path, text: str, what: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no word for what is infinite or not a number: null. Bytes of a name that are not UTF-8 are spelt out."""
+    """Values for JSON: null for infinite numbers and NaN, escapes for bytes of names that are not UTF-8."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 
-# What a terminal obeys instead of showing it, what reverses the reading order, other line ends, and bytes of a file's
-# name that are not UTF-8 (which Python spells as lone surrogates).
+# Control characters, marks that reverse the reading order, other line ends, and bytes of file names that are not UTF-8
+# (which Python represents as lone surrogates).
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _NAMED = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 
 def visible(text: object) -> str:
-    r"""Text in which what a terminal would obey is spelt out: ``\n``, ``\x1b``, ``\u202e``. The rest is as it was."""
+    r"""Text with control characters escaped: ``\n``, ``\x1b``, ``\u202e``."""
     return _UNSAFE.sub(lambda found: _NAMED.get(found[0]) or _spelt(ord(found[0])), str(text))
 
 
@@ -26,11 +26,11 @@ def command(*words: object, **options: object) -> str:
     """A ``regroup`` command that can be pasted into a shell.
 
     Args:
-        words: the verb and its arguments: paths, hub ids, or placeholders such as ``"DST"``.
-        options: by their names, with underscores for hyphens. True stands for a flag; None and False leave one out.
+        words: the command and its arguments: paths, hub ids, or placeholders such as ``"DST"``.
+        options: by name, with underscores for hyphens. True stands for a flag; None and False omit one.
 
     Returns:
-        One line. What the shell would act on is quoted, and a name that begins with a hyphen is written ``./-name``.
+        One line, quoted for the shell; a name that begins with a hyphen is written ``./-name``.
     """
     parts = ["regroup", *map(_quoted, words)]
     for name, value in options.items():
@@ -45,7 +45,7 @@ def _quoted(word: object) -> str:
     text = f"./{text}" if text.startswith("-") else text
     if not _UNSAFE.search(text):
         return shlex.quote(text)
-    # $'…' spells bytes out (POSIX 2024, section 2.2.4; bash, zsh and ksh have long had it).
+    # $'…' escapes bytes (POSIX 2024, section 2.2.4; bash, zsh and ksh).
     plain = text.replace("\\", r"\\").replace("'", r"\'")
     return "$'" + _UNSAFE.sub(lambda found: _octal(found[0]), plain) + "'"
 
@@ -56,8 +56,8 @@ def _octal(character: str) -> str:
 
 
 def code_span(text: str) -> str:
-    """A Markdown code span: between more backticks than follow each other in the text."""
+    """A Markdown code span, between more backticks than the text has in a row."""
     fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
-    # One space at either end is taken off again, and keeps the text's own backticks and spaces apart from the fence.
+    # Markdown strips one space at either end.
     padding = " " if text[:1] in ("`", " ") or text[-1:] in ("`", " ") else ""
     return f"{fence}{padding}{text}{padding}{fence}"

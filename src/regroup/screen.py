@@ -1,4 +1,4 @@
-"""A console on which names and values appear as they are."""
+"""A console without markup, for text that may hold any name."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .safe_text import visible
 
 
 class Screen(Console):
-    """Standard output or standard error, for text that may hold names from anywhere.
+    """Standard output or standard error.
 
-    A string is one line: there is no markup in it and no emoji code, what a terminal would obey is spelt out, line ends
-    included, and it is not broken at the terminal's width. This holds for a table's cells and titles too. Several lines
-    are several strings, with ``sep="\\n"``; colour is given by ``label``.
+    A string is one line: markup and emoji codes are not interpreted, control characters are escaped, and it is not
+    wrapped. This holds for cells and titles of tables too. Several lines are several strings, with ``sep="\\n"``;
+    ``label`` gives colour.
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def print(self, *shown: Any, **options: Any) -> None:
-        """Print; where a terminal is too narrow for a table's words and numbers they are broken, never cut off."""
+        """Print; words and numbers of a table that are too wide are wrapped, never cut off."""
         for table in shown:
             if isinstance(table, Table):
                 for column in table.columns:
@@ -31,21 +31,21 @@ class Screen(Console):
         super().print(*shown, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Every string that is shown comes through here."""
+        """rich calls this for every string."""
         return super().render_str(visible(text), **{**options, "markup": False, "emoji": False})
 
     def label(self, word: str, style: str, *lines: str, gap: str = " ") -> None:
-        """A coloured word, and after it a line that may be followed by more of them.
+        """Print a coloured word followed by one or more lines.
 
         Args:
-            word: such as ``"note:"``; itself safe.
-            style: rich's, such as ``"yellow"``.
-            lines: what is said.
+            word: such as ``"note:"``.
+            style: a rich style, such as ``"yellow"``.
+            lines: the text.
             gap: between the word and the first line.
         """
         first, *rest = lines or ("",)
         self.print(Text.assemble((visible(word), style), gap if first else "", visible(first)), *rest, sep="\n")
 
     def on_broken_pipe(self) -> None:
-        """Let the command line decide (rich would leave with status 1). Called where the error is handled."""
+        """Re-raise, since rich would exit with status 1."""
         raise

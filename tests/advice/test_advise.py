@@ -23,7 +23,7 @@ from regroup.conversion.plan import plan as plan_checkpoint
 from regroup.errors import RegroupError
 from regroup.plans import CalibrationText
 
-GIVEN: dict[str, Any] = {"hardware_name": "l4", "context": 32, "batch": 4, "dtype": "float32"}
+GIVEN: dict[str, Any] = {"hardware": "l4", "context": 32, "batch": 4, "dtype": "float32"}
 
 
 def options(*more: object) -> tuple[object, ...]:
@@ -119,7 +119,7 @@ def test_a_bench_record_makes_floors_predictions(tmp_path: Path) -> None:
         "bench", "decode", source, "--kv-heads", "6,1", "--batch", 2, "--prompt", 16, "--new", 4, "-o", bench
     )
     assert status == 0, message
-    given = {**GIVEN, "hardware_name": "this"}
+    given = {**GIVEN, "hardware": "this"}
     found = advise(str(source), bench=[bench], **given)
     assert found.record["results"]["efficiency"]["measured"]
     # What was measured just so is not predicted.
@@ -139,7 +139,7 @@ def test_measured_and_predicted_times_are_consistent(tmp_path: Path) -> None:
     for model, took in zip(whole["results"]["models"], (3.0, 5.0), strict=True):  # noise: less cache, and slower
         model["regroup"]["token_ms"]["p50"] = took
     bench.write_text(json.dumps(whole | {"machine": {"processor": "Abacus 9000"}}))
-    given = {**GIVEN, "hardware_name": "this", "batch": 2}
+    given = {**GIVEN, "hardware": "this", "batch": 2}
     found = advise(str(source), bench=[bench], **given)
     times = {one.name: 1e3 * one.token_seconds for one in found.predictions}
     assert times["the original model"] == pytest.approx(3.0)
@@ -185,7 +185,7 @@ def test_a_step_reads_the_whole_context(tmp_path: Path) -> None:
 def test_a_batch_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     """Rates of products with a billion rows are those of many rows, and not allocated."""
     source, _ = runs.pair(tmp_path)
-    given = {**GIVEN, "hardware_name": "this", "batch": 10**9}
+    given = {**GIVEN, "hardware": "this", "batch": 10**9}
     assert advise(str(source), **given, memory_bytes=10**30).predictions[0].largest_batch > 10**9
     with pytest.raises(RegroupError, match="is within the limits"):
         advise(str(source), **given)
@@ -288,7 +288,7 @@ def test_without_a_limit_the_knee_is_recommended(tmp_path: Path) -> None:
     assert f"{original['largest_batch']:,} → {chosen['largest_batch']:,} fit" in said["sequences"]
     assert f"{chosen['loss']:+.3f} nats per token" in said["loss"]
     assert f"perplexity {math.exp(chosen['loss']) - 1:+,.1%}" in said["loss"]
-    assert "512 tokens of calibration text" in said["how sure"]
+    assert "512 tokens of calibration text" in said["certainty"]
     # With a limit the answer may be to leave it; the control that the question is another one.
     status, out, message = run("advise", source, *options("--max-loss", 0), *flags)
     assert status == 0, message
@@ -321,7 +321,7 @@ def rates(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> li
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
 def test_each_rate_is_measured_once(tmp_path: Path, rates: list[Any], dtype: str | None) -> None:
     source, _ = runs.pair(tmp_path)
-    found = advise(str(source), **{**GIVEN, "hardware_name": "this", "dtype": dtype})
+    found = advise(str(source), **{**GIVEN, "hardware": "this", "dtype": dtype})
     assert len(found.predictions) > 3
     assert len(rates) == len(set(rates))
     assert {name for name, _, _ in rates} == (
@@ -337,7 +337,7 @@ def test_less_cache_is_never_slower_and_equal_cache_equally_fast(
     tmp_path: Path, rates: list[Any], seed: int, batch: int
 ) -> None:
     source, _ = runs.pair(tmp_path)
-    found = advise(str(source), **{**GIVEN, "hardware_name": "this", "batch": batch, "memory_bytes": 10**12})
+    found = advise(str(source), **{**GIVEN, "hardware": "this", "batch": batch, "memory_bytes": 10**12})
     pairs = sorted((one.cache_bytes, one.token_seconds) for one in found.predictions)
     assert len({cache for cache, _ in pairs}) > 2
     for (cache, seconds), (more, longer) in itertools.pairwise(pairs):
@@ -347,7 +347,7 @@ def test_less_cache_is_never_slower_and_equal_cache_equally_fast(
 
 def test_the_fastest_dtype_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rates: list[Any]) -> None:
     source, _ = runs.pair(tmp_path)
-    given = {**GIVEN, "hardware_name": "this", "dtype": None}
+    given = {**GIVEN, "hardware": "this", "dtype": None}
     for slow, wanted in ((torch.bfloat16, "float32"), (torch.float32, "bfloat16")):
 
         def product(rows: int, inner: int, *, dtype: Any, device: Any, slow: Any = slow) -> Any:

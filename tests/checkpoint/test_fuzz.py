@@ -24,7 +24,7 @@ import regroup
 from helpers import INDEX, config_of, copy, everything, layout_of, scattered, tensors, write
 from regroup import RegroupError
 from regroup.checkpoint import open_checkpoint
-from regroup.inspection import summarize
+from regroup.inspection import inspect
 from regroup.plans import make_plan
 
 Saved = Callable[[str], Path]
@@ -106,7 +106,7 @@ def attempt(root: Path, source: Path, **options: Any) -> None:
     before = everything(root)
     options = options or {"kv_heads": 1, "method": "mean"}
     with contextlib.suppress(RegroupError):
-        summarize(str(source))
+        inspect(str(source))
     with contextlib.suppress(RegroupError):
         regroup.convert(source, root / "child", **options)
     after = [name for name in everything(root) if name.split("/")[0] != "child"]
@@ -175,7 +175,7 @@ def test_configs_without_weights(saved: Saved, tmp_path: Path, size: settings) -
         path = tmp_path / "config.json"
         path.write_bytes(spelled(changed(config_of(saved(data.draw(st.sampled_from(FAMILIES)))), data), data))
         with contextlib.suppress(RegroupError):
-            summarize(str(path)).to_json([1], context=8, batch=1, encoder_context=None)
+            inspect(str(path)).to_json([1], context=8, batch=1, encoder_context=None)
 
     fuzzed(check, size)
 

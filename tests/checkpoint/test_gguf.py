@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import refused, run
-from regroup import RegroupError, summarize
+from regroup import RegroupError, inspect
 from regroup.checkpoint import read_gguf
 
 U8, U32, I32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 5, 6, 7, 8, 9, 10
@@ -131,7 +131,7 @@ def test_what_is_read_is_what_the_library_reads(made: Callable[[bytes], Path]) -
         assert own.read(tensor.name).numpy().tobytes() == np.array(tensor.data).tobytes()
         assert own.tensors[tensor.name].offset == tensor.data_offset
     assert own.parameters == sum(int(np.prod(shape)) for shape in shapes().values())
-    assert [layer.num_key_value_heads for layer in summarize(str(path)).layers] == [GROUPS] * BLOCKS
+    assert [layer.num_key_value_heads for layer in inspect(str(path)).layers] == [GROUPS] * BLOCKS
     assert run("export", path, path.parent / "out", "--to", "hf", "--no-check")[0] == 0
 
 
@@ -251,7 +251,7 @@ def test_every_cut_is_refused(made: Callable[[bytes], Path]) -> None:
 def _true() -> Any:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "x.gguf").write_bytes(whole())
-        return summarize(str(Path(folder) / "x.gguf"))
+        return inspect(str(Path(folder) / "x.gguf"))
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -274,7 +274,7 @@ def test_damaged_bytes_never_give_other_figures(damage: list[tuple[int, bytes]])
         path = Path(folder) / "x.gguf"
         path.write_bytes(bytes(content))
         try:
-            found = summarize(str(path))
+            found = inspect(str(path))
         except RegroupError:
             return
         true = _true()

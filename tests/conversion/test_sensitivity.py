@@ -30,6 +30,7 @@ from regroup.conversion import plan as planning
 from regroup.conversion.plan import plan as plan_checkpoint
 from regroup.errors import RegroupError
 from regroup.plans import CalibrationText, Plan, make_plan
+from regroup.solver.grouping import weight_losses
 from regroup.solver.similarity import compare_heads
 
 Saved = Callable[[str], Path]
@@ -115,10 +116,11 @@ def test_logits_are_the_models_own(name: str, saved: Saved) -> None:
         hook.remove()
         # Layers of the stream have run, as they have when logits are asked for.
         before = stream.layer(0).forward(batch, stream.hidden[batch])
-        torch.testing.assert_close(stream.logits(batch, last[0]), expected, rtol=1e-5, atol=1e-5)
-        assert (stream.logits(batch, before) - expected).abs().max() > 0.1
-        other = 1 - batch
-        assert (stream.logits(other, last[0]) - expected).abs().max() < 1e-5  # nothing else of the batch counts
+        for row in range(2):
+            torch.testing.assert_close(stream.logits(batch, last[0], row), expected[row], rtol=1e-5, atol=1e-5)
+            assert (stream.logits(batch, before, row) - expected[row]).abs().max() > 0.1
+            # Nothing else of the batch counts.
+            torch.testing.assert_close(stream.logits(1 - batch, last[0], row), expected[row], rtol=1e-5, atol=1e-5)
 
 
 def test_the_models_layers_are_left_as_they_are(saved: Saved) -> None:
@@ -126,7 +128,7 @@ def test_the_models_layers_are_left_as_they_are(saved: Saved) -> None:
     stream = LayerRunner(saved("llama"), layout_of(saved("llama")), [tiny.inputs("llama", 2, 12)])
     blocks = list(stream.blocks)
     with torch.no_grad():
-        stream.logits(0, stream.hidden[0])
+        stream.logits(0, stream.hidden[0], 0)
     assert list(stream.model.base_model.layers) == blocks == list(stream.blocks)
     shell = dict(stream._shell.named_parameters())
     assert shell
@@ -292,7 +294,7 @@ def test_weights_alone_by_enumeration(llama: Path) -> None:
     """Without text the energy that neighbours lose stands for the cost: of all combinations the one with the least."""
     layout = layout_of(llama)
     names = [layer.name for layer in layout.layers]
-    shares = sensitivity.guess(open_checkpoint(llama), layout, dict.fromkeys(names, (1, 2, 3, 6)))
+    shares = weight_losses(open_checkpoint(llama), layout, dict.fromkeys(names, (1, 2, 3, 6)))
     costs = [shares[name] for name in names]
     # The same figures as of `inspect --similarity`, which knows G that divide the parent's alone.
     for layer in compare_heads(open_checkpoint(llama), layout):

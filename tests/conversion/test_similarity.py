@@ -216,7 +216,7 @@ def test_what_has_no_weights(saved: Saved, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((saved("llama") / "config.json").read_bytes())
     for source in (tmp_path, tmp_path / "config.json", saved("llama") / "config.json"):
         message = refused("inspect", source, "--similarity", "-o", tmp_path / "plots")
-        for words in ("only where there are weights", "a config without weights", "remedy:"):
+        for words in ("needs weights", "a config without weights", "remedy:"):
             assert words in message
     assert everything(tmp_path) == ["config.json"]
 

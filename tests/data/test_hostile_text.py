@@ -175,12 +175,12 @@ def test_calibration_and_plans_come_through_pipes(shop: Path, tmp_path: Path) ->
 
 
 def test_pipes_that_end_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "PATIENCE", 0.01)
+    monkeypatch.setattr(files, "PIPE_TIMEOUT", 0.01)
     os.mkfifo(tmp_path / "silent")
     with pytest.raises(RegroupError, match="a pipe that nobody writes to"):
         list(read_texts(tmp_path / "silent"))
     writer = fed(tmp_path / "empty", b"")
-    monkeypatch.setattr(files, "PATIENCE", 10.0)
+    monkeypatch.setattr(files, "PIPE_TIMEOUT", 10.0)
     with pytest.raises(RegroupError, match="the data is empty"):
         list(read_texts(tmp_path / "empty"))
     writer.join()

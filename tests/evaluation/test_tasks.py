@@ -396,9 +396,9 @@ def test_a_decoder_keeps_the_end_of_a_long_prompt(most: int) -> None:
 def test_options_of_other_ways_are_refused(tmp_path: Path) -> None:
     task = a_task(tmp_path)
     assert "one of --data, --task and --tasks" in refused("evaluate", tmp_path)
-    assert "several ways" in refused("evaluate", tmp_path, "--task", task, "--data", task)
-    assert "with --data alone" in refused("evaluate", tmp_path, "--task", task, "--teacher", tmp_path)
-    assert "with --tasks alone" in refused("evaluate", tmp_path, "--task", task, "--limit", 3)
+    assert "several things" in refused("evaluate", tmp_path, "--task", task, "--data", task)
+    assert "only with --data" in refused("evaluate", tmp_path, "--task", task, "--teacher", tmp_path)
+    assert "only with --tasks" in refused("evaluate", tmp_path, "--task", task, "--limit", 3)
 
 
 def test_broken_yaml_and_half_rows(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_pickles_are_unpacked_beside_the_destination(
     torch.save(tensors(source), source / "pytorch_model.bin")
     (source / "model.safetensors").unlink()
     monkeypatch.setattr(tempfile, "gettempdir", lambda: pytest.fail("the folder for temporary files was used"))
-    regroup.export_checkpoint(str(source), str(tmp_path / "new" / "out"), to="hf", allow_pickle=True, check=False)
+    regroup.export(str(source), str(tmp_path / "new" / "out"), to="hf", allow_pickle=True, check=False)
     assert_same_tensors(tensors(tmp_path / "new" / "out"), tensors(saved("llama")))
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out"]
 

@@ -218,7 +218,7 @@ class TestWritten:
     def test_what_a_killed_export_left_goes(self, saved: Saved, tmp_path: Path) -> None:
         (tmp_path / ".m.gguf.regroup-killed").mkdir()
         (tmp_path / ".m.gguf.regroup-killed" / "m.gguf").write_text("half")
-        regroup.export_checkpoint(str(saved("llama")), str(tmp_path / "m.gguf"), to="gguf", check=False)
+        regroup.export(str(saved("llama")), str(tmp_path / "m.gguf"), to="gguf", check=False)
         assert everything(tmp_path) == ["m.gguf"]
 
     def test_other_families_are_refused(self, saved: Saved, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_an_export_is_told_as_it_goes_on(
     target = tmp_path / ("m.gguf" if to == "gguf" else "out")
     heard, silent = Heard(tmp_path), Heard(tmp_path)
     source = converted("llama", kind)
-    regroup.export_checkpoint(source, target, to=to, listener=heard, **options)
+    regroup.export(source, target, to=to, listener=heard, **options)
     state = tensors(source if to == "gguf" else target).values()
     size = torch.bfloat16.itemsize if "dtype" in options else 4
     # Vectors of a GGUF file stay in float32.
@@ -84,7 +84,7 @@ def test_an_export_is_told_as_it_goes_on(
 
     target = target.with_name(f"unchecked{target.suffix}")
     silent.before = everything(tmp_path)
-    regroup.export_checkpoint(source, target, to=to, check=False, listener=silent, **options)
+    regroup.export(source, target, to=to, check=False, listener=silent, **options)
     assert (silent.ahead, silent.answers, silent.written) == ([], 0, heard.written)
 
 
@@ -149,7 +149,7 @@ def test_models_are_in_memory_one_at_a_time(
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(load))
     source = converted("llama", "some")
     for given, name, to in ((source, "out", "hf"), (source, "m.gguf", "gguf"), (tmp_path / "m.gguf", "back", "hf")):
-        regroup.export_checkpoint(given, tmp_path / name, to=to)
+        regroup.export(given, tmp_path / name, to=to)
     assert loaded == [0] * 6
     # Two that are kept would be seen.
     kept = [regroup.load(tmp_path / name) for name in ("out", "back")]

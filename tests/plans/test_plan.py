@@ -305,7 +305,7 @@ def test_a_plan_on_disk_is_carried_out(saved: Saved, tmp_path: Path) -> None:
     assert (tmp_path / "child" / "regroup_plan.json").read_text() == path.read_text()
     for plan in (path, str(path), Plan.load(path)):
         conversion = regroup.convert(source, tmp_path / f"child-{id(plan)}", plan=plan)
-        assert conversion.plan_digest == Plan.load(path).digest()
+        assert conversion.result.plan.digest() == Plan.load(path).digest()
     assert "another checkpoint" in refused("convert", saved("bart"), tmp_path / "other", "--plan", path)
     message = refused("convert", source, tmp_path / "other", "--plan", path, "--kv-heads", 2)
     assert "both given" in message

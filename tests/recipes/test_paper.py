@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from recipes.paper import experiments, figures, texts
 from recipes.paper.settings import SCALES, TASKS
-from recipes.paper.stages import FAMILIES, OURS, Variant
+from recipes.paper.variants import FAMILIES, OURS, Variant
 from transformers import PreTrainedTokenizerFast
 
 from regroup.data import read_pairs, read_texts

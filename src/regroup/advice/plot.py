@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
+from ..extras import require
 from ..plots import save
 
 
@@ -16,6 +17,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     Raises:
         RegroupError: there is no loss to draw, or the file cannot be written.
     """
+    require("report", "matplotlib")
     from matplotlib.figure import Figure
 
     rows = record["results"]["candidates"]

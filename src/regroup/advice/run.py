@@ -17,14 +17,14 @@ from ..devices import USABLE, device_named, free_memory
 from ..errors import RegroupError
 from ..layout import detect
 from ..listener import Listener
-from ..opening import open_source
+from ..opening import open_source, readable
 from ..plans import CalibrationText, Plan
 from ..processes import SINGLE_PROCESS
 from ..record import record
-from . import hardware
 from .assumptions import assumptions, loss_basis
 from .candidates import Candidate, candidates, from_config
 from .choose import Choice, Prediction, choose, pareto
+from .hardware import named
 from .measured import Bench, Machine, efficiency_of, fastest_dtype, interpolated, measure
 from .predict import Heads, Setting, Shape, first_token_seconds, largest_batch, memory, step_seconds
 from .recovery import Recovery
@@ -65,11 +65,11 @@ class Advice:
 
 
 def advise(
-    source: str,
+    source: str | Path,
     *,
-    hardware_name: str = THIS,
     context: int,
     batch: int,
+    hardware: str = THIS,
     new: int = 256,
     dtype: str | None = None,
     tensor_parallel: int = 1,
@@ -79,16 +79,17 @@ def advise(
     uptrain_tokens: int | None = None,
     calibration: CalibrationText | None = None,
     repair: str = "output",
-    bench: Sequence[Path] = (),
+    bench: Sequence[str | Path] = (),
     device: str | None = None,
     revision: str | None = None,
+    allow_pickle: bool = False,
     listener: Listener | None = None,
 ) -> Advice:
     """Predict memory, time and loss of every number of KV heads, uniform and by layer, and choose one.
 
     Args:
-        source: a checkpoint folder or hub id; a ``config.json`` gives no loss.
-        hardware_name: a key of ``hardware.KNOWN``, or ``"this"``: this machine is measured.
+        source: a checkpoint folder or hub id; a ``config.json`` alone gives no loss.
+        hardware: a key of ``hardware.KNOWN``, or ``"this"``: this machine is measured.
         context, batch, new, dtype, tensor_parallel: how the model is served (see ``predict.Setting``). The default
             dtype is bfloat16; on ``"this"`` hardware it is bfloat16 (float16 on a GPU without bfloat16) or float32,
             whichever is faster for the original model.
@@ -99,11 +100,18 @@ def advise(
         uptrain_tokens: tokens of distillation after the conversion.
         calibration, repair, device: text to measure the loss of converted layers (see ``plan_checkpoint``).
         bench: records of ``regroup bench decode`` on the same hardware.
-        revision: of a hub id.
+        revision, allow_pickle: see ``opening.open_source``.
         listener: for progress.
+
+    Returns:
+        What was found, with the plan of the recommended candidate.
 
     Raises:
         RegroupError: something cannot be read or predicted, or nothing is within the limits.
+
+    Example:
+        >>> advice = regroup.advise("llama-2-7b", hardware="a100-80gb", context=4096, batch=32)  # doctest: +SKIP
+        >>> advice.choice.prediction.name, advice.plan  # doctest: +SKIP
     """
     listener = listener or Listener()
     check_asked({"repair": repair, "calibration": calibration}, device, SINGLE_PROCESS)
@@ -118,99 +126,106 @@ def advise(
             "the loss after uptraining needs text",
             remedy="add --calibration FILE, or omit the uptraining",
         )
-    own = str(device_named(device)) if hardware_name == THIS else "cpu"
-    dtypes = (dtype,) if dtype is not None else _dtypes(own) if hardware_name == THIS else ("bfloat16",)
+    own = str(device_named(device)) if hardware == THIS else "cpu"
+    dtypes = (dtype,) if dtype is not None else _dtypes(own) if hardware == THIS else ("bfloat16",)
     # Check dtypes and numbers before anything is downloaded.
     works = [Work(batch, context, max(2, new), name, own) for name in dtypes]
-    known = None if hardware_name == THIS else hardware.named(hardware_name)
-    config, folder = read_config(source, revision=revision)
-    original = describe(config, kv_heads=None, layers=None)
-    room = max(1, context - (0 if original.is_encoder_decoder else 2))
-    check_positions(original, Work(batch, room, 2, "float32", "cpu"), asked="the context", options="--context")
-    if not original.is_encoder_decoder:
-        # The step of the last token, with the whole context in the cache.
-        works = [replace(work, prompt=max(1, context - 1), new=2) for work in works]
-    records = [Bench.load(path, processor=known is None and own == "cpu") for path in bench]
-    available = memory_bytes
-    if available is None:
-        free = known.memory if known else free_memory(own)
-        if free is None:
-            raise RegroupError("the free memory is unknown", remedy="set it with --memory GB")
-        available = int(USABLE * free)
-    if folder is None:
-        if calibration is not None:
-            raise RegroupError("the source has no weights to measure the loss of", file=source, got="a config alone")
-        found = from_config(config, tensor_parallel)
-    else:
-        with open_source(source, revision=revision) as opened:
-            found = candidates(opened, config, calibration, listener, tensor_parallel, repair, device)
-    with listener.stage("building every candidate on the meta device", len(found), "candidates") as count:
-        models = []
-        for candidate in found:
-            models.append(describe(candidate.config, kv_heads=None, layers=None))
-            count(1)
-    own_rates = None
-    if known is None:
-        own_rates = measure(own, models, works, [(model, b.work) for b in records for model, _ in b.models], listener)
-    machine = Machine(known, own_rates)
-    work, why = works[0], None
-    if len(works) > 1:
-        work, why = fastest_dtype(machine, original, works)
-    setting = Setting(batch, context, new, work.dtype, tensor_parallel)
-    efficiency = efficiency_of(records, machine, batch)
-    recovery = Recovery.load()
+    known = None if hardware == THIS else named(hardware)
+    with readable(str(source), revision=revision, allow_pickle=allow_pickle) as place:
+        config, folder = read_config(place, revision=revision)
+        original = describe(config, kv_heads=None, layers=None)
+        room = max(1, context - (0 if original.is_encoder_decoder else 2))
+        check_positions(original, Work(batch, room, 2, "float32", "cpu"), asked="the context", options="--context")
+        if not original.is_encoder_decoder:
+            # The step of the last token, with the whole context in the cache.
+            works = [replace(work, prompt=max(1, context - 1), new=2) for work in works]
+        records = [Bench.load(Path(path), processor=known is None and own == "cpu") for path in bench]
+        available = memory_bytes
+        if available is None:
+            free = known.memory if known else free_memory(own)
+            if free is None:
+                raise RegroupError("the free memory is unknown", remedy="set it with --memory GB")
+            available = int(USABLE * free)
+        if folder is None:
+            if calibration is not None:
+                raise RegroupError(
+                    "the source has no weights to measure the loss of", file=str(source), got="a config alone"
+                )
+            found = from_config(config, tensor_parallel)
+        else:
+            with open_source(place, revision=revision) as opened:
+                found = candidates(opened, config, calibration, listener, tensor_parallel, repair, device)
+        with listener.stage("building every candidate on the meta device", len(found), "candidates") as count:
+            models = []
+            for candidate in found:
+                models.append(describe(candidate.config, kv_heads=None, layers=None))
+                count(1)
+        own_rates = None
+        if known is None:
+            own_rates = measure(
+                own, models, works, [(model, b.work) for b in records for model, _ in b.models], listener
+            )
+        machine = Machine(known, own_rates)
+        work, why = works[0], None
+        if len(works) > 1:
+            work, why = fastest_dtype(machine, original, works)
+        setting = Setting(batch, context, new, work.dtype, tensor_parallel)
+        efficiency = efficiency_of(records, machine, batch)
+        recovery = Recovery.load()
 
-    def estimate(model: Model) -> float:
-        return step_seconds(*divided(model, work, setting.devices), machine.rates(model, work), efficiency)
+        def estimate(model: Model) -> float:
+            return step_seconds(*divided(model, work, setting.devices), machine.rates(model, work), efficiency)
 
-    # Records are of one device.
-    just = [pair for bench in records for pair in bench.in_setting(original, work)] if tensor_parallel == 1 else []
-    timed = [(estimate(model), took) for model, took in just]
-    predictions = []
-    for candidate, model in zip(found, models, strict=True):
-        seconds = interpolated(estimate(model), timed) if timed else estimate(model)
-        predictions.append(
-            _predict(candidate, model, setting, work, machine, seconds, available, recovery, uptrain_tokens)
+        # Records are of one device.
+        just = [pair for bench in records for pair in bench.in_setting(original, work)] if tensor_parallel == 1 else []
+        timed = [(estimate(model), took) for model, took in just]
+        predictions = []
+        for candidate, model in zip(found, models, strict=True):
+            seconds = interpolated(estimate(model), timed) if timed else estimate(model)
+            predictions.append(
+                _predict(candidate, model, setting, work, machine, seconds, available, recovery, uptrain_tokens)
+            )
+        choice = choose(predictions, batch=batch, max_loss=max_loss, max_seconds=max_seconds)
+        plan = found[predictions.index(choice.prediction)].plan
+        if plan is not None and folder is not None:
+            if calibration is None:
+                with open_source(place, revision=revision) as opened:
+                    plan = grouped(opened, plan, listener)
+            plan.check(detect(config))
+        front = pareto(predictions)
+        lines = assumptions(
+            machine, efficiency, records, len(timed), calibration, recovery, uptrain_tokens, original, tensor_parallel
         )
-    choice = choose(predictions, batch=batch, max_loss=max_loss, max_seconds=max_seconds)
-    plan = found[predictions.index(choice.prediction)].plan
-    if plan is not None and folder is not None:
-        if calibration is None:
-            with open_source(source, revision=revision) as opened:
-                plan = grouped(opened, plan, listener)
-        plan.check(detect(config))
-    front = pareto(predictions)
-    lines = assumptions(
-        machine, efficiency, records, len(timed), calibration, recovery, uptrain_tokens, original, tensor_parallel
-    )
-    if why is not None:
-        lines.insert(1, why)
-    rests_on = "config" if folder is None else "weights" if calibration is None else "text"
-    sure = loss_basis(rests_on, calibration, recovery, uptrain_tokens)
-    asked = {
-        "model": Path(source).name if Path(source).exists() else source,
-        "hardware": hardware_name,
-        **asdict(setting),
-        "memory_bytes": available,
-        "max_loss": max_loss,
-        "max_seconds": max_seconds,
-        "uptrain_tokens": uptrain_tokens,
-        "calibration": None if calibration is None else calibration.describe(),
-    }
-    rows = [{**asdict(one), "pareto": on} for one, on in zip(predictions, front, strict=True)]
-    results = {
-        "candidates": rows,
-        "chosen": choice.prediction.name,
-        "reason": choice.reason,
-        "knee_distance": choice.distance,
-        "loss_rests_on": rests_on,
-        "loss_is_sure": sure,
-        "rates": machine.describe(),
-        "efficiency": asdict(efficiency),
-        "recovery": asdict(recovery),
-        "assumptions": lines,
-    }
-    return Advice(predictions, front, choice, setting, rests_on, sure, plan, lines, record("advise", asked, results))
+        if why is not None:
+            lines.insert(1, why)
+        rests_on = "config" if folder is None else "weights" if calibration is None else "text"
+        sure = loss_basis(rests_on, calibration, recovery, uptrain_tokens)
+        asked = {
+            "model": Path(source).name if Path(source).exists() else str(source),
+            "hardware": hardware,
+            **asdict(setting),
+            "memory_bytes": available,
+            "max_loss": max_loss,
+            "max_seconds": max_seconds,
+            "uptrain_tokens": uptrain_tokens,
+            "calibration": None if calibration is None else calibration.describe(),
+        }
+        rows = [{**asdict(one), "pareto": on} for one, on in zip(predictions, front, strict=True)]
+        results = {
+            "candidates": rows,
+            "chosen": choice.prediction.name,
+            "reason": choice.reason,
+            "knee_distance": choice.distance,
+            "loss_rests_on": rests_on,
+            "loss_is_sure": sure,
+            "rates": machine.describe(),
+            "efficiency": asdict(efficiency),
+            "recovery": asdict(recovery),
+            "assumptions": lines,
+        }
+        return Advice(
+            predictions, front, choice, setting, rests_on, sure, plan, lines, record("advise", asked, results)
+        )
 
 
 def _dtypes(device: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
+from ..extras import require
 from ..plots import save
 
 _LABELS = {"regroup": "regroup", "transformers": "transformers' default"}
@@ -20,6 +21,7 @@ def draw_groups(record: Mapping[str, Any], path: Path) -> None:
     Raises:
         RegroupError: fewer than two numbers of KV heads, or the file cannot be written.
     """
+    require("report", "matplotlib")
     from matplotlib.figure import Figure
 
     models = sorted(

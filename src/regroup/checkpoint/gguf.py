@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import RegroupError
+from ..extras import require
 from ..files import regular
 from ..safe_text import command
 
@@ -90,6 +91,7 @@ class GGUFFile:
         Raises:
             RegroupError: the library does not unpack tensors of this kind.
         """
+        require("gguf", "gguf")
         import torch
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
@@ -309,6 +311,7 @@ class _Header:
 
 @functools.cache
 def _kinds() -> dict[int, tuple[str, int, int]]:
+    require("gguf", "gguf")
     from gguf import GGML_QUANT_SIZES
 
     return {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}

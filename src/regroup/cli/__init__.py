@@ -1,4 +1,4 @@
-"""The command line: a module a verb. Each verb imports what it needs when it is called, so that ``--help`` is quick."""
+"""The command line: a module per command. Each imports what it needs when it is called, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typer.core import TyperGroup
 from ..errors import AgreedError, RegroupError
 from ..progress import on_terminal, quiet_libraries
 from . import advise, bench, convert, demo, evaluate, export, inspect, plan, report, streams, uptrain, verify
-from .options import Verb, summary
+from .options import Command, summary
 
 
-class _Verbs(TyperGroup):
-    """Turns whatever a user can act on into a message and exit status 2."""
+class _Commands(TyperGroup):
+    """Turns every error that a user can act on into a message and exit status 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        streams.write_anything()
+        streams.accept_any_text()
         return super().main(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
@@ -32,23 +32,23 @@ class _Verbs(TyperGroup):
         except RegroupError as error:
             _fail(str(error))
         except KeyboardInterrupt:
-            _fail("interrupted; nothing half-written was left behind")
+            _fail("interrupted; no incomplete files were left")
         except OSError as error:
             _fail(str(RegroupError(f"the system refused: {error.strerror or error}", file=error.filename)))
         finally:
-            streams.settled()
+            streams.work_ended()
 
 
 app = typer.Typer(
     name="regroup",
-    cls=_Verbs,
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode=None,  # it takes "[default: 512]" in a help text for markup
-    help="Turn a multi-head checkpoint into a grouped-query one.",
+    help="Convert multi-head checkpoints to grouped-query attention (GQA).",
 )
-for _verb in (
+for _command in (
     inspect.inspect,
     advise.advise,
     plan.plan,
@@ -60,7 +60,7 @@ for _verb in (
     report.report,
     demo.demo,
 ):
-    app.command(cls=Verb, short_help=summary(_verb))(_verb)
+    app.command(cls=Command, short_help=summary(_command))(_command)
 app.add_typer(bench.app, name="bench", short_help=bench.app.info.help)
 
 
@@ -75,7 +75,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -92,7 +92,7 @@ def main() -> None:
         try:
             app(prog_name="regroup")
         finally:
-            # Otherwise the interpreter finds out as it ends what was lost, too late for an exit status.
+            # Otherwise lost output is found only as the interpreter exits, too late for an exit status.
             sys.stdout.flush()
     except streams.LostOutputError as lost:
         if lost.unread:

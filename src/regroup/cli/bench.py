@@ -9,16 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RegroupError
-from .options import AllowPickle, Json, Record, Verb, check_file, numbers, summary
+from ..extras import require
+from .options import AllowPickle, Command, Json, Record, check_file, numbers, summary
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="How fast decoding is, beside the ceiling of this machine: whole models, or attention.",
+    help="Measure decoding speed against the limits of this machine: whole models, or attention alone.",
 )
 
 DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the arithmetic, measure nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the estimates, and measure nothing.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
 
 
@@ -27,35 +28,33 @@ def decode(
     kv_heads: Annotated[
         str | None, typer.Option("--kv-heads", help="Numbers of KV heads, such as 32,8,4,1. [default: the model's]")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
-    prompt: Annotated[int, typer.Option(help="Tokens before the first new one.")] = 512,
-    new: Annotated[int, typer.Option(help="Tokens to make.")] = 32,
+    batch: Annotated[int, typer.Option(help="Number of sequences.")] = 1,
+    prompt: Annotated[int, typer.Option(help="Number of prompt tokens.")] = 512,
+    new: Annotated[int, typer.Option(help="Number of tokens to generate.")] = 32,
     dtype: DType = "float32",
     layers: Annotated[
-        int | None, typer.Option(help="Of the decoder, the first ones. [default: all, or as many as memory holds]")
+        int | None, typer.Option(help="Number of decoder layers to use. [default: all, or as many as fit in memory]")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="How often each is decoded.")] = 1,
-    baseline: Annotated[
-        bool, typer.Option("--baseline", help="Also measure transformers as it is by default.")
-    ] = False,
+    repeats: Annotated[int, typer.Option(help="Number of repetitions.")] = 1,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Also measure transformers with its defaults.")] = False,
     device: Device = "cpu",
     allow_pickle: AllowPickle = False,
     dry_run: DryRun = False,
     output: Record = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw time against KV heads into this PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot time against KV heads to this PNG.")] = None,
     json: Json = False,
 ) -> None:
-    """Time a model's decoding at several numbers of KV heads: the ceiling first, then what is reached of it.
+    """Measure a model's decoding speed at several numbers of KV heads, and compare with the machine's limits.
 
-    Weights are the checkpoint's where it is measured as it is, else random ones of the same shapes, which are as fast.
-    An encoder is not run: its output is made up.
+    Uses the checkpoint's weights for its own number of KV heads, and random weights of the same shapes for others.
+    The encoder of an encoder-decoder is not run; its output is random.
     """
     from ..bench.decode import benchmark
     from ..bench.work import Roofs, Work, models_for
     from ..console import err, out
     from ..devices import device_named
     from ..opening import readable
-    from ..progress import stage
+    from ..progress import duration, stage
     from ..record import write_record
     from . import bench_tables as tables
 
@@ -63,10 +62,12 @@ def decode(
     for file in (output, plot):
         if file is not None:
             check_file(file)
+    if plot is not None:
+        require("report", "matplotlib")
     heads = None if kv_heads is None else numbers(kv_heads)
     if plot is not None and (heads is None or len(set(heads)) < 2):
         raise RegroupError(
-            "a plot against KV heads needs two numbers of them or more", remedy="add --kv-heads 32,8,4,1"
+            "a plot against KV heads needs at least two numbers of them", remedy="add --kv-heads 32,8,4,1"
         )
     work = Work(batch, prompt, new, dtype, str(device_named(device)), repeats)
     with readable(model, allow_pickle=allow_pickle) as place:
@@ -75,12 +76,12 @@ def decode(
         if dry_run:
             screen.print("dry run: nothing was measured")
             return
-        screen.print("measuring how fast this machine reads memory and multiplies matrices …")
+        screen.print("measuring the memory bandwidth and matrix multiplication rate of this machine …")
         roofs = Roofs(work)
         tables.show_ceiling(screen, models, work, roofs)
         paths = ("regroup", "transformers") if baseline else ("regroup",)
         screen.print(
-            f"decoding; expect about {tables.duration(tables.expected_seconds(models, work, roofs, len(paths)))} …"
+            f"decoding; this takes about {duration(tables.expected_seconds(models, work, roofs, len(paths)))} …"
         )
         started = time.perf_counter()
 
@@ -91,7 +92,7 @@ def decode(
         with stage("decoding", len(models), unit="models", calm=True) as progress:
             record = benchmark(model, models, work, paths=paths, roofs=roofs, each=measured)
         tables.show_comparison(screen, record, paths)
-        screen.print(f"took {tables.duration(time.perf_counter() - started)}")
+        screen.print(f"took {duration(time.perf_counter() - started)}")
     _finish(record, output, json, write_record, err)
     if plot is not None:
         from ..bench.plot import draw_groups
@@ -102,27 +103,29 @@ def decode(
 
 def attention(
     kv_heads: Annotated[str, typer.Option("--kv-heads", help="Numbers of KV heads.")] = "32,8,4,1",
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
-    head_dim: Annotated[int, typer.Option("--head-dim", help="Numbers a head.")] = 128,
-    batch: Annotated[str, typer.Option(help="Numbers of sequences, such as 1,8.")] = "8",
-    context: Annotated[str, typer.Option(help="Tokens in the cache, such as 1024,4096.")] = "4096",
+    heads: Annotated[int, typer.Option(help="Number of query heads.")] = 32,
+    head_dim: Annotated[int, typer.Option("--head-dim", help="Width of a head.")] = 128,
+    batch: Annotated[str, typer.Option(help="Batch sizes, such as 1,8.")] = "8",
+    context: Annotated[str, typer.Option(help="Numbers of tokens in the cache, such as 1024,4096.")] = "4096",
     dtype: DType = "float32",
-    limit: Annotated[float, typer.Option(help="Leave out shapes with more GB of keys and values.")] = 4.0,
-    flex: Annotated[bool, typer.Option("--flex", help="FlexAttention too, which compiles for each shape.")] = False,
+    limit: Annotated[float, typer.Option(help="Skip shapes with more GB of keys and values than this.")] = 4.0,
+    flex: Annotated[
+        bool, typer.Option("--flex", help="Also measure FlexAttention, which compiles for each shape.")
+    ] = False,
     device: Device = "cpu",
     work: Annotated[
-        Path | None, typer.Option(help="Keep what is measured in this file, and leave out what is in it already.")
+        Path | None, typer.Option(help="Save measurements to this file, and skip those that are in it.")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0, help="With --work: stop after so long, to go on another time.")
+        float | None, typer.Option(min=0, help="With --work: stop after this many minutes, to resume later.")
     ] = None,
     dry_run: DryRun = False,
     output: Record = None,
     json: Json = False,
 ) -> None:
-    """Time one decoding step of attention alone, beside PyTorch's ways to compute it and the least time it takes.
+    """Measure one decoding step of attention alone, against PyTorch's implementations and the machine's limits.
 
-    The ways take turns in one run. Each shape takes about three seconds.
+    Implementations alternate within a run. Each shape takes about three seconds.
     """
     from ..bench.attention import grid
     from ..bench.journal import run_grid
@@ -137,7 +140,7 @@ def attention(
         if file is not None:
             check_file(file)
     if minutes is not None and work is None:
-        raise RegroupError("a run that stops early needs a file to keep its results in", remedy="add --work FILE")
+        raise RegroupError("--minutes needs a file for the results", remedy="add --work FILE")
     dtypes = dtype.split(",")
     shapes = grid(
         batches=numbers(batch),
@@ -167,13 +170,13 @@ def attention(
             each=measured,
         )
     if record is None:
-        err.print(f"stopped after {minutes:g} minutes; run the same command again to go on from {work}")
+        err.print(f"stopped after {minutes:g} minutes; run the same command again to resume from {work}")
         return
     _finish(record, output, json, write_record, err)
 
 
-for _verb in (decode, attention):
-    app.command(cls=Verb, short_help=summary(_verb))(_verb)
+for _command in (decode, attention):
+    app.command(cls=Command, short_help=summary(_command))(_command)
 
 
 def _finish(record: dict[str, Any], output: Path | None, json: bool, write: Any, err: Any) -> None:

@@ -42,7 +42,7 @@ def show_work(screen: Screen, source: str, models: Sequence[Model], work: Work) 
         "KV read",
         "FLOPs",
         "KV cache",
-        title=f"a step, by arithmetic, in {work.dtype}",
+        title=f"one step, computed, in {work.dtype}",
     )
     for model in models:
         weights, attention = step_costs(model, work)
@@ -56,7 +56,7 @@ def show_work(screen: Screen, source: str, models: Sequence[Model], work: Work) 
         )
     screen.print(table)
     if work.batch > 1:
-        screen.print(f"a step makes {work.batch} tokens, one for each sequence")
+        screen.print(f"a step generates {work.batch} tokens, one per sequence")
 
 
 def show_ceiling(screen: Screen, models: Sequence[Model], work: Work, roofs: Roofs) -> None:
@@ -100,18 +100,18 @@ def show_model(screen: Screen, found: dict[str, Any], paths: Sequence[str]) -> N
         cache = "" if timing["cache_bytes"] is None else f", cache {human_bytes(timing['cache_bytes'])}"
         screen.print(
             f"KV heads {_heads(found['kv_heads'])}, {path}: first token {_ms(timing['first_token_ms'])} ms, then "
-            f"{_ms(token['p50'])} ms a step ({_ms(token['p20'])} to {_ms(token['p80'])}), "
+            f"{_ms(token['p50'])} ms per step ({_ms(token['p20'])} to {_ms(token['p80'])}), "
             f"{timing['tokens_per_second']:.4g} tokens/s, {timing['fraction_of_the_ceiling']:.0%} of the ceiling{cache}"
         )
         _warn_of_others(screen, timing["other_processes_share_of_cpu"])
 
 
 def show_comparison(screen: Screen, record: dict[str, Any], paths: Sequence[str]) -> None:
-    """All models together, beside multi-head attention where that was measured."""
+    """All models together, with multi-head attention if it was measured."""
     models = record["results"]["models"]
     many = len(paths) > 1
     columns = ["KV heads", *(["path"] if many else []), "first", "20%", "median", "80%", "tokens/s", "cache"]
-    table = Table(*columns, "ceiling", "MHA", "limit", title="milliseconds: first token, then a step")
+    table = Table(*columns, "ceiling", "MHA", "limit", title="milliseconds for the first token and for a step")
     for found in models:
         for path in paths:
             timing = found[path]
@@ -129,14 +129,14 @@ def show_comparison(screen: Screen, record: dict[str, Any], paths: Sequence[str]
             )
     screen.print(table)
     if any("floor_speedup_over_mha" in found for found in models):
-        screen.print("ceiling: share of it that is reached. MHA: times faster than it; limit: what the floors allow")
+        screen.print(
+            "ceiling: share of it that is reached. MHA: speed-up over it; limit: the highest possible speed-up"
+        )
 
 
 def show_shapes(screen: Screen, shapes: Sequence[Shape]) -> None:
     """What attention reads and computes in each shape."""
-    table = Table(
-        "dtype", "batch", "context", "KV heads", "KV read", "FLOPs", title="a step of one layer, by arithmetic"
-    )
+    table = Table("dtype", "batch", "context", "KV heads", "KV read", "FLOPs", title="one step of one layer, computed")
     for shape in shapes:
         cost = shape.cost
         table.add_row(
@@ -154,10 +154,15 @@ def show_shape(screen: Screen, found: dict[str, Any]) -> None:
     """One shape, as soon as it was measured."""
     shape = f"{found['dtype']}, batch {found['batch']}, context {found['context']:,}, KV heads {found['kv_heads']}"
     if "left_out" in found:
-        screen.print(f"{shape}: left out, {found['left_out']}")
+        screen.print(f"{shape}: skipped, {found['left_out']}")
         return
     table = Table(
-        "way", "20%, ms", "median, ms", "80%, ms", "of the floor", title=f"{shape}: floor {_ms(found['floor_ms'])} ms"
+        "implementation",
+        "20%, ms",
+        "median, ms",
+        "80%, ms",
+        "of the floor",
+        title=f"{shape}: floor {_ms(found['floor_ms'])} ms",
     )
     for name, way in sorted(found["ways"].items(), key=lambda item: item[1].get("ms", {"p50": 1e9})["p50"]):
         if "not_run" in way:
@@ -172,12 +177,6 @@ def show_shape(screen: Screen, found: dict[str, Any]) -> None:
         if "not_run" in way:
             screen.print(f"not run: {name}: {way['not_run']}")
     _warn_of_others(screen, found["other_processes_share_of_cpu"])
-
-
-def duration(seconds: float) -> str:
-    """95 to ``"1 min 35 s"``."""
-    whole = max(1, round(seconds))
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
 
 
 def _warn_of_others(screen: Screen, share: float | None) -> None:

@@ -22,36 +22,37 @@ from .options import (
     Source,
     TensorParallel,
     resumable,
-    spread,
+    with_option_groups,
 )
 
 
-@spread
+@with_option_groups
 def convert(
     source: Source,
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="A folder that does not exist yet.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to create; it must not exist.")],
     *,
     kv_heads: KVHeads = None,
     layers: Layers = None,
-    plan: Annotated[Path | None, typer.Option("--plan", help="A plan instead of these options.")] = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="Plan file, in place of the options above.")] = None,
     method: Method = None,
     grouping: Grouping = None,
     calibration: Calibration,
     tensor_parallel: TensorParallel = None,
     seed: Seed = None,
     uptrain: Annotated[
-        Path | None, typer.Option("--uptrain", help="A recipe (YAML) to uptrain the child with, before it becomes DST.")
+        Path | None,
+        typer.Option("--uptrain", help="Recipe (YAML) for uptraining the converted model before DST appears."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, write nothing, and foretell time and disk.")
+        bool, typer.Option("--dry-run", help="Check everything, estimate time and disk space, and write nothing.")
     ] = False,
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that read, merge and write.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Number of threads that read, merge and write.")] = 2,
 ) -> None:
-    """Convert a checkpoint: fewer KV heads, everything else bit for bit."""
-    from ..console import Told, err, human_bytes, show_forecast
-    from ..conversion.convert import convert
+    """Convert a checkpoint to fewer KV heads; all other tensors are copied bit for bit."""
+    from ..api import convert as convert_checkpoint
+    from ..console import ConsoleListener, err, show_estimate
     from ..processes import launched
 
     with launched() as processes:
@@ -77,11 +78,11 @@ def convert(
         score = command("evaluate", destination, teacher=source, data="FILE")
 
         def run(target: Path) -> Any:
-            return convert(source, target, **options, **rest, listener=Told())
+            return convert_checkpoint(source, target, **options, **rest, listener=ConsoleListener())
 
         if uptrain is not None and processes.size > 1:
             raise RegroupError(
-                "--uptrain was given to several processes",
+                "--uptrain does not run in several processes",
                 got=f"{processes.size} processes",
                 remedy="convert first, then start `regroup uptrain` with the launcher",
             )
@@ -91,19 +92,17 @@ def convert(
             check_recipe(uptrain, source, destination)
         elif uptrain is not None:
             from ..uptraining.chain import convert_and_uptrain, uptraining_of
-            from ..uptraining.listener import ConsoleListener
+            from ..uptraining.listener import ConsoleListener as UptrainingListener
 
             with resumable(*uptraining_of(destination)):
-                convert_and_uptrain(source, destination, uptrain, run, options, listener=ConsoleListener())
-            err.print(f"wrote {destination}; the record of its uptraining is in {destination}.uptraining/run")
-            err.print(f"what it cost in quality: {score}")
+                convert_and_uptrain(source, destination, uptrain, run, options, listener=UptrainingListener())
+            err.print(f"wrote {destination}; its uptraining record is in {destination}.uptraining/run")
+            err.print(f"to measure the quality: {score}")
             return
         started = time.perf_counter()
         done = run(destination)
         if done.destination is None:
-            show_forecast(done.estimate, calibrated=done.result.plan.calibration is not None)
+            show_estimate(done.estimate, calibrated=done.result.plan.calibration is not None)
             return
-        rate = (done.preview.bytes_before + done.preview.bytes_after) / done.seconds
-        whole = time.perf_counter() - started
-        err.print(f"wrote {destination} in {whole:.1f} s; {human_bytes(rate)}/s read and written")
-        err.print(f"what it cost in quality: {score}")
+        err.print(f"wrote {destination} in {time.perf_counter() - started:.1f} s")
+        err.print(f"to measure the quality: {score}")

@@ -7,14 +7,17 @@ from typing import Annotated
 
 import typer
 
+from ..extras import require
+
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints, record and plot.")] = Path(
         "demo-output"
     ),
-    windows: Annotated[int, typer.Option(min=2, help="Held-out windows of 256 tokens.")] = 64,
+    windows: Annotated[int, typer.Option(min=2, help="Number of held-out windows of 256 tokens.")] = 64,
 ) -> None:
-    """Convert a small embedded model to several G with each method, and show what each costs in quality."""
+    """Convert a small embedded model with each method and several numbers of KV heads, and compare their loss."""
+    require("train", "accelerate", "matplotlib")
     from ..demo.run import run_demo
 
     run_demo(output, windows=windows)

@@ -16,36 +16,44 @@ def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a hub id.")],
     data: Annotated[
         Path | None,
-        typer.Option(help="Held-out text, JSON lines with text, or for encoder-decoders pairs; perhaps gzipped."),
+        typer.Option(help="Held-out text or JSON lines (pairs for encoder-decoders); may be gzipped."),
     ] = None,
-    task: Annotated[Path | None, typer.Option(help="A task's YAML file: answers are generated, or chosen.")] = None,
+    task: Annotated[
+        Path | None, typer.Option(help="YAML file of a task, with generated or multiple-choice answers.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, such as arc_easy,piqa.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="With --data: the parent; adds KL and top-1 agreement.")] = None,
-    window: Annotated[int, typer.Option(min=2, help="With --data: tokens a window.")] = 512,
-    windows: Annotated[int | None, typer.Option(min=1, help="With --data: windows or pairs at most.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="With --data: the original model; adds KL and top-1 agreement.")
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="With --data: tokens per window.")] = 512,
+    windows: Annotated[int | None, typer.Option(min=1, help="With --data: maximum number of windows or pairs.")] = None,
     document_starts: Annotated[
         bool,
-        typer.Option("--document-starts", help="With --data: one window from the start of each long enough document."),
+        typer.Option(
+            "--document-starts", help="With --data: one window from the start of each document that is long enough."
+        ),
     ] = False,
     outputs: Annotated[
         Path | None,
-        typer.Option(help="With --task: keep each answer here, and go on from it. [default: beside --output]"),
+        typer.Option(
+            help="With --task: save each answer to this file, and resume from it. [default: next to --output]"
+        ),
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(help="With --task: another model's outputs, to compare with row by row.")
+        Path | None, typer.Option(help="With --task: outputs of another model, for a paired comparison.")
     ] = None,
-    include_path: Annotated[Path | None, typer.Option(help="With --tasks: folder with more task files.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: rows of each task at most.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Windows, pairs or rows at a time.")] = 8,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="With --tasks: folder with additional task files.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: maximum number of rows per task.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size, in windows, pairs or rows.")] = 8,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (as stored).")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, … [default: a GPU if available, else cpu]")] = None,
     allow_pickle: AllowPickle = False,
     output: Record = None,
     json: Json = False,
 ) -> None:
-    """Loss on held-out text (--data), answers to a task (--task), or tasks of lm-evaluation-harness (--tasks).
+    """Evaluate on held-out text (--data), on a task (--task), or with lm-evaluation-harness (--tasks).
 
-    --data gives nats a token, perplexity and bits a byte; with --teacher, the distance from the parent.
+    --data gives nats per token, perplexity and bits per byte; with --teacher, also the KL divergence from it.
     """
     from ..record import write_record
 
@@ -61,7 +69,7 @@ def evaluate(
         check_file(output, {"the data": data, "the task's file": task, "the outputs to compare with": against})
     shared: dict[str, Any] = {"batch_size": batch, "dtype": dtype, "device": device}
     if data is not None:
-        from ..evaluation.run import evaluate as run
+        from ..api import evaluate as run
         from ..progress import stage
 
         with stage("evaluating", None, unit="rows") as progress:
@@ -99,23 +107,23 @@ def evaluate(
         _show(record)
 
 
-def _check_options(ways: dict[str, Any], own: dict[str, dict[str, Any]]) -> None:
-    """One way to evaluate, and no option of another."""
-    given = [name for name, value in ways.items() if value is not None]
+def _check_options(modes: dict[str, Any], own: dict[str, dict[str, Any]]) -> None:
+    """Require one way to evaluate, and only its options."""
+    given = [name for name, value in modes.items() if value is not None]
     if len(given) != 1:
         raise RegroupError(
-            "there is no way to evaluate" if not given else "there are several ways to evaluate",
+            "nothing to evaluate on was given" if not given else "several things to evaluate on were given",
             expected="one of --data, --task and --tasks",
             got=", ".join(given) or "none of them",
         )
-    for way, options in own.items():
-        useless = [name for name, value in options.items() if value is not None]
-        if way != given[0] and useless:
+    for mode, options in own.items():
+        unused = [name for name, value in options.items() if value is not None]
+        if mode != given[0] and unused:
             raise RegroupError(
-                "an option belongs to another way to evaluate",
-                expected=f"{', '.join(useless)} with {way} alone",
+                "an option does not belong to this way to evaluate",
+                expected=f"{', '.join(unused)} only with {mode}",
                 got=given[0],
-                remedy="leave it out",
+                remedy="remove the option",
             )
 
 
@@ -156,7 +164,7 @@ def _show(record: dict[str, Any]) -> None:
     results = record["results"]
     if record["kind"] == "evaluate/task":
         compared = record["configuration"]["against"]
-        more = () if compared is None else (f"less {compared}", "95% interval", "p")
+        more = () if compared is None else (f"minus {compared}", "95% interval", "p")
         table = Table("metric", "value", "95% interval", *more, title=f"{results['rows']} rows")
         for name, found in results["metrics"].items():
             cells = [

@@ -12,29 +12,32 @@ from .options import AllowPickle, Revision
 
 def export(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A checkpoint folder, a hub id, or a GGUF file (to hf alone).")
+        str, typer.Argument(metavar="SRC", help="A checkpoint folder, a hub id, or (only with --to hf) a GGUF file.")
     ],
     destination: Annotated[
-        Path, typer.Argument(metavar="DST", help="What does not exist yet: a folder; for gguf a file.")
+        Path, typer.Argument(metavar="DST", help="Folder to create, or file for gguf; it must not exist.")
     ],
     *,
-    to: Annotated[str, typer.Option("--to", help="hf (stock transformers), vllm, or gguf (llama.cpp).")],
+    to: Annotated[str, typer.Option("--to", help="Target format: hf (stock transformers), vllm, or gguf (llama.cpp).")],
     expand: Annotated[
-        bool, typer.Option("--expand", help="Repeat KV heads until a stock class holds them: larger cache.")
+        bool, typer.Option("--expand", help="Repeat KV heads until a stock class can hold them; the cache grows.")
     ] = False,
     tensor_parallel: Annotated[
-        int | None, typer.Option(min=1, help="Devices that will share a layer; KV heads are repeated where needed.")
+        int | None, typer.Option(min=1, help="Number of tensor-parallel devices; KV heads are repeated as needed.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="To or from GGUF: float32, bfloat16 or float16. [default: the source's]")
+        str | None,
+        typer.Option(help="Dtype for export to or from GGUF: float32, bfloat16, float16. [default: the source's]"),
     ] = None,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="Load the result and compare it.")] = True,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Load the result and compare its logits with the source.")
+    ] = True,
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Write a checkpoint in the form that an engine reads, and compare the result with its source."""
-    from ..console import Told, err
-    from ..exports.run import export_checkpoint
+    """Export a checkpoint for an inference engine, and compare the result with the source."""
+    from ..api import export as export_checkpoint
+    from ..console import ConsoleListener, err
 
     done = export_checkpoint(
         source,
@@ -46,11 +49,11 @@ def export(
         check=check,
         revision=revision,
         allow_pickle=allow_pickle,
-        listener=Told("exporting"),
+        listener=ConsoleListener("exporting"),
     )
     err.print(f"wrote {done.destination}: {done.form}")
     for note in done.notes:
-        err.print(f"note: {note}")
+        err.label("note:", "yellow", note)
     if done.checked is not None:
         err.label("checked", "green", f"with {done.checked}")
     else:

@@ -1,4 +1,4 @@
-"""Options that several verbs take, and what is made of them."""
+"""Options that several commands share, and helpers for them."""
 
 from __future__ import annotations
 
@@ -24,55 +24,61 @@ Source = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
 AllowPickle = Annotated[
     bool,
-    typer.Option("--allow-pickle", help="Read pickled weights where there is nothing else, through a passing copy."),
+    typer.Option("--allow-pickle", help="Read pickled weights if there are no others, by way of a temporary copy."),
 ]
-KVHeads = Annotated[int | None, typer.Option("--kv-heads", help="KV heads of every layer (1 is MQA).")]
-Layers = Annotated[str | None, typer.Option(help="KV heads by layer, such as 0-3:8,4-31:4 or cross.0-5:2.")]
+KVHeads = Annotated[int | None, typer.Option("--kv-heads", help="Number of KV heads of every layer (1 is MQA).")]
+Layers = Annotated[str | None, typer.Option(help="Number of KV heads by layer, such as 0-3:8,4-31:4 or cross.0-5:2.")]
 Method = Annotated[
     str | None,
-    typer.Option(help="How heads are merged: auto, lowrank, procrustes, or the paper's mean, first, random."),
+    typer.Option(help="How to merge heads: auto, lowrank, procrustes, or the paper's mean, first, random."),
 ]
 TensorParallel = Annotated[
-    int | None, typer.Option(help="Devices that will share a layer; checked against the KV heads.")
+    int | None, typer.Option(help="Number of tensor-parallel devices; checked against the KV heads.")
 ]
 Grouping = Annotated[
     str | None,
-    typer.Option(
-        help="contiguous: neighbours share a head; search: heads that belong together (the default with auto)."
-    ),
+    typer.Option(help="contiguous: merge adjacent heads; search: group similar heads first (the default with auto)."),
 ]
-Seed = Annotated[int | None, typer.Option(help="Of the random method and of the search.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the random method and of the search.")]
 Record = Annotated[Path | None, typer.Option("--output", "-o", help="Write the JSON record here.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the JSON record.")]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What ``plan`` and ``convert`` are told of the text to convert on; each field is an option of both."""
+    """Options of ``advise``, ``plan`` and ``convert`` for calibration text; each field is an option."""
 
     calibration: Annotated[
         str | None,
-        typer.Option(help="Text, JSON lines, a data set (hf:name), or pairs to convert on: slower, and far better."),
+        typer.Option(
+            help="Calibration data: text, JSON lines, pairs, or a data set (hf:name). Slower, far better quality."
+        ),
     ] = None
-    calibration_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of it at most. [default: 65,536]")] = (
-        None
-    )
-    calibration_window: Annotated[int | None, typer.Option(min=2, help="Tokens a window of it. [default: 512]")] = None
+    calibration_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of calibration tokens. [default: 65,536]")
+    ] = None
+    calibration_window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per calibration window. [default: 512]")
+    ] = None
     calibration_batch: Annotated[
-        int | None, typer.Option(min=1, help="Windows or pairs of it at a time. [default: 4]")
+        int | None, typer.Option(min=1, help="Calibration batch size, in windows or pairs. [default: 4]")
     ] = None
     document_starts: Annotated[
         bool,
-        typer.Option("--document-starts", help="Begin windows where documents begin, instead of joining documents."),
+        typer.Option("--document-starts", help="Start windows at document starts instead of concatenating documents."),
     ] = False
     repair: Annotated[
         str | None,
-        typer.Option(help="With calibration: none, output (solve output projections again, the default) or distill."),
+        typer.Option(
+            help="Repair after calibration: none, output (refit the output projections, the default) or distill."
+        ),
     ] = None
-    device: Annotated[str | None, typer.Option(help="Where calibration runs; a GPU where there is one.")] = None
+    device: Annotated[
+        str | None, typer.Option(help="Device for calibration. [default: a GPU if available, else cpu]")
+    ] = None
 
-    def given(self) -> dict[str, Any]:
-        """The options as they were given, for the ``command`` that is advised next; those of a plan need its text."""
+    def as_options(self) -> dict[str, Any]:
+        """The options as they were given, for a ``command`` that is suggested next."""
         if self.calibration is None:
             return {}
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "device"}
@@ -95,12 +101,12 @@ class Calibration:
             "--repair": self.repair,
         }
         if self.calibration is None:
-            useless = [name for name, value in given.items() if value is not None]
-            if useless:
+            unused = [name for name, value in given.items() if value is not None]
+            if unused:
                 raise RegroupError(
-                    "an option needs calibration text, and there is none",
-                    got=", ".join(useless),
-                    remedy="add --calibration FILE, or leave it out",
+                    "an option was given that needs calibration text",
+                    got=", ".join(unused),
+                    remedy="add --calibration FILE, or remove the option",
                 )
             return None
         sizes = {
@@ -115,12 +121,12 @@ class Calibration:
         )
 
 
-# What PyTorch and Python's own iterators count with.
+# The largest int64, which PyTorch and Python's iterators count with.
 _LARGEST = 2**63 - 1
 
 
-class Verb(TyperCommand):
-    """A command that refuses numbers which nothing counts with, before they end in some library's error."""
+class Command(TyperCommand):
+    """A command that refuses numbers beyond int64, before a library fails on them."""
 
     def invoke(self, ctx: Any) -> Any:
         for parameter in self.params:
@@ -134,41 +140,41 @@ class Verb(TyperCommand):
         return super().invoke(ctx)
 
 
-def spread(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb, in place of each parameter whose type is a dataclass of options, that dataclass's fields.
+def with_option_groups(function: Callable[..., None]) -> Callable[..., None]:
+    """Replace each parameter whose type is a dataclass of options by the fields of that dataclass.
 
-    typer reads a function's signature and knows no groups of options: it is shown the fields, and the verb gets the
-    dataclass made of them.
+    typer reads a function's signature and has no groups of options: it sees the fields, and the function gets the
+    dataclass.
     """
-    signature = inspect.signature(verb, eval_str=True)
+    signature = inspect.signature(function, eval_str=True)
     groups: dict[str, Any] = {n: p.annotation for n, p in signature.parameters.items() if is_dataclass(p.annotation)}
-    shown: list[inspect.Parameter] = []
+    parameters: list[inspect.Parameter] = []
     for name, parameter in signature.parameters.items():
         members = inspect.signature(groups[name], eval_str=True).parameters.values() if name in groups else [parameter]
-        shown += [member.replace(kind=inspect.Parameter.KEYWORD_ONLY) for member in members]
+        parameters += [member.replace(kind=inspect.Parameter.KEYWORD_ONLY) for member in members]
 
     def called(**given: Any) -> None:
         made = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
-        verb(**given, **made)
+        function(**given, **made)
 
-    called.__name__, called.__doc__, called.__module__ = verb.__name__, verb.__doc__, verb.__module__
-    called.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
-    called.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    called.__name__, called.__doc__, called.__module__ = function.__name__, function.__doc__, function.__module__
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    called.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return called
 
 
-def summary(verb: Callable[..., None]) -> str:
-    """The first line of a verb's help, whole: in a list of verbs the rest of a long one would be cut off."""
-    return (verb.__doc__ or "").partition("\n")[0]
+def summary(function: Callable[..., None]) -> str:
+    """The first line of a command's help, for the list of commands."""
+    return (function.__doc__ or "").partition("\n")[0]
 
 
 @contextlib.contextmanager
 def resumable(output: Path, converted: Path | None = None) -> Iterator[None]:
-    """Where uptraining is interrupted within the block, say what is kept of it and which command resumes.
+    """If uptraining is interrupted within the block, say what was kept and which command resumes it.
 
     Args:
         output: folder of the run.
-        converted: what is trained, where the same command makes that first.
+        converted: the checkpoint that is trained, if the same command converts it first.
     """
     try:
         yield
@@ -181,25 +187,25 @@ def resumable(output: Path, converted: Path | None = None) -> Iterator[None]:
         saved = states.complete(output)
         command = _again()
         if (output / states.MODEL_FOLDER).exists():
-            kept, file = "the result was complete already", output / states.MODEL_FOLDER
+            kept, file = "the result was already complete", output / states.MODEL_FOLDER
         elif saved:
             kept, file = f"the state after step {saved[-1][0]} is kept", saved[-1][1]
         elif (output / states.LOCAL_FOLDER / "config.json").is_file():
-            kept, file = "what the local stage learnt is kept", output / states.LOCAL_FOLDER
+            kept, file = "the result of the local stage is kept", output / states.LOCAL_FOLDER
         elif converted is not None and converted.exists():
-            kept, file = "the conversion is complete and kept, and no state of the uptraining is", converted
+            kept, file = "the conversion is complete and kept; the uptraining saved no state", converted
         else:
             raise RegroupError(
                 "interrupted before a state was saved",
                 file=output if output.exists() else None,
-                got="nothing to resume from",
-                remedy=f"begin again with {command}, and with a smaller --save-every to lose less",
+                got="no saved state to resume from",
+                remedy=f"start again with {command}; a smaller --save-every loses less",
             ) from error
         raise RegroupError(f"interrupted; {kept}", file=file, remedy=f"resume from there with {command}") from error
 
 
 def _again() -> str:
-    """The command that this process was started with, ready for a shell; ``--no-resume`` would refuse to resume."""
+    """The command that started this process, quoted for a shell and without ``--no-resume``."""
     program, *words = sys.argv
     name = Path(program).name
     if Path(program).parts[-3:] == ("regroup", "cli", "__main__.py"):
@@ -209,40 +215,43 @@ def _again() -> str:
     else:
         return "the same command"
     text = shlex.join([*start, *(word for word in words if word != "--no-resume")])
-    # A launcher's own words are not known here.
+    # The arguments of the launcher are not known here.
     return f"the same launcher and {text}" if "WORLD_SIZE" in os.environ else text
 
 
 def check_file(output: Path, others: Mapping[str, Path | None] | None = None) -> None:
-    """Refuse a file that cannot be written, before the work that would go into it.
+    """Refuse an output file that cannot be written, before the work starts.
 
     Args:
         output: the file.
-        others: what the same run reads or writes elsewhere, by what it is; none of it may be the output.
+        others: other files that the run reads or writes, by description; the output may be none of them.
 
     Raises:
-        RegroupError: it is a folder or one of the others, or its place may not be written to.
+        RegroupError: it is a folder, one of the others, or not writable.
     """
     from ..checkpoint.writer import existing_parent
 
     if output.is_dir():
         raise RegroupError("the output is a folder", file=output, remedy="name a file")
     if not os.access(output if output.exists() else existing_parent(output), os.W_OK):
-        raise RegroupError("the output cannot be written", file=output, remedy="choose another place")
+        raise RegroupError("the output cannot be written", file=output, remedy="choose another path")
     for what, other in (others or {}).items():
         if other is not None and output.resolve() == other.resolve():
             raise RegroupError(
-                "the output would overwrite what this run needs", file=output, got=what, remedy="name another file"
+                "the output would overwrite a file that this run uses",
+                file=output,
+                got=what,
+                remedy="name another file",
             )
 
 
 def numbers(text: str) -> list[int]:
-    """Whole numbers with commas between them, in the order given.
+    """Integers separated by commas, in the order given.
 
     Raises:
-        RegroupError: the text is no such list.
+        RegroupError: the text is not such a list.
     """
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise RegroupError("the numbers cannot be read", expected="such as 8,4,1", got=text) from None
+        raise RegroupError("this is not a list of integers", expected="such as 8,4,1", got=text) from None

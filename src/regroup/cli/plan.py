@@ -20,11 +20,11 @@ from .options import (
     Source,
     TensorParallel,
     check_file,
-    spread,
+    with_option_groups,
 )
 
 
-@spread
+@with_option_groups
 def plan(
     source: Source,
     *,
@@ -34,7 +34,7 @@ def plan(
         str | None,
         typer.Option(
             "--kv-budget",
-            help="What the KV cache may take, such as 25%, or 64KiB per token at 16 bits a number; G by layer then.",
+            help="Size of the KV cache, such as 25% or 64KiB per token in 16 bits; chooses the KV heads of each layer.",
         ),
     ] = None,
     method: Method = None,
@@ -42,15 +42,13 @@ def plan(
     calibration: Calibration,
     tensor_parallel: TensorParallel = None,
     seed: Seed = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to write; standard output without.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Plan file. [default: standard output]")] = None,
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Write down what a conversion should do, as JSON that you can edit; with --kv-budget, find G for each layer."""
-    from ..console import Told, err, show_plan
-    from ..conversion.plan import plan as plan_checkpoint
+    """Write a conversion plan as JSON that can be edited; --kv-budget chooses the number of KV heads of each layer."""
+    from ..api import plan as make_plan
+    from ..console import ConsoleListener, err, show_plan
     from ..processes import launched
     from ..record import write_whole
 
@@ -61,7 +59,7 @@ def plan(
         if output is not None:
             check_file(output)
         text = calibration.text()
-        made, layout = plan_checkpoint(
+        made, layout = make_plan(
             source,
             kv_heads=kv_heads,
             layers=layers,
@@ -75,7 +73,7 @@ def plan(
             device=calibration.device,
             revision=revision,
             allow_pickle=allow_pickle,
-            listener=Told(),
+            listener=ConsoleListener(),
             processes=processes,
         )
         show_plan(made, layout)
@@ -84,6 +82,6 @@ def plan(
             return
         write_whole(output, made.dumps(), "the plan")
         again = {"plan": output, "revision": revision, "allow_pickle": allow_pickle}
-        again |= {} if made.predicted_kl is None else calibration.given()
+        again |= {} if made.predicted_kl is None else calibration.as_options()
         following = command("convert", source, "DST", **again)
-        err.print(f"wrote {output}; carry it out with: {following}")
+        err.print(f"wrote {output}; convert with: {following}")

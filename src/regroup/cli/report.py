@@ -11,11 +11,11 @@ from .options import check_file
 
 
 def report(
-    records: Annotated[list[Path], typer.Argument(help="JSON files that verbs wrote with -o, and plans.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
-    title: Annotated[str, typer.Option(help="Of the page.")] = "regroup report",
+    records: Annotated[list[Path], typer.Argument(help="JSON records that commands wrote with -o, and plans.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "regroup report",
 ) -> None:
-    """One page from records: quality, speed, uptraining, memory; it opens offline and loads nothing."""
+    """Make one self-contained HTML page from records: quality, speed, uptraining, memory."""
     from ..console import err
     from ..errors import human_bytes
     from ..report.page import write_report
@@ -24,6 +24,6 @@ def report(
         check_file(output, {f"the record {record}": record})
     unused = write_report(records, output, title=title)
     for name in unused:
-        err.print(f"nothing is drawn of {name}")
+        err.print(f"not shown on the page: {name}")
     size = f", {human_bytes(output.stat().st_size)}" if output.is_file() else ""
     err.print(f"wrote {output}{size}")

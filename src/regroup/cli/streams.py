@@ -1,7 +1,7 @@
-"""What a command's surroundings may do to it: a terminal of few characters, streams that are closed or full, signals.
+"""Robustness against the environment: terminals without Unicode, streams that are closed or full, signals.
 
-Work in progress is worth more than a line about it: what standard error does not take is let go, and the work goes on.
-Standard output carries results: where it fails, the command fails.
+Errors of standard error are ignored, since the work is worth more than a line about it. Standard output carries
+results: if writing to it fails, the command fails.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any
 
 from ..safe_text import visible
 
-# What is written where the encoding has no such character.
+# Replacements for characters that the encoding lacks.
 _PLAIN = {
     "→": "->", "–": "-", "—": "-", "…": "...", "×": "x", "·": "*", "●": "*", "✓": "+", "✗": "x", "≤": "<=", "≥": ">=",
     "α": "alpha", "±": "+-", "’": "'", "“": '"', "”": '"',
 }  # fmt: skip
 _HANDLER = "regroup.plain"
-# A second signal within so many seconds is the same wish, and not a wish to break off the clean-up.
-_IMPATIENCE = 10.0
-# Seconds after which a signal that was lost comes again.
-_MOMENT = 0.05
+# A second signal within these seconds repeats the first, and does not interrupt the clean-up.
+_SAME_SIGNAL_SECONDS = 10.0
+# Delay before a signal that was lost is sent again.
+_RESEND_SECONDS = 0.05
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
@@ -47,28 +47,28 @@ def _ascii(text: str) -> str:
 codecs.register_error(_HANDLER, _plain)
 
 
-def write_anything() -> None:
-    """Let standard output and standard error take every text, spelt out where their encoding lacks a character."""
+def accept_any_text() -> None:
+    """Make standard output and standard error accept any text: characters that the encoding lacks are spelt out."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_HANDLER)
 
 
 class LostOutputError(Exception):
-    """Standard output took less than was written to it.
+    """Writing to standard output failed.
 
-    No OSError: this is not about the files that the work at hand reads and writes, whose errors those are.
+    Not an OSError, because those are errors of the files that a command reads and writes.
     """
 
     def __init__(self, error: OSError) -> None:
         self.reason = error.strerror or str(error)
-        # A reader that has seen enough, such as head, wants no message.
+        # A reader that closed the pipe, such as head, gets no message.
         self.unread = isinstance(error, BrokenPipeError)
         super().__init__(self.reason)
 
 
 class _Tolerant(io.FileIO):
-    """A file that loses what the system does not take."""
+    """A file that ignores failed writes."""
 
     def write(self, data: Any) -> int:
         try:
@@ -78,7 +78,7 @@ class _Tolerant(io.FileIO):
 
 
 class _Watched(io.FileIO):
-    """A file that says once that the system did not take everything; what comes after that is lost too."""
+    """A file that raises on the first failed write and ignores all later ones."""
 
     lost = False
 
@@ -93,36 +93,34 @@ class _Watched(io.FileIO):
 
 
 def guard_streams() -> None:
-    """Make the streams of this process such that work may rely on them.
+    """Make the standard streams of this process safe to use.
 
-    A descriptor below 3 that is closed is opened on ``/dev/null``: otherwise the next file would get its number, and
-    whatever libraries print would end up among weights. Nothing can be written to such a standard output, so that a
-    result that goes nowhere is an error.
+    A closed descriptor below 3 is opened on ``/dev/null``: otherwise the next file would get its number, and prints of
+    libraries would end up among weights. Such a standard output is read-only, so that losing a result is an error.
     """
     for number, mode in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, mode)  # takes the lowest number that is free
+            os.open(os.devnull, mode)  # takes the lowest free number
     if sys.stdin is None:
-        sys.stdin = open(0, closefd=False, encoding="utf-8")  # noqa: SIM115 - as long as the process
+        sys.stdin = open(0, closefd=False, encoding="utf-8")  # noqa: SIM115 - open as long as the process
     sys.stdout = _text(_Watched(1, "w", closefd=False), sys.stdout, line_buffering=os.isatty(1))
     sys.stderr = _text(_Tolerant(2, "w", closefd=False), sys.stderr, line_buffering=True)
 
 
 def _text(raw: io.FileIO, before: Any, *, line_buffering: bool) -> io.TextIOWrapper:
-    """A stream in the place of another, which is None where the descriptor was closed."""
+    """A stream that replaces another, which is None if the descriptor was closed."""
     encoding = getattr(before, "encoding", None) or "utf-8"
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors=_HANDLER, line_buffering=line_buffering)
 
 
 def log_safely() -> None:
-    """Spell out what a terminal would obey in what libraries log and warn of: they quote names from checkpoints."""
+    """Escape control characters in logs and warnings of libraries, which quote names from checkpoints."""
     made, formatted = logging.getLogRecordFactory(), warnings.formatwarning
 
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         found = made(*args, **kwargs)
-        # Their own lines stay lines.
         found.msg, found.args = _lines(found.getMessage()), ()
         return found
 
@@ -135,13 +133,13 @@ def _lines(text: str) -> str:
 
 
 class _Interrupt(KeyboardInterrupt):
-    """A signal that is not lost: where somebody swallows the exception, the signal comes again.
+    """A signal that is sent again if somebody swallows the exception.
 
-    A library's ``except:`` does so, and C code that asks whether an object has an attribute (``PyObject_HasAttr``
-    forgets every error of a ``__getattr__``). Whoever handles the exception keeps it alive meanwhile.
+    A library's bare ``except:`` does so, and C code such as ``PyObject_HasAttr``, which drops every error of a
+    ``__getattr__``. A handler of the exception keeps it alive meanwhile.
     """
 
-    # Called with the signal's number; None while nobody waits for it.
+    # Called with the signal's number; None when no signal is to be sent again.
     again: Callable[[int], None] | None = None
 
     def __init__(self, number: int) -> None:
@@ -153,16 +151,16 @@ class _Interrupt(KeyboardInterrupt):
             _Interrupt.again(self.number)
 
 
-def settled() -> None:
-    """The work has ended, however: no signal has to come again."""
+def work_ended() -> None:
+    """From now on no signal is sent again."""
     _Interrupt.again = None
 
 
 def catch_signals() -> Callable[[], None]:
-    """Make a service manager's stop and a closed terminal what Ctrl-C is; signals that are ignored stay so.
+    """Handle SIGTERM and SIGHUP like Ctrl-C; signals that are ignored stay ignored.
 
     Returns:
-        What to call at the end, when there is nothing left to clean up: from then on a signal just ends the process.
+        A function to call after the clean-up: from then on a signal ends the process.
     """
     last: float | None = None
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
@@ -170,15 +168,15 @@ def catch_signals() -> Callable[[], None]:
     def stop(number: int, *_: object) -> None:
         nonlocal last
         now = time.monotonic()
-        if last is None or now - last >= _IMPATIENCE:
+        if last is None or now - last >= _SAME_SIGNAL_SECONDS:
             last = now
             raise _Interrupt(number)
 
     def again(number: int) -> None:
         nonlocal last
         last = None
-        # Not here, where whatever is raised is lost too, but a moment later.
-        timer = threading.Timer(_MOMENT, os.kill, (os.getpid(), number))
+        # Not here, where an exception would be lost too.
+        timer = threading.Timer(_RESEND_SECONDS, os.kill, (os.getpid(), number))
         timer.daemon = True
         timer.start()
 
@@ -187,9 +185,9 @@ def catch_signals() -> Callable[[], None]:
             signal.signal(number, handler)
 
     def release() -> None:
-        settled()
-        # After one signal the next ones have nothing to say; the exit status is the message's. Python takes its own
-        # handlers away as it ends.
+        work_ended()
+        # After one signal the others are ignored, so that the exit status is the message's. Python removes its own
+        # handlers as it exits.
         if last is None:
             take(signal.SIG_DFL)
         else:

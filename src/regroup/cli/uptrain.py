@@ -11,10 +11,14 @@ from .options import resumable
 
 
 def uptrain(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A converted checkpoint or a hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A converted checkpoint: a folder or a hub id.")
+    ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text, JSON lines, parquet, pairs, a folder of those, or hf:NAME. May be given again."),
+        typer.Option(
+            help="Training data: text, JSON lines, parquet, pairs, a folder of those, or hf:NAME. May be repeated."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -25,80 +29,107 @@ def uptrain(
         ),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="A YAML file with any of the settings; options given here win.")
+        Path | None, typer.Option(help="YAML file with settings; options on the command line override it.")
     ] = None,
     alpha: Annotated[
-        float | None, typer.Option(help="Share of the parent's pre-training tokens; the paper: 0.05.")
+        float | None, typer.Option(help="Training tokens as a share of the original pre-training; 0.05 in the paper.")
     ] = None,
     pretraining_tokens: Annotated[
-        str | None, typer.Option(help="Of the parent, such as 2T, where it is not a known one.")
+        str | None,
+        typer.Option(help="Number of pre-training tokens of the original model, such as 2T, if it is not a known one."),
     ] = None,
-    tokens: Annotated[str | None, typer.Option(help="Instead of a share: tokens, such as 300M.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Instead of a share: optimizer steps.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="The parent, to distil from: a folder or a hub id.")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Number of training tokens, such as 300M, in place of --alpha.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of optimizer steps, in place of --alpha.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Teacher for distillation, usually the original model: a folder or a hub id.")
+    ] = None,
     stages: Annotated[
-        str | None, typer.Option(help="logit, local (layer by layer), or local,logit: one after the other.")
+        str | None,
+        typer.Option(help="Stages of distillation: logit, local (layer by layer), or local,logit for both in turn."),
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of both softmaxes in the KL.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Temperature of both softmaxes in the KL divergence.")
+    ] = None,
     distill_weight: Annotated[
-        float | None, typer.Option(min=0, max=1, help="1: KL alone; 0: cross-entropy alone.")
+        float | None,
+        typer.Option(min=0, max=1, help="Weight of the KL divergence: 1 is KL only, 0 is cross-entropy only."),
     ] = None,
     hidden_weight: Annotated[
-        float | None, typer.Option(min=0, help="Of the distance from the teacher's hidden states. [default: 10]")
+        float | None, typer.Option(min=0, help="Weight of the distance from the teacher's hidden states. [default: 10]")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Tell only the teacher's k largest logits apart.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Distil only the teacher's k largest logits; the rest count as one.")
+    ] = None,
     teacher_cache: Annotated[
-        Path | None, typer.Option(help="Folder that keeps those logits, for later runs on the same data.")
+        Path | None, typer.Option(help="Folder that caches the teacher's logits, for later runs on the same data.")
     ] = None,
     objective: Annotated[
-        str | None, typer.Option(help="causal, span-corruption, pairs, or auto: as the family was trained.")
+        str | None,
+        typer.Option(help="Training objective: causal, span-corruption, pairs, or auto (that of the family)."),
     ] = None,
-    window: Annotated[int | None, typer.Option(min=2, help="Tokens a sequence. [default: 512]")] = None,
+    window: Annotated[int | None, typer.Option(min=2, help="Tokens per sequence. [default: 512]")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Sequences a step, over all processes. [default: 8]")
+        int | None, typer.Option(min=1, help="Sequences per step, over all processes. [default: 8]")
     ] = None,
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a process at once.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The highest; the family's by default.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw, adafactor or auto.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences per forward pass of a process.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. [default: the family's]")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Optimizer: adamw, adafactor or auto.")] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="cosine, constant-decay, constant, inverse-sqrt or auto.")
+        str | None,
+        typer.Option(help="Schedule of the learning rate: cosine, constant-decay, constant, inverse-sqrt or auto."),
     ] = None,
-    warmup: Annotated[float | None, typer.Option(min=0, max=1, help="Share of the steps. [default: 0.05]")] = None,
+    warmup: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Warm-up, as a share of the steps. [default: 0.05]")
+    ] = None,
     original_steps: Annotated[
-        int | None, typer.Option(min=1, help="Of the parent's pre-training, which inverse-sqrt continues.")
+        int | None,
+        typer.Option(min=1, help="Number of steps of the original pre-training, from which inverse-sqrt continues."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of shuffling, noise and dropout. [default: 0]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the computation: float32, bfloat16 or float16.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of shuffling, span corruption and dropout. [default: 0]")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the computation: float32, bfloat16 or float16.")] = None,
     gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+        bool | None,
+        typer.Option("--gradient-checkpointing", help="Save memory by recomputing activations; takes a third longer."),
     ] = None,
     compile: Annotated[bool | None, typer.Option("--compile", help="Use torch.compile.")] = None,
     fsdp: Annotated[bool | None, typer.Option("--fsdp", help="Shard the student over the processes (FSDP2).")] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Threads that tokenise ahead.")] = None,
-    held_out: Annotated[str | None, typer.Option(help="Text or pairs to evaluate on, now and then.")] = None,
-    held_out_windows: Annotated[int | None, typer.Option(min=1, help="How many of it. [default: 32]")] = None,
-    eval_every: Annotated[int | None, typer.Option(min=1, help="Steps. [default: a tenth of the run]")] = None,
-    save_every: Annotated[int | None, typer.Option(min=1, help="Steps. [default: a tenth of the run]")] = None,
-    log_every: Annotated[int | None, typer.Option(min=1, help="Steps. [default: 10]")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; GPUs where there are some.")] = None,
-    resume: Annotated[
-        bool | None, typer.Option("--resume/--no-resume", help="Go on with the run in the output folder. [default: on]")
+    workers: Annotated[int | None, typer.Option(min=0, help="Number of threads that tokenise.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="Text or pairs for evaluation during the run.")] = None,
+    held_out_windows: Annotated[
+        int | None, typer.Option(min=1, help="Number of held-out windows or pairs. [default: 32]")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
+    eval_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between evaluations. [default: a tenth of the run]")
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between saved states. [default: a tenth of the run]")
+    ] = None,
+    log_every: Annotated[int | None, typer.Option(min=1, help="Steps between log entries. [default: 10]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: GPUs if available, else cpu]")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume/--no-resume", help="Resume the run in the output folder. [default: resume]")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan of the run, and write nothing.")
+    ] = False,
 ) -> None:
-    """Bring a converted checkpoint back: train it for a share α of the original compute, or distil its parent."""
+    """Uptrain a converted checkpoint: continue pre-training for a share α of the original, or distil the original."""
     given = {name: value for name, value in locals().items() if name not in ("recipe", "dry_run")}
     from ..processes import leave, rank
 
     try:
+        from ..api import uptrain as run
         from ..uptraining.listener import ConsoleListener
         from ..uptraining.recipe import Recipe
-        from ..uptraining.run import uptrain as run
 
         given["stages"] = tuple(stages.split(",")) if stages else None
-        settled = Recipe.load(recipe, **given)
-        with resumable(settled.output):
-            done = run(settled, listener=ConsoleListener(), dry_run=dry_run)
+        loaded = Recipe.load(recipe, **given)
+        with resumable(loaded.output):
+            done = run(loaded, listener=ConsoleListener(), dry_run=dry_run)
     finally:
         leave()
     if rank() == 0:
@@ -107,6 +138,6 @@ def uptrain(
         if done.model is None:
             err.print("dry run: nothing was written")
         elif done.finished_before:
-            err.print(f"nothing was done: the run was finished before; its result is {done.model}", markup=False)
+            err.print(f"the run was already finished, and nothing was done; its result is {done.model}")
         else:
             err.print(f"wrote {done.model}, and {done.recipe.output}/record.json and curve.png")

@@ -11,34 +11,38 @@ from .options import AllowPickle, Record, check_file
 
 
 def verify(
-    parent: Annotated[str, typer.Argument(metavar="PARENT", help="What was converted: a folder or a hub id.")],
-    child: Annotated[str, typer.Argument(metavar="CHILD", help="The folder that came of it.")],
-    plan: Annotated[Path | None, typer.Option(help="The plan that was carried out. [default: the child's]")] = None,
+    original: Annotated[str, typer.Argument(metavar="ORIGINAL", help="The original model: a folder or a hub id.")],
+    converted: Annotated[str, typer.Argument(metavar="CONVERTED", help="Folder of the converted model.")],
+    plan: Annotated[
+        Path | None, typer.Option(help="Plan file of the conversion. [default: the one in CONVERTED]")
+    ] = None,
     uptrained: Annotated[
-        bool, typer.Option("--uptrained", help="The child was trained since: check its structure alone.")
+        bool, typer.Option("--uptrained", help="The converted model was trained afterwards: check only its structure.")
     ] = False,
     data: Annotated[
-        Path | None, typer.Option(help="Text, or pairs: also score both on it, and compare with the prediction.")
+        Path | None, typer.Option(help="Text or pairs: also compare both models' loss with the plan's prediction.")
     ] = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
-    windows: Annotated[int | None, typer.Option(min=1, help="Windows or pairs at most.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where text is scored; a GPU where there is one.")] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    windows: Annotated[int | None, typer.Option(min=1, help="Maximum number of windows or pairs.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device for scoring text. [default: a GPU if available, else cpu]")
+    ] = None,
     allow_pickle: AllowPickle = False,
     output: Record = None,
 ) -> None:
-    """Check that a child is what its plan promises: tensors, untouched bytes, merged heads, and loss on text.
+    """Check a converted model against its original and its plan: tensors, copied bytes, merged heads, loss on text.
 
-    Exit status 0: everything promised holds; 1: something does not; 2: it could not be checked.
+    Exit status 0: all checks passed; 1: a check failed; 2: the check could not run.
     """
-    from ..console import Told, err, out
+    from ..api import verify as run
+    from ..console import ConsoleListener, err, out
     from ..record import write_record
-    from ..verification import verify as run
 
     if output is not None:
         check_file(output)
     record = run(
-        parent,
-        child,
+        original,
+        converted,
         plan=plan,
         allow_pickle=allow_pickle,
         uptrained=uptrained,
@@ -46,15 +50,15 @@ def verify(
         window=window,
         windows=windows,
         device=device,
-        listener=Told(),
+        listener=ConsoleListener(),
     )
     marks = {True: ("✓", "green"), False: ("✗", "red"), None: ("–", "")}
-    for promise in record["results"]["promises"]:
-        out.label(*marks[promise["held"]], f"{promise['name']}: {promise['detail']}")
+    for check in record["results"]["promises"]:
+        out.label(*marks[check["held"]], f"{check['name']}: {check['detail']}")
     if output is not None:
         write_record(output, record)
         err.print(f"wrote {output}")
-    kept = record["results"]["verdict"] == "kept"
-    out.label(*(("all promises are kept", "bold green") if kept else ("a promise is broken", "bold red")))
-    if not kept:
+    passed = record["results"]["verdict"] == "kept"
+    out.label(*(("all checks passed", "bold green") if passed else ("a check failed", "bold red")))
+    if not passed:
         raise typer.Exit(1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
+from ..extras import require
 from .chunking import CHUNK_BYTES, Chunk, columns, document_bytes
 
 
@@ -36,6 +37,7 @@ class ParquetFile:
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
+        require("train", "pyarrow")
         import pyarrow
         import pyarrow.parquet as parquet
 
@@ -87,6 +89,7 @@ class DataSet:
 
     def chunks(self, position: Any = None) -> Iterator[Chunk]:
         """Positions are states of ``datasets.IterableDataset``."""
+        require("train", "datasets")
         import datasets
         from datasets.exceptions import DatasetsError
 

@@ -18,7 +18,7 @@ from ..conversion.convert import convert
 from ..data import token_windows
 from ..evaluation import Score, causal_batches, score
 from ..evaluation.run import load_for_scoring
-from ..inspection import summarize
+from ..inspection import inspect
 from ..modeling import load_tokenizer
 from ..progress import stage
 from ..record import record, write_record
@@ -104,7 +104,7 @@ class Demonstration:
 
     def row(self, method: str, folder: Path, found: Score) -> dict[str, Any]:
         """A line of the table."""
-        summary = summarize(str(folder))
+        summary = inspect(str(folder))
         return {
             "method": method,
             "num_key_value_heads": summary.layers[0].num_key_value_heads,

@@ -19,7 +19,7 @@ from ..modeling import load_tokenizer
 from ..record import record
 from . import choices, generate
 from .bootstrap import LEVEL, RESAMPLES, interval, paired
-from .metrics import GENERATING
+from .metrics import GENERATING, check_installed
 from .outputs import Outputs, read
 from .prompts import check_positions, encode
 from .run import check_dtype, load_for_scoring
@@ -62,6 +62,7 @@ def evaluate_task(
         RegroupError: anything missing, unreadable or mismatched.
     """
     check_dtype(dtype)
+    check_installed(task.metrics)
     rows = task.rows()
     digest = task.digest(rows)
     others = None if against is None else _others(against, task, digest, len(rows))

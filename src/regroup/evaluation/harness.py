@@ -13,6 +13,7 @@ import torch
 from ..checkpoint import fetch
 from ..devices import device_named
 from ..errors import RegroupError
+from ..extras import require
 from ..modeling import load_tokenizer
 from ..record import record
 from .run import check_dtype, load_for_scoring
@@ -45,16 +46,11 @@ def evaluate_harness(
     Raises:
         RegroupError: the harness is not installed, or knows no such task.
     """
-    try:
-        from lm_eval import simple_evaluate  # pyright: ignore[reportPrivateImportUsage]
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise RegroupError(
-            "lm-evaluation-harness is not installed",
-            got=str(error),
-            remedy='pip install "regroup-gqa[lm-eval]"',
-        ) from error
+    require("lm-eval", "lm_eval")
+    from lm_eval import simple_evaluate  # pyright: ignore[reportPrivateImportUsage]
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     check_dtype(dtype)
     manager = TaskManager(include_path=None if include is None else str(include))
     known = set(manager.all_tasks)

@@ -10,12 +10,14 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
+
+from ..extras import require
 
 Answers = Sequence[str]
 References = Sequence[Sequence[str]]
@@ -99,6 +101,19 @@ def _error_rate(split: Callable[[str], Sequence[str]]) -> Callable[[Answers, Ref
         return np.array(found, dtype=np.float64)
 
     return rows
+
+
+def check_installed(names: Iterable[str]) -> None:
+    """Refuse metrics of libraries that are not installed, before anything is generated.
+
+    Raises:
+        RegroupError: naming the extra.
+    """
+    for name in names:
+        if name.startswith("rouge"):
+            require("evaluate", "rouge_score")
+        elif name in ("bleu", "chrf"):
+            require("evaluate", "sacrebleu")
 
 
 @cache

@@ -26,10 +26,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def evaluate(
-    model: str,
-    data: Path,
+    model: str | Path,
+    data: str | Path,
     *,
-    teacher: str | None = None,
+    teacher: str | Path | None = None,
     window: int = 512,
     windows: int | None = None,
     document_starts: bool = False,
@@ -58,6 +58,10 @@ def evaluate(
 
     Raises:
         RegroupError: anything missing, unreadable or mismatched.
+
+    Example:
+        >>> record = regroup.evaluate("llama-2-7b-gqa8", "held-out.txt", teacher="llama-2-7b")  # doctest: +SKIP
+        >>> record["results"]["kl_nats_per_token"]  # doctest: +SKIP
     """
     check_dtype(dtype)
     data = as_named(data)
@@ -66,12 +70,12 @@ def evaluate(
             "the data cannot be read", file=data, expected="a file, a folder of files, or a pipe", got="no such file"
         )
     place = device_named(device)
-    with readable(model, allow_pickle=allow_pickle) as name:
+    with readable(str(model), allow_pickle=allow_pickle) as name:
         folder = fetch(name)
         student, tokenizer = load_for_scoring(folder, dtype, place), load_tokenizer(folder)
     original = None
     if teacher is not None:
-        with readable(teacher, allow_pickle=allow_pickle) as name:
+        with readable(str(teacher), allow_pickle=allow_pickle) as name:
             original = load_for_scoring(fetch(name), dtype, place)
 
     nbytes = None
@@ -124,8 +128,8 @@ def evaluate(
             "top1_agreement": result.top1_agreement,
         }
     configuration = {
-        "model": model,
-        "teacher": teacher,
+        "model": str(model),
+        "teacher": None if teacher is None else str(teacher),
         "data": data.name,
         "window": window,
         "windows": windows,

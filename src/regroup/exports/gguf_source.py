@@ -27,7 +27,7 @@ _SPELLED = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def export_from_gguf(file: Path, destination: Path, request: Request) -> Exported:
-    """Turn a GGUF file into a checkpoint folder of a stock transformers class (see ``export_checkpoint``).
+    """Turn a GGUF file into a checkpoint folder of a stock transformers class (see ``export``).
 
     Raises:
         RegroupError: the target is another one, or the file holds or lacks what the checkpoint cannot do without.

@@ -44,7 +44,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 
 def export_gguf(opened: Source, destination: Path, request: Request) -> Exported:
-    """Write a checkpoint as a GGUF file and compare what llama.cpp answers with it (see ``export_checkpoint``).
+    """Write a checkpoint as a GGUF file and compare what llama.cpp answers with it (see ``export``).
 
     Raises:
         RegroupError: llama.cpp has no such layers, no such rotation or no such tokenizer, a number does not fit the

@@ -1,4 +1,4 @@
-"""From a checkpoint to a form that an engine reads: ``export_checkpoint``, behind `regroup export`."""
+"""From a checkpoint to a form that an engine reads: ``export``, behind `regroup export`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from ..checkpoint import is_gguf, staged_folder
 from ..checkpoint.header import nbytes_of
 from ..checkpoint.writer import check_destination, existing_parent
 from ..errors import RegroupError
+from ..extras import require
 from ..families import FAMILIES
 from ..files import as_named
 from ..listener import Listener
@@ -29,7 +30,7 @@ from .heads import (
 from .request import DTYPES, TARGETS, Exported, Request
 
 
-def export_checkpoint(
+def export(
     source: str | Path,
     destination: str | Path,
     *,
@@ -67,6 +68,8 @@ def export_checkpoint(
         raise RegroupError("this dtype is not known here", expected=" or ".join(DTYPES), got=dtype)
     request = Request(to, expand, tensor_parallel, dtype, check, listener or Listener())
     file, target = as_named(source), as_named(destination)
+    if to == "gguf" or is_gguf(file):
+        require("gguf", "gguf")
     if is_gguf(file):
         from .gguf_source import export_from_gguf
 

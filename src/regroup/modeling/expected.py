@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import logging
 import re
@@ -252,7 +253,7 @@ def _loaded(cls: Any, config: Mapping[str, Any], tensors: Mapping[str, TensorInf
 
     state = {name: torch.empty(entry.shape, device="meta") for name, entry in tensors.items()}
     try:
-        with _quiet():
+        with _quiet(), _one_device():
             return cls.from_pretrained(
                 None,
                 config=cls.config_class.from_dict(dict(config)),
@@ -265,6 +266,18 @@ def _loaded(cls: Any, config: Mapping[str, Any], tensors: Mapping[str, TensorInf
     # Configs are data of strangers: a class that is built from one may fail in any way.
     except Exception as error:
         raise _UnbuildableError(f"{type(error).__name__}: {error}".strip()) from error
+
+
+@contextlib.contextmanager
+def _one_device() -> Iterator[None]:
+    """transformers asks for accelerate wherever a device is named, and uses it only where there are several."""
+    integration: Any = importlib.import_module("transformers.integrations.accelerate")
+    is_available = integration.is_accelerate_available
+    integration.is_accelerate_available = lambda *_: True
+    try:
+        yield
+    finally:
+        integration.is_accelerate_available = is_available
 
 
 class _Comparison:

@@ -13,6 +13,7 @@ import torch
 
 from ..devices import on_cpu
 from ..errors import RegroupError
+from ..extras import require
 from ..processes import barrier, errors_shared, rank, world
 from ..record import record, write_record
 from ..safe_text import code_span, visible
@@ -68,6 +69,7 @@ def uptrain(recipe: Recipe, *, listener: Listener | None = None, dry_run: bool =
     Raises:
         RegroupError: anything wrong, as far as possible before the first step; the loss breaks down; the disk is full.
     """
+    require("train", "accelerate", "matplotlib", *({"tensorboard"} & {*recipe.report_to}))
     _join(recipe)
     if listener is None or rank() > 0:
         listener = Listener()
