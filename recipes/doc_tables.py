@@ -66,10 +66,12 @@ def throughput(record: dict[str, Any]) -> list[str]:
         "", "tokens/s (slowest – fastest)", "time, to plain Trainer's", "to cross-entropy's", "of the matrix rate"
     )
     for way in record["results"]["ways"]:
+        # Written by an older release.
+        name = way["way"].replace("the parent", "the original model")
         speed = f"{way['tokens_per_second']:,.0f} ({way['slowest']:,.0f} – {way['fastest']:,.0f})"
         share = "–" if way.get("utilisation") is None else f"{way['utilisation']:.0%}"
         ratios = (f"{way[name]:.2f}" for name in ("time_to_plain", "time_to_cross_entropy"))
-        lines.append(row(way["way"], speed, *ratios, share))
+        lines.append(row(name, speed, *ratios, share))
     return lines
 
 
@@ -106,7 +108,9 @@ def advise_loss(record: dict[str, Any]) -> list[str]:
     """Predicted and real loss of every plan, and whether plans came in the order that was predicted."""
     lines: list[str] = []
     for parent, tau in record["results"]["kendall_tau"].items():
-        lines += [*([""] if lines else []), *heading(f"{parent}, Kendall's τ {tau:.2f}", "sum over layers", "came to")]
+        # The folder of the demonstration's original model.
+        model = "demo model" if parent == "parent" else parent
+        lines += [*([""] if lines else []), *heading(f"{model}, Kendall's τ {tau:.2f}", "sum over layers", "came to")]
         for plan in record["results"]["plans"]:
             if plan["parent"] == parent:
                 lines.append(row(plan["plan"], f"{plan['predicted_kl']:.3f}", f"{plan['excess_nats_per_token']:+.3f}"))

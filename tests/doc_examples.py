@@ -19,7 +19,7 @@ from regroup.cli import app
 
 # A comment in a block: what follows, to the block's end, is parsed and not run.
 NOT_RUN = "# not run in CI: "
-_VERBS: Any = typer.main.get_command(app)
+_COMMANDS: Any = typer.main.get_command(app)
 
 
 @dataclass(frozen=True)
@@ -76,22 +76,22 @@ def commands(block: Block) -> Iterator[Command]:
 
 
 def misused(arguments: tuple[str, ...]) -> str | None:
-    """Why the command line would not take these arguments: an unknown verb or option, a value of another type."""
-    verb, command, rest = "regroup", _VERBS, list(arguments)
+    """Why the command line would not take these arguments: an unknown command or option, a value of another type."""
+    name, command, rest = "regroup", _COMMANDS, list(arguments)
     while hasattr(command, "commands"):
         if rest and rest[0] in {"--help", "--version"}:
             return None
         if not rest or rest[0] not in command.commands:
-            return f"{verb}: no such verb: {' '.join(rest)}"
-        verb, command, rest = f"{verb} {rest[0]}", command.commands[rest[0]], rest[1:]
+            return f"{name}: no such command: {' '.join(rest)}"
+        name, command, rest = f"{name} {rest[0]}", command.commands[rest[0]], rest[1:]
     try:
-        command.make_context(verb, rest)
+        command.make_context(name, rest)
     except typer.Exit:
         return None
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        return f"{verb}: {error.format_message()}"  # type: ignore[attr-defined]
+        return f"{name}: {error.format_message()}"  # type: ignore[attr-defined]
     return None
 
 
@@ -112,7 +112,6 @@ def furnish(folder: Path, *, layers: int) -> None:
     and a few thousand tokens of text."""
     _llama(folder / "llama-2-7b", layers=layers, heads=32, kv_heads=32)
     _llama(folder / "original", layers=1, heads=8, kv_heads=4)
-    (folder / "parent").symlink_to(folder / "original")
     (folder / "meta-llama").mkdir()
     (folder / "meta-llama/Llama-2-7b-hf").symlink_to(folder / "llama-2-7b")
     t5 = T5Config(vocab_size=tiny.VOCAB_SIZE, d_model=24, d_kv=2, d_ff=32, num_heads=12, num_layers=12)

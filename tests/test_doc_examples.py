@@ -24,7 +24,7 @@ RUN: dict[str, list[str]] = {
     "docs/llama-2-7b.md": [],
     "docs/choosing-g.md": [],
     "docs/plans.md": [],
-    "docs/evaluating.md": ["convert parent child --kv-heads 2 --method mean"],
+    "docs/evaluating.md": ["convert original converted --kv-heads 2 --method mean"],
     "docs/uptraining.md": [],
     "docs/verifying.md": ["convert llama-2-7b llama-2-7b-gqa8 --kv-heads 8"],
     "docs/export.md": [
@@ -32,15 +32,15 @@ RUN: dict[str, list[str]] = {
         "convert llama-2-7b llama-2-7b-mixed --layers 0:16,1:8 --method mean",
     ],
     "docs/reporting.md": [
-        "convert parent child --kv-heads 2 --method mean",
-        "plan parent --kv-heads 2 -o plan.json",
-        "evaluate parent --task qa.yaml --outputs parent.outputs.jsonl",
-        "uptrain child --data train.txt --steps 2 --window 32 --batch-size 2 -o run",
+        "convert original converted --kv-heads 2 --method mean",
+        "plan original --kv-heads 2 -o plan.json",
+        "evaluate original --task qa.yaml --outputs original.outputs.jsonl",
+        "uptrain converted --data train.txt --steps 2 --window 32 --batch-size 2 -o run",
     ],
 }
 # The deepest layer that a page names.
 LAYERS = {"docs/plans.md": 32, "docs/export.md": 2}
-# Half a minute each; .ci/run runs them beside the suite.
+# Half a minute each; .ci/run runs them next to the suite.
 LONG = {"README.md", "docs/reporting.md", "docs/choosing-g.md"}
 # What they print is arithmetic, and has to be what the page says.
 EXACT = {"docs/llama-2-7b.md"}
@@ -104,13 +104,13 @@ def test_options_that_launchers_do_not_take_are_found(launcher: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "regroup shrink parent",
-        "regroup convert parent child --heads 2",
-        "regroup convert parent child --kv-heads many",
-        "regroup convert parent",
-        "regroup inspect parent --context 0",
+        "regroup shrink original",
+        "regroup convert original converted --heads 2",
+        "regroup convert original converted --kv-heads many",
+        "regroup convert original",
+        "regroup inspect original --context 0",
         "regroup bench decode model --context 8",
-        ".venv/bin/regroup plan parent --to 2",
+        ".venv/bin/regroup plan original --to 2",
         "torchrun --nproc-per-node 8 -m regroup.cli uptrain --recipe r.yaml --no-such-option",
         f"{NOT_RUN}needs a GPU\nregroup uptrain --recipes r.yaml",
     ],
@@ -165,7 +165,7 @@ def test_the_recipe_is_one() -> None:
 
 
 def llama_2_figures(conversion: dict[str, Any], calibration: dict[str, Any], weights: int) -> list[str]:
-    """What docs/llama-2-7b.md has to say, from two records and the bytes of the parent's weights."""
+    """What docs/llama-2-7b.md has to say, from two records and the bytes of the original model's weights."""
     seconds, size = conversion["results"]["median_seconds"], conversion["results"]["source_bytes"]
     longer = calibration["results"]["extrapolated"]
     tokens = longer["windows"] * calibration["configuration"]["window"]
@@ -185,13 +185,13 @@ def test_the_llama_page_says_what_records_say(tmp_path: Path, monkeypatch: pytes
     Path("config.json").write_text(config, encoding="utf-8")
     command = "advise config.json --hardware l4 --context 4096 --batch 8 --record advice.json"
     _succeeds(command.split())
-    parent = json.loads(Path("advice.json").read_text(encoding="utf-8"))["results"]["candidates"][0]
+    original = json.loads(Path("advice.json").read_text(encoding="utf-8"))["results"]["candidates"][0]
     conversion, calibration = (
         json.loads((ROOT / f"benchmarks/records/{name}.json").read_text("utf-8"))
         for name in ("conversion", "calibration")
     )
     text = " ".join(page.split())
-    nbytes = parent["weights_bytes"]
+    nbytes = original["weights_bytes"]
     assert [figure for figure in llama_2_figures(conversion, calibration, nbytes) if figure not in text] == []
     conversion["results"]["median_seconds"]["convert"] *= 1.1
     assert [figure for figure in llama_2_figures(conversion, calibration, nbytes) if figure not in text]

@@ -25,19 +25,19 @@ FOREIGN = {"You set `ignore_mismatched_sizes` to `False`"}
 _COMMANDS: Any = typer.main.get_command(app)
 
 
-def _verbs(group: Any, before: str = "") -> dict[str, set[str]]:
+def _options_of(group: Any, before: str = "") -> dict[str, set[str]]:
     """Commands, also those of two words, and the options of each."""
     found: dict[str, set[str]] = {}
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
-            found |= _verbs(command, f"{before}{name} ")
+            found |= _options_of(command, f"{before}{name} ")
         else:
             options = {o for parameter in command.params for o in (*parameter.opts, *parameter.secondary_opts)}
             found[before + name] = {option for option in options if option.startswith("-")} | {"--help"}
     return found
 
 
-OPTIONS = _verbs(_COMMANDS)
+OPTIONS = _options_of(_COMMANDS)
 
 
 def wrong_commands(text: str) -> list[str]:
@@ -48,16 +48,16 @@ def wrong_commands(text: str) -> list[str]:
         command = re.match(r"regroup +([a-z][\w-]*)(.*)", code)
         if command is None:
             continue
-        verb, rest = command[1], command[2]
-        if any(known.startswith(f"{verb} ") for known in OPTIONS):
+        name, rest = command[1], command[2]
+        if any(known.startswith(f"{name} ") for known in OPTIONS):
             second, _, rest = rest.strip().partition(" ")
             if not second:
                 continue
-            verb, rest = f"{verb} {second}", " " + rest
-        if verb not in OPTIONS:
-            found.append(f"regroup {verb}")
+            name, rest = f"{name} {second}", " " + rest
+        if name not in OPTIONS:
+            found.append(f"regroup {name}")
             continue
-        found += [f"regroup {verb} {name}" for name in _options(rest) if name not in OPTIONS[verb]]
+        found += [f"regroup {name} {option}" for option in _options(rest) if option not in OPTIONS[name]]
     known = {"--version"}.union(*OPTIONS.values())
     # An option that is named alone: `--kv-heads 2`.
     found += [name for code in inline if code.startswith("--") for name in _options(code) if name not in known]
@@ -102,9 +102,9 @@ def test_commands_exist(page: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "Use `regroup shrink parent`.",
-        "Use `regroup inspect parent -z x`.",
-        "Use `regroup evaluate child --parent x`.",
+        "Use `regroup shrink original`.",
+        "Use `regroup inspect original -z x`.",
+        "Use `regroup evaluate converted --original x`.",
         "Pass `--no-such-option`.",
         "Use `regroup bench convert`.",
         "Use `regroup bench decode model --context 8`.",
@@ -167,8 +167,8 @@ def test_the_command_reference_is_what_the_command_line_has(monkeypatch: pytest.
         monkeypatch.setenv("COLUMNS", columns)
         monkeypatch.setenv("FORCE_COLOR", colours)
         assert reference.page() == written
-    for verb, options in OPTIONS.items():
-        (section,) = re.findall(rf"^#+ `regroup {verb}`\n(.*?)(?=^#|\Z)", written, re.M | re.S)
+    for name, options in OPTIONS.items():
+        (section,) = re.findall(rf"^#+ `regroup {name}`\n(.*?)(?=^#|\Z)", written, re.M | re.S)
         named = " ".join(re.findall(r"^\* `(-.*?)`", section, re.M))
         assert options == set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", named))
 

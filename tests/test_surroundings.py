@@ -181,7 +181,7 @@ cli.main()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, timeout=120)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.rstrip().endswith(b"no incomplete files were left"), done.stderr
+    assert done.stderr.rstrip().endswith(b"no incomplete result was left"), done.stderr
     assert b"Traceback" not in done.stderr
     assert everything(tmp_path) == []
 
@@ -221,7 +221,7 @@ cli.main()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, timeout=60)
     if comes_again:
         assert (done.returncode, done.stdout) == (2, b""), done.stderr
-        assert done.stderr.rstrip().endswith(b"no incomplete files were left"), done.stderr
+        assert done.stderr.rstrip().endswith(b"no incomplete result was left"), done.stderr
     else:
         assert (done.returncode, done.stdout) == (0, b"worked on\n"), done.stderr
 

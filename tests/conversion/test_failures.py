@@ -156,7 +156,7 @@ def test_an_interrupt_between_two_writes(
     fail_after(monkeypatch, count, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         regroup.convert(parent, tmp_path / "child", kv_heads=2)
-    assert "interrupted; no incomplete files were left" in refused(
+    assert "interrupted; no incomplete result was left" in refused(
         "convert", parent, tmp_path / "child", "--kv-heads", 2
     )
     assert everything(tmp_path) == before
@@ -321,7 +321,7 @@ def test_a_run_stopped_from_outside(number: signal.Signals, tmp_path: Path) -> N
         assert len(list(tmp_path.glob(".child*"))) == 1
     else:
         assert process.returncode == 2
-        assert "interrupted; no incomplete files were left" in message
+        assert "interrupted; no incomplete result was left" in message
         assert "Traceback" not in message
         assert not list(tmp_path.glob(".child*"))
     regroup.convert(tmp_path / "parent", tmp_path / "child", kv_heads=2)

@@ -216,7 +216,7 @@ def test_an_interruption_says_what_is_kept_and_what_resumes(
     with monkeypatch.context() as patch:
         interrupted_at(patch, step)
         message = refused(*words)
-    assert "no incomplete files" not in message
+    assert "no incomplete result" not in message
     command = shlex.join(["regroup", *words])
     assert command in message
     if saved is None:

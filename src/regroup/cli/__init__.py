@@ -32,7 +32,7 @@ class _Commands(TyperGroup):
         except RegroupError as error:
             _fail(str(error))
         except KeyboardInterrupt:
-            _fail("interrupted; no incomplete files were left")
+            _fail("interrupted; no incomplete result was left")
         except OSError as error:
             _fail(str(RegroupError(f"the system refused: {error.strerror or error}", file=error.filename)))
         finally:

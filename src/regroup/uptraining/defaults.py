@@ -117,7 +117,7 @@ def _staged(recipe: Recipe, chosen: list[str]) -> tuple[Recipe, list[str]]:
                 "distillation is asked for without a teacher",
                 expected="a teacher",
                 got=", ".join(name.replace("_", "-") for name in named),
-                remedy="pass --teacher PARENT",
+                remedy="pass --teacher ORIGINAL",
             )
         return recipe, chosen
     # The local stage prepares the other one, in whichever order they are named.
