@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import re
 from pathlib import Path
@@ -143,6 +144,9 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                     continue
                 if command.words[0] == "make":
                     assert re.search(rf"^{command.words[1]}:", (ROOT / "Makefile").read_text(), re.M), command
+                    continue
+                if command.words[0] == "cmp":
+                    assert filecmp.cmp(*command.words[1:], shallow=False), f"{name}:{block.line}"
                     continue
                 assert command.arguments is not None, f"{name}:{block.line}: {command.words} is neither run nor marked"
                 printed = _succeeds(command.arguments)
