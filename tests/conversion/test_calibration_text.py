@@ -105,7 +105,7 @@ def test_a_model_that_hears_is_refused(saved: Saved, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text("the cat\tthe mat\n" * 40)
     message = refused("convert", whisper, tmp_path / "child", "--kv-heads", 2, "--calibration", pairs)
-    assert "this model hears" in message
+    assert "this is a speech model" in message
     assert "leave --calibration out" in message
     assert not (tmp_path / "child").exists()
 

@@ -345,7 +345,7 @@ def test_budgets_that_cannot_be(llama: Path, text: CalibrationText, monkeypatch:
     words = ("--calibration", text.data)
     cases: list[tuple[tuple[object, ...], tuple[str, ...]]] = [
         (("--kv-budget", "10%"), ("smaller than the smallest", "at least 120 bytes", "16.67%")),
-        (("--kv-budget", "120%"), ("larger than the parent's cache",)),
+        (("--kv-budget", "120%"), ("larger than the original model's cache",)),
         (("--kv-budget", "25%", "--kv-heads", 2), ("were both given", "one of them")),
         (("--kv-budget", "25%", "--layers", "0:2"), ("were both given",)),
         (("--kv-budget", "a quarter"), ("budget",)),

@@ -136,15 +136,15 @@ def parse_budget(text: str, full: int) -> int:
             "the KV budget has no unit",
             expected=_FORMS,
             got=text,
-            remedy=f"write {match[1]}% for a share of the parent's cache, {match[1]}B for bytes per token",
+            remedy=f"write {match[1]}% for a share of the original's cache, {match[1]}B for bytes per token",
         )
     # Exact: a budget that is met to the byte is met.
     wanted = number * _BYTES[unit] if unit in _BYTES else number * full / (100 if unit else 1)
     if wanted < 1:
-        raise RegroupError("the KV budget leaves no cache", expected="at least a byte a token", got=text)
+        raise RegroupError("the KV budget leaves no cache", expected="at least one byte per token", got=text)
     if wanted > full:
         raise RegroupError(
-            "the KV budget is larger than the parent's cache",
+            "the KV budget is larger than the original model's cache",
             expected=f"at most 100%, {full} bytes per token at 16 bits a number",
             got=text,
             remedy="ask for less; without a budget nothing has to shrink",

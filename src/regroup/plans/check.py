@@ -83,7 +83,7 @@ def _check_heads(want: LayerPlan, layer: AttentionLayer, tensor_parallel: int) -
     divisors = allowed_kv_heads(layer)
     if wanted > G:
         raise RegroupError(
-            "more KV heads are wanted than the parent has",
+            "more KV heads are wanted than the original model has",
             layer=layer.name,
             expected=f"at most {G}",
             got=wanted,
