@@ -257,7 +257,7 @@ def test_a_plan_that_cannot_be_is_refused_by_file_and_field(
     plan["layers"][0][name] = value
     file.write_text(json.dumps(plan))
     message = refused("report", file, "-o", output)
-    assert "holds what cannot be" in message
+    assert "holds an impossible value" in message
     assert str(file) in message
     assert field in message
     assert not output.exists()

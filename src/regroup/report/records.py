@@ -84,7 +84,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
         if amiss is not None:
             place, expected, got = amiss
             raise RegroupError(
-                "the record holds what cannot be",
+                "the record holds an impossible value",
                 file=path,
                 expected=f"{place}: {expected}",
                 got=got[:200],
