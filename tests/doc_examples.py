@@ -119,7 +119,7 @@ def furnish(folder: Path, *, layers: int) -> None:
     for name in ("held-out.txt", "train.txt", "valid.txt"):
         # A step of training takes 4,096 tokens.
         (folder / name).write_text(texts.TEXT * (8 if name == "train.txt" else 2), encoding="utf-8")
-    for name in ("text.jsonl", "train.jsonl"):
+    for name in ("text.jsonl", "train.jsonl", "held-out.jsonl"):
         (folder / name).write_text(f"{json.dumps({'text': texts.TEXT})}\n" * 6, encoding="utf-8")
     rows = [{"source": "the cat", "target": "sat on the mat"}, {"source": "the hat", "target": "is flat"}]
     (folder / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

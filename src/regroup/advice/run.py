@@ -98,7 +98,7 @@ def advise(
             fastest candidate within it is chosen. Without a limit, see ``choose``.
         max_seconds: limit of seconds per token.
         uptrain_tokens: tokens of distillation after the conversion.
-        calibration, repair, device: text to measure the loss of converted layers (see ``plan_checkpoint``).
+        calibration, repair, device: text to measure the loss of converted layers (see ``regroup.plan``).
         bench: records of ``regroup bench decode`` on the same hardware.
         revision, allow_pickle: see ``opening.open_source``.
         listener: for progress.
