@@ -37,7 +37,9 @@ def calibration_batches(text: CalibrationText, folder: Path, config: dict[str, A
     seq2seq, family = is_encoder_decoder(config), family_for(config)
     # What can be told from the config is told before anything is read.
     if family is not None and family.speech:
-        raise RegroupError("calibration needs pairs of text, and this is a speech model", remedy="leave --calibration out")
+        raise RegroupError(
+            "calibration needs pairs of text, and this is a speech model", remedy="leave --calibration out"
+        )
     if slow_output(config, family):
         raise RegroupError(
             "calibration solves output projections, and transformers leaves out their biases here",

@@ -33,7 +33,12 @@ def convert(
     *,
     kv_heads: KVHeads = None,
     layers: Layers = None,
-    plan: Annotated[Path | None, typer.Option("--plan", help="Plan file, in place of the options above.")] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan", help="Plan file; replaces numbers of KV heads, method, grouping, tensor parallelism and seed."
+        ),
+    ] = None,
     method: Method = None,
     grouping: Grouping = None,
     calibration: Calibration,
