@@ -27,6 +27,7 @@ import regroup
 from regroup.calibration.moments import MomentSums
 from regroup.conversion.plan import plan as plan_checkpoint
 from regroup.data import read_texts, token_windows
+from regroup.errors import human_kv_heads
 from regroup.evaluation import causal_batches, score
 from regroup.evaluation.run import load_for_scoring
 from regroup.layout import Layout
@@ -237,7 +238,7 @@ def convert(
 def show(value: dict[str, Any]) -> None:
     rows = value["results"]["rows"]
     groups = list(dict.fromkeys(row["num_key_value_heads"] for row in rows))
-    table = Table("excess nats per token", *(f"G = {heads}" for heads in groups))
+    table = Table("excess nats per token", *(human_kv_heads(heads) for heads in groups))
     for name in dict.fromkeys(row["method"] for row in rows):
         found = {row["num_key_value_heads"]: row["excess_nats_per_token"] for row in rows if row["method"] == name}
         table.add_row(name, *(f"{found[heads]:+.3f}" if heads in found else "–" for heads in groups))

@@ -21,6 +21,8 @@ import typer
 from paper import tables as paper
 from paper.tables import heading, row
 
+from regroup.errors import human_kv_heads
+
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks/records"
 
@@ -41,7 +43,10 @@ def uptraining(record: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     for heads in dict.fromkeys(entry["num_key_value_heads"] for entry in rows):
         own = [entry for entry in rows if entry["num_key_value_heads"] == heads]
-        lines += [*([""] if lines else []), *heading(f"G = {heads}, tokens", *(f"{count:,}" for count in counts))]
+        lines += [
+            *([""] if lines else []),
+            *heading(f"{human_kv_heads(heads)}, tokens", *(f"{count:,}" for count in counts)),
+        ]
         for way in dict.fromkeys(entry["way"] for entry in own):
             found = {entry["tokens"]: entry for entry in own if entry["way"] == way}
             lines.append(row(way, *(_excess(found.get(count)) for count in counts)))
@@ -113,7 +118,8 @@ def advise_loss(record: dict[str, Any]) -> list[str]:
         lines += [*([""] if lines else []), *heading(f"{model}, Kendall's τ {tau:.2f}", "sum over layers", "came to")]
         for plan in record["results"]["plans"]:
             if plan["parent"] == parent:
-                lines.append(row(plan["plan"], f"{plan['predicted_kl']:.3f}", f"{plan['excess_nats_per_token']:+.3f}"))
+                name = re.sub(r"G = (\d+)", lambda found: human_kv_heads(int(found[1])), plan["plan"])
+                lines.append(row(name, f"{plan['predicted_kl']:.3f}", f"{plan['excess_nats_per_token']:+.3f}"))
     return lines
 
 

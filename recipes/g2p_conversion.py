@@ -30,6 +30,7 @@ from rich.table import Table
 
 from regroup.conversion.convert import convert
 from regroup.data import read_pairs
+from regroup.errors import human_kv_heads
 from regroup.modeling import load, load_tokenizer
 from regroup.opening import open_layout
 from regroup.plans import CalibrationText, make_plan
@@ -170,8 +171,8 @@ def training_of(original: Path) -> dict[str, Any] | None:
 def show(value: dict[str, Any]) -> None:
     base, *rows = value["results"]["rows"]
     groups = list(dict.fromkeys(row["num_key_value_heads"] for row in rows))
-    table = Table("phoneme error rate (95% interval), nats per token", *(f"G = {heads}" for heads in groups))
-    table.add_row(f"parent, G = {base['num_key_value_heads']}", *(_cell(base) for _ in groups))
+    table = Table("phoneme error rate (95% interval), nats per token", *(human_kv_heads(heads) for heads in groups))
+    table.add_row(f"original, {human_kv_heads(base['num_key_value_heads'])}", *(_cell(base) for _ in groups))
     for name in dict.fromkeys(row["method"] for row in rows):
         table.add_row(name, *(_cell(row) for row in rows if row["method"] == name))
     Console(stderr=True).print(table)

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from regroup.conversion.convert import convert
 from regroup.data import read_texts, token_windows
+from regroup.errors import human_kv_heads
 from regroup.evaluation import causal_batches, score
 from regroup.evaluation.run import load_for_scoring
 from regroup.modeling import load_tokenizer
@@ -285,7 +286,7 @@ def summarise(rows: list[dict[str, Any]], base: float) -> list[dict[str, Any]]:
 def show(table: list[dict[str, Any]]) -> None:
     for heads in dict.fromkeys(row["num_key_value_heads"] for row in table):
         counts = sorted({row["tokens"] for row in table})
-        shown = Table(f"excess nats per token, G = {heads}", *(f"{count:,} tokens" for count in counts))
+        shown = Table(f"excess nats per token, {human_kv_heads(heads)}", *(f"{count:,} tokens" for count in counts))
         for way in dict.fromkeys(row["way"] for row in table):
             cells = {r["tokens"]: r for r in table if r["way"] == way and r["num_key_value_heads"] == heads}
             shown.add_row(way, *(f"{cells[c]['excess_nats_per_token']:+.3f}" if c in cells else "–" for c in counts))

@@ -53,6 +53,11 @@ class AgreedError(RegroupError):
         self.speaker = speaker
 
 
+def human_kv_heads(count: int) -> str:
+    """``8 KV heads``, or ``1 KV head``."""
+    return f"{count} KV head{'s' if count != 1 else ''}"
+
+
 def human_bytes(count: float) -> str:
     """1536 to ``"1.5 KiB"``."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -47,13 +47,13 @@ def test_plans_have_the_cache_of_their_budget(tmp_path: Path, text: CalibrationT
     found = advise(str(source), calibration=text, max_loss=10.0, **GIVEN)
     names = [one.name for one in found.predictions]
     assert names[0] == "the original model"
-    assert {"G = 3", "G = 2", "G = 1"} <= set(names)
+    assert {"3 KV heads", "2 KV heads", "1 KV head"} <= set(names)
     assert found.predictions[0].loss == 0.0
     assert found.plan is not None
     # The fastest is multi-query attention, for the limit is none.
-    assert found.chosen.name == "G = 1"
+    assert found.chosen.name == "1 KV head"
     # An independent route to the plan by layer in the same cache.
-    one = next((p for p in found.predictions if p.name == "by layer, as G = 3"), None)
+    one = next((p for p in found.predictions if p.name == "by layer, as 3 KV heads"), None)
     if one is not None:
         plan, _ = plan_checkpoint(source, kv_budget="50%", calibration=text)
         assert {layer.name: layer.num_key_value_heads for layer in plan.layers} == one.heads
@@ -108,7 +108,7 @@ def test_weights_alone_give_a_ranking_without_loss(tmp_path: Path) -> None:
     energies = {one.name: one.energy for one in found.predictions}
     assert energies["the original model"] == 0.0
     assert all(one.loss is None for one in found.predictions)
-    assert 0 < (energies["G = 3"] or 0) < (energies["G = 2"] or 0) < (energies["G = 1"] or 0)
+    assert 0 < (energies["3 KV heads"] or 0) < (energies["2 KV heads"] or 0) < (energies["1 KV head"] or 0)
 
 
 @pytest.mark.usefixtures("quick")
@@ -143,9 +143,9 @@ def test_measured_and_predicted_times_are_consistent(tmp_path: Path) -> None:
     found = advise(str(source), bench=[bench], **given)
     times = {one.name: 1e3 * one.token_seconds for one in found.predictions}
     assert times["the original model"] == pytest.approx(3.0)
-    assert times["G = 2"] == pytest.approx(5.0)
-    assert 3.0 < times["G = 3"] < 5.0
-    assert 0.5 < times["G = 1"] / times["G = 2"] < 1.0
+    assert times["2 KV heads"] == pytest.approx(5.0)
+    assert 3.0 < times["3 KV heads"] < 5.0
+    assert 0.5 < times["1 KV head"] / times["2 KV heads"] < 1.0
     for name in times:  # equal caches
         if name.startswith("by layer"):
             same = {p.name: p.cache_bytes for p in found.predictions}
@@ -199,7 +199,7 @@ def test_a_batch_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         (("--uptrain-tokens", "1M"), ("needs text", "--calibration")),
         (("--context", tiny.MAX_POSITIONS + 1), ("more positions", "lower --context")),
         (("--memory", 1e-9), ("is within the limits", "at best")),
-        (("--max-time", 1e-9), ("is within the limits", " ms per token, with G = 1")),
+        (("--max-time", 1e-9), ("is within the limits", " ms per token, with 1 KV head")),
         (("--dtype", "int3"), ("dtype",)),
         (("--memory", 0), ("is within the limits", "at best a batch of 0")),
         (("--memory", "inf"), ("not a number of GB",)),
@@ -253,10 +253,10 @@ def test_a_config_alone_gets_the_conventional_number(tmp_path: Path) -> None:
     config.write_bytes((source / "config.json").read_bytes())
     found = advise(str(config), **GIVEN)
     # Half of six, for nothing is known of the loss, and there are no more than eight.
-    assert (found.chosen.name, found.choice.reason, found.rests_on) == ("G = 3", "convention", "config")
+    assert (found.chosen.name, found.choice.reason, found.rests_on) == ("3 KV heads", "convention", "config")
     # A byte less than it needs.
     short = {**GIVEN, "memory_bytes": found.chosen.memory_bytes - 1}
-    assert advise(str(config), **short).chosen.name == "G = 2"
+    assert advise(str(config), **short).chosen.name == "2 KV heads"
     # Nothing is written where the figure cannot be.
     for file in (plan, record):
         file.write_text("before")

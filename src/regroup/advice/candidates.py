@@ -8,6 +8,7 @@ from typing import Any
 
 from ..bench.build import read_config
 from ..conversion.plan import measured
+from ..errors import human_kv_heads
 from ..layout import Layout, detect
 from ..listener import Listener
 from ..opening import Source, open_source
@@ -52,7 +53,7 @@ def from_config(config: Mapping[str, Any], tensor_parallel: int) -> list[Candida
     found = [Candidate(ORIGINAL, dict(config), None)]
     for heads in _uniform(layout, tensor_parallel):
         plan = make_plan(layout, heads, method="auto", tensor_parallel=tensor_parallel)
-        found.append(Candidate(f"G = {heads}", converted_config(dict(config), layout, plan), plan))
+        found.append(Candidate(human_kv_heads(heads), converted_config(dict(config), layout, plan), plan))
     return found
 
 
@@ -109,9 +110,9 @@ def candidates(
     ]
     for heads in _uniform(layout, tensor_parallel):
         same = [heads] * len(layout.layers)
-        found.append(candidate(f"G = {heads}", same))
+        found.append(candidate(human_kv_heads(heads), same))
         budget = sum(token_bytes(layer, heads) for layer in layout.layers)
         by_layer = allocate(costs, units, budget)
         if by_layer != same:
-            found.append(candidate(f"by layer, as G = {heads}", by_layer))
+            found.append(candidate(f"by layer, as {human_kv_heads(heads)}", by_layer))
     return found

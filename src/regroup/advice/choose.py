@@ -17,7 +17,7 @@ class Prediction:
     """The prediction for one candidate.
 
     Attributes:
-        name: such as ``"G = 8"`` or ``"by layer, as G = 8"``: with the cache of G = 8.
+        name: such as ``"8 KV heads"`` or ``"by layer, as 8 KV heads"``: with the same cache.
         kv_heads: num_key_value_heads of every layer; None if layers differ.
         heads: num_key_value_heads by layer.
         weights_bytes, cache_bytes, memory_bytes: per device; the last includes working memory.

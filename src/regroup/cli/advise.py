@@ -72,7 +72,7 @@ def advise(
     from ..uptraining.budget import parse_count
 
     if memory is not None and not math.isfinite(memory):
-        raise RegroupError("--memory is not a number", expected="such as 72", got=f"--memory {memory}")
+        raise RegroupError("--memory is not a number of GB", expected="such as 72", got=f"--memory {memory}")
     taken: dict[str, Path | None] = {f"the bench record {path}": path for path in bench or ()}
     for what, file in (("the plan", output), ("the record", record), ("the figure", figure)):
         if file is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import altair as alt
 
-from ..errors import human_bytes
+from ..errors import human_bytes, human_kv_heads
 from .figures import COLORS, Figure, Section, Table, chart, points_and_lines
 from .records import Record, labels
 
@@ -208,7 +208,7 @@ def _maps(record: Record) -> list[Figure]:
             ],
         ).properties(width=120, height=120)
         drawn = maps.facet(facet=alt.Facet("layer:N", title=None, sort=None), columns=4).to_dict()
-        columns = ("layer", "most alike", "mean", *(f"neighbours, G = {g}" for g in groups))
+        columns = ("layer", "most similar", "mean", *(f"neighbours, {human_kv_heads(g)}" for g in groups))
         some = "" if len(drawn_layers) == len(layers) else f"{len(drawn_layers)} of {len(layers)} layers are drawn; "
         made.append(Figure(f"{_name(record)}: {side}s", some + record.conditions, drawn, Table(columns, cells)))
     return made

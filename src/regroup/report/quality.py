@@ -7,6 +7,7 @@ from typing import Any
 
 import altair as alt
 
+from ..errors import human_kv_heads
 from .figures import Figure, Section, Table, bars, number
 from .records import Record, labels
 
@@ -71,8 +72,8 @@ def _methods(record: Record) -> Figure:
     ]
     rows = [
         {
-            "name": f"{row['method']}, G = {row['num_key_value_heads']}",
-            "G": f"G = {row['num_key_value_heads']}",
+            "name": f"{row['method']}, {human_kv_heads(row['num_key_value_heads'])}",
+            "KV heads": human_kv_heads(row["num_key_value_heads"]),
             "excess": row[key],
             "low": row["excess_95"][0] if "excess_95" in row else row[key],
             "high": row["excess_95"][1] if "excess_95" in row else row[key],
@@ -82,7 +83,7 @@ def _methods(record: Record) -> Figure:
         if row.get(key) is not None
     ]
     tip = [alt.Tooltip("name:N", title="way"), alt.Tooltip("excess:Q", format="+.4f", title=title), _INTERVAL]
-    drawn = bars(rows, name="name", value="excess", title=title, tooltip=tip, color="G", low="low", high="high")
+    drawn = bars(rows, name="name", value="excess", title=title, tooltip=tip, color="KV heads", low="low", high="high")
     cells = [(row["name"], number(row["excess"], 3, sign=True), row["interval"]) for row in rows]
     table = Table(("way", title, "95% interval"), cells)
     parent = record.configuration.get("parent", "the demonstration's parent")

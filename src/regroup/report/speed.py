@@ -7,7 +7,7 @@ from typing import Any
 
 import altair as alt
 
-from ..errors import human_bytes
+from ..errors import human_bytes, human_kv_heads
 from .figures import COLORS, Figure, Section, Table, bars, chart, number, points_and_lines
 from .records import Record
 
@@ -99,7 +99,7 @@ def _attention(record: Record) -> Figure:
             continue
         rows.append(
             {
-                "heads": f"G = {shape['kv_heads']}, {shape['dtype']}",
+                "heads": f"{human_kv_heads(shape['kv_heads'])}, {shape['dtype']}",
                 "megabytes": shape["kv_bytes"] / 1e6,
                 "times": stock["p50"] / ours["p50"],
                 "what": f"batch {shape['batch']}, context {shape['context']:,}",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import altair as alt
 
+from ..errors import human_kv_heads
 from .figures import COUNTS, Figure, Section, Table, number, points_and_lines
 from .records import Record
 
@@ -67,7 +68,7 @@ def _curves(record: Record) -> list[Figure]:
             cells.append((way, *(number(at[c]["loss"], 3, sign=True) if c in at else "–" for c in counts)))
         made.append(
             Figure(
-                f"{record.configuration['parent']}, G = {heads}",
+                f"{record.configuration['parent']}, {human_kv_heads(heads)}",
                 f"mean and spread over seeds; {record.conditions}",
                 drawn,
                 Table(("way", *(f"{count:,}" for count in counts)), cells),
