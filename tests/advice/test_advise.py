@@ -266,7 +266,7 @@ def test_a_config_alone_gets_the_conventional_number(tmp_path: Path) -> None:
     assert status == 0
     assert f"wrote {plan}" in message
     assert {layer["num_key_value_heads"] for layer in json.loads(plan.read_text())["layers"]} == {3}
-    for words in ("conventional number", "not known", "cannot be estimated from a config"):
+    for words in ("conventional choice", "not known", "cannot be estimated from a config"):
         assert words in out
 
 

@@ -435,11 +435,11 @@ def test_losses_below_the_parents_have_no_logarithm(excess: float, kind: str | N
     assert chart["layer"][0]["encoding"]["y"]["scale"].get("type") == kind
 
 
-def test_an_unknown_kind_beside_others_is_named(tmp_path: Path) -> None:
+def test_an_unknown_kind_next_to_others_is_named(tmp_path: Path) -> None:
     paths = write(tmp_path, answered("m", 0.5), record("nothing/known", {}, {}))
     status, _, message = run("report", *paths, "-o", tmp_path / "report.html")
     assert status == 0
-    assert "nothing is drawn of record-1.json (nothing/known)" in message
+    assert "not shown on the page: record-1.json (nothing/known)" in message
     assert "record-1.json (nothing/known)" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
