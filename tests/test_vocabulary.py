@@ -42,6 +42,8 @@ REPLACED = {
     rf"({_MEASURES}) an? ({_UNITS})": "per",
     r"Of (it|them|the|both|shuffling)": "start with what the option does",
 }
+# Of formulas, which pages may hold.
+SYMBOL = re.compile(r"\bG =")
 # The same words in other meanings: of processes, of torch's modules, of folders.
 ALLOWED = re.compile(r"(child|parent) (process|processes|module|modules|folder|directory)")
 
@@ -95,6 +97,12 @@ def test_help_is_in_the_words_of_the_glossary(option: str) -> None:
 def test_messages_are_in_the_words_of_the_glossary(file: str) -> None:
     found = [word for text in messages((PACKAGE / file).read_text(encoding="utf-8")) for word in replaced(text)]
     assert found == []
+
+
+def test_help_and_messages_say_kv_heads_rather_than_g() -> None:
+    said = [text for path in PACKAGE.rglob("*.py") for text in messages(path.read_text(encoding="utf-8"))]
+    assert [text for text in [*HELP.values(), *said] if SYMBOL.search(text)] == []
+    assert SYMBOL.search("the plan for G = 8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
