@@ -96,15 +96,15 @@ def convert(
     with open_source(
         str(source), revision=revision, allow_pickle=allow_pickle, scratch=target.absolute().parent
     ) as opened:
-        plan = asked_plan(opened.layout, asked, processes)
+        plan, text = asked_plan(opened.layout, asked, processes)
         prepared = prepare(opened.checkpoint, opened.layout, plan)
         # What can be wrong with the destination or the text is said before weights are looked at.
         check_destination(target, opened.folder, prepared.nbytes + prepared.solved_bytes)
         batches: list[dict[str, torch.Tensor]] = []
-        if plan.calibration is not None:
+        if text is not None:
             from ..calibration.text import calibration_batches
 
-            batches = calibration_batches(plan.calibration, opened.checkpoint.folder, opened.checkpoint.config)
+            batches = calibration_batches(text, opened.checkpoint.folder, opened.checkpoint.config)
             processes.shard(batches)  # refuses too many processes
         if dry_run:
             found = grouped(opened, plan, told)

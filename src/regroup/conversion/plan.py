@@ -61,11 +61,11 @@ def plan(
     if kv_budget is None and grouping != "search":
         # Headers are enough.
         layout = open_layout(str(source), revision=revision, allow_pickle=allow_pickle)
-        return replace(asked_plan(layout, asked, processes), grouping=None), layout
+        return replace(asked_plan(layout, asked, processes)[0], grouping=None), layout
     with open_source(str(source), revision=revision, allow_pickle=allow_pickle) as opened:
         layout = opened.layout
         if kv_budget is None:
-            return grouped(opened, asked_plan(layout, asked, processes), told), layout
+            return grouped(opened, asked_plan(layout, asked, processes)[0], told), layout
         made = _within(kv_budget, opened, asked, told, device, processes)
     made = replace(made, kv_budget=kv_budget)
     made.check(layout)
@@ -78,7 +78,7 @@ def _within(
     """A plan whose KV cache fits the budget."""
     layout, degree = opened.layout, asked.get("tensor_parallel")
     # The original model, whose layers are then narrowed; its own KV heads need not fit the devices.
-    start = asked_plan(layout, {**asked, "kv_heads": None, "layers": {}, "tensor_parallel": None}, processes)
+    start, _ = asked_plan(layout, {**asked, "kv_heads": None, "layers": {}, "tensor_parallel": None}, processes)
     start = replace(start, tensor_parallel=1 if degree is None else degree)
     units = [layer_units(layer, tensor_parallel=start.tensor_parallel) for layer in layout.layers]
     full = sum(token_bytes(layer, layer.num_key_value_heads) for layer in layout.layers)
@@ -91,7 +91,8 @@ def _within(
     if start.calibration is None:
         with told.searching(len(layout.layers)) as count:
             lost = weight_losses(opened.checkpoint, layout, choices, progress=count)
-        heads = allocate([lost[layer.name] for layer in layout.layers], units, budget, full=full)
+        costs = [{heads: lost[layer.name][heads] for heads in choices[layer.name]} for layer in layout.layers]
+        heads = allocate(costs, units, budget, full=full)
         narrowed = (replace(want, num_key_value_heads=g) for want, g in zip(start.layers, heads, strict=True))
         return grouped(opened, replace(start, layers=tuple(narrowed)), told)
     found = measured(opened, start, choices, told, device=device, processes=processes)
