@@ -63,7 +63,7 @@ def plan_of(folder: Path) -> Plan:
     """All layers but the first attention layer are narrowed, which so has to be passed through on the way."""
     plan = on_text(make_plan(layout_of(folder), 2 if "gpt2" not in folder.name else 3, method="auto"))
     first = plan.layers[0]
-    kept = replace(first, num_key_value_heads=first.parent_num_key_value_heads)
+    kept = replace(first, num_key_value_heads=first.original_num_key_value_heads)
     return replace(plan, layers=(kept, *plan.layers[1:]))
 
 

@@ -135,9 +135,9 @@ def _found_text(wanted: CalibrationText, given: CalibrationText | None, plan: ob
     """The text that a plan names: where the user says it is, next to the plan, or where its name leads."""
     if given is not None:
         return replace(wanted, data=given.data).hashed()
-    beside = Path(str(plan)).parent / str(wanted.data) if not isinstance(plan, Plan) else None
-    if beside is not None and beside.is_file():
-        return replace(wanted, data=beside).hashed()
+    neighbour = Path(str(plan)).parent / str(wanted.data) if not isinstance(plan, Plan) else None
+    if neighbour is not None and neighbour.is_file():
+        return replace(wanted, data=neighbour).hashed()
     if wanted.sha256 is not None and not as_named(wanted.data).is_file():
         raise RegroupError(
             "the calibration text of the plan is not here",
