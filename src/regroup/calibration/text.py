@@ -31,13 +31,13 @@ def calibration_batches(text: CalibrationText, folder: Path, config: dict[str, A
         config: of the original model.
 
     Raises:
-        RegroupError: a model that hears, windows longer than its positions, no tokenizer, unreadable text, or too
+        RegroupError: a speech model, windows longer than its positions, no tokenizer, unreadable text, or too
             little for one batch to fit and one to hold out.
     """
     seq2seq, family = is_encoder_decoder(config), family_for(config)
     # Refuse what the config rules out before anything is read.
     if family is not None and family.speech:
-        raise RegroupError("calibration needs pairs of text, and this model hears", remedy="leave --calibration out")
+        raise RegroupError("speech models cannot be calibrated on text", remedy="leave --calibration out")
     if slow_output(config, family):
         raise RegroupError(
             "calibration solves output projections, and transformers leaves out their biases here",

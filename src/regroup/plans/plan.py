@@ -109,7 +109,7 @@ class Plan:
 
     def digest(self) -> str:
         """Hash of the plan, recorded in what is made by it."""
-        return hashlib.sha256(self.dumps().encode()).hexdigest()[:16]
+        return hashlib.sha256(self.dumps().replace(_ORIGINAL, _ORIGINAL_BEFORE).encode()).hexdigest()[:16]
 
     def dumps(self) -> str:
         """The plan as JSON, one line per layer."""
@@ -191,6 +191,8 @@ class Plan:
             )
 
 
+# A field and its name in older releases, by which plans are still hashed.
+_ORIGINAL, _ORIGINAL_BEFORE = "original_num_key_value_heads", "parent_num_key_value_heads"
 # Fields that are left out of the JSON while they have no value: they were added later, and a plan without them keeps
 # its hash.
 _LATER = ("kv_budget", "predicted_kl", "grouping", "calibration", "repair")
@@ -246,10 +248,9 @@ def _build(cls: type, data: object, path: Path) -> Any:
 
 def _renamed(layer: Any) -> Any:
     """The layer of a plan with the field names of today: older releases called the original model the parent."""
-    old = "parent_num_key_value_heads"
-    if not isinstance(layer, Mapping) or old not in layer:
+    if not isinstance(layer, Mapping):
         return layer
-    return {("original" + name.removeprefix("parent") if name == old else name): v for name, v in layer.items()}
+    return {_ORIGINAL if name == _ORIGINAL_BEFORE else name: value for name, value in layer.items()}
 
 
 def _nats(name: str, value: float, path: Path) -> float:
