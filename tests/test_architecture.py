@@ -34,7 +34,7 @@ RULES: dict[str, tuple[list[str], set[str]]] = {
     "families/*": (["errors", "families*"], TORCH | DISK | {"pathlib"}),
     "layout/*": (["errors", "families", "families*", "layout*"], TORCH | DISK | {"pathlib"}),
     # A plan reads and writes its own JSON file, given the path.
-    "plans/*": (["errors", "files", "layout*", "plans*"], TORCH | DISK),
+    "plans/*": (["errors", "files", "layout*", "merge.registry*", "plans*"], TORCH | DISK),
     "bench/roofline.py": (["layout", "layout.kv_cache"], TORCH | DISK | {"pathlib"}),
     "advice/hardware.py": (["errors"], TORCH | DISK | {"pathlib"}),
     "advice/predict.py": (["bench", "bench.roofline*", "layout", "layout.kv_cache"], TORCH | DISK | {"pathlib"}),
@@ -42,6 +42,7 @@ RULES: dict[str, tuple[list[str], set[str]]] = {
     "uptraining/budget.py": (["errors"], TORCH | DISK | {"pathlib"}),
     # Tensors without files.
     "merge/*": (["errors", "merge*"], {"transformers", "numpy"} | DISK | {"pathlib"}),
+    "merge/registry.py": ([], TORCH),
     "attention/*": (["errors", "attention", "attention*"], DISK | {"pathlib"}),
     # Files without models.
     "checkpoint/*": (["errors", "extras", "files", "safe_text", "checkpoint*"], {"transformers"}),
@@ -57,10 +58,10 @@ RULES: dict[str, tuple[list[str], set[str]]] = {
     "conversion/*": ([*BELOW_CONVERSION, "conversion*", "devices", "listener", "opening"], NETWORK),
     # What works on whole models.
     "modeling/*": (["errors", "checkpoint*", "families*", "layout*", "attention*", "modeling*"], NETWORK),
-    "evaluation/*": (["checkpoint*", "data*", "modeling*", "evaluation*", "opening", *COMMON], NETWORK),
+    "evaluation/*": (["checkpoint*", "data*", "families*", "modeling*", "evaluation*", "opening", *COMMON], NETWORK),
     "exports/*": (
         [
-            *("checkpoint*", "families*", "layout*", "plans*", "writer*", "modeling*", "exports*"),
+            *("checkpoint*", "families*", "layout*", "plans*", "solver*", "writer*", "modeling*", "exports*"),
             *("listener", "opening", *COMMON),
         ],
         NETWORK,
@@ -223,7 +224,7 @@ def test_reader_and_layout_meet_in_few_places() -> None:
             (PACKAGE / file).read_text(encoding="utf-8"), "regroup." + file[:-3].replace("/", ".")
         )
     ]
-    assert "writer/write.py" in joined
+    assert "writer/preview.py" in joined
     steps = ("solver/", "calibration/", "writer/", "conversion/", "exports/")
     assert [file for file in joined if not file.startswith(steps)] == ["inspection.py", "opening.py", "verification.py"]
 

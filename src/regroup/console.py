@@ -129,7 +129,7 @@ def show_plan(plan: Plan, layout: Layout) -> None:
         key = (
             layer.kind,
             want.num_attention_heads,
-            want.parent_num_key_value_heads,
+            want.original_num_key_value_heads,
             want.num_key_value_heads,
             *want.methods,
             ("searched" if want.query_order else "in order") if want.changes else "–",

@@ -99,13 +99,13 @@ def test_windows_longer_than_the_positions_are_refused_first(
     assert said["remedy"] == "pass --calibration-window 64"
 
 
-def test_a_model_that_hears_is_refused(saved: Saved, tmp_path: Path) -> None:
+def test_a_speech_model_is_refused(saved: Saved, tmp_path: Path) -> None:
     whisper = copy(saved("whisper"), tmp_path / "whisper")
     texts.tokenizer().save_pretrained(whisper)
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text("the cat\tthe mat\n" * 40)
     message = refused("convert", whisper, tmp_path / "child", "--kv-heads", 2, "--calibration", pairs)
-    assert "this is a speech model" in message
+    assert "speech models cannot be calibrated on text" in message
     assert "leave --calibration out" in message
     assert not (tmp_path / "child").exists()
 

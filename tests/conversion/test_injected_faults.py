@@ -308,7 +308,7 @@ def half(killed: Path, tmp_path: Path) -> Path:
 def test_what_was_finished_is_kept_for_the_same_work_alone(half: Path, sharded: Path, tmp_path: Path) -> None:
     parent = copy(sharded, tmp_path / "moved")  # with the same times
     runs: list[tuple[str, Callable[[Path], Any], str]] = [
-        ("same", lambda folder: child(parent, folder / "child", "mean", told), "and it goes on from there"),
+        ("same", lambda folder: child(parent, folder / "child", "mean", told), "and it resumes from there"),
         ("plan", lambda folder: child(parent, folder / "child", "first", told), "it had another plan, so"),
         ("changed", lambda folder: child(parent, folder / "child", "mean", told), "the source has changed since, so"),
     ]

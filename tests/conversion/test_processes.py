@@ -224,7 +224,10 @@ def test_what_nobody_foresaw_ends_both(two: Crew, text: Path, parent: Path, tmp_
     [
         (("--kv-heads", 2), "there is no calibration text for them to share"),
         (("--kv-heads", 4, "--calibration", "TEXT"), "cannot be divided into that many groups"),
-        (("--kv-heads", 2, "--calibration", "TEXT", "--uptrain", "TEXT"), "--uptrain was given to several processes"),
+        (
+            ("--kv-heads", 2, "--calibration", "TEXT", "--uptrain", "TEXT"),
+            "--uptrain does not run in several processes",
+        ),
     ],
 )
 def test_what_several_processes_cannot_do(

@@ -164,9 +164,9 @@ def test_the_parents_own_number_costs_nothing_and_is_not_tried(
     tried: list[tuple[str, int]] = []
     real = sensitivity.LayerConverter.convert
 
-    def spy(self: Any, pupil: Any, layers: Any, weights: Any, options: Any, *rest: Any) -> Any:
-        tried.append((layers[-1].name, options[0].want.num_key_value_heads))
-        return real(self, pupil, layers, weights, options, *rest)
+    def spy(self: Any, student: Any, layers: Any, solvers: Any, *rest: Any) -> Any:
+        tried.append((layers[-1].name, solvers[0].want.num_key_value_heads))
+        return real(self, student, layers, solvers, *rest)
 
     monkeypatch.setattr(sensitivity.LayerConverter, "convert", spy)
     found = measured_of(llama, batches[:4], (2, 6), choose=False, search=False)

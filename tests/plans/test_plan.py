@@ -35,6 +35,18 @@ def counts(plan: Plan) -> list[int]:
     return [layer.num_key_value_heads for layer in plan.layers]
 
 
+def test_plans_of_older_releases_are_read(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """They called the original model the parent; everything else about them is the same, their hash included."""
+    plan = make_plan(layout_of(saved("llama")), 2)
+    path = tmp_path / "plan.json"
+    path.write_text(plan.dumps().replace("original_num_key_value_heads", "parent_num_key_value_heads"))
+    assert "parent_num" in path.read_text()
+    assert Plan.load(path) == plan
+    path.write_text(plan.dumps().replace("original_num_key_value_heads", "grandparent_num_key_value_heads"))
+    with pytest.raises(RegroupError, match="fields that this version does not know"):
+        Plan.load(path)
+
+
 def test_json_round_trip(bart: Layout, tmp_path: Path) -> None:
     plan = make_plan(bart, 3, layers="cross.1:1", method="random", tensor_parallel=3, seed=7)
     layers = (replace(plan.layers[0], query_order=(5, 4, 3, 2, 1, 0), key_method="first"), *plan.layers[1:])
@@ -131,7 +143,7 @@ def test_more_heads_than_the_parent(llama: Layout, saved: Saved) -> None:
     ("changes", "words"),
     [
         ({"num_attention_heads": 12}, "otherwise than it is"),
-        ({"parent_num_key_value_heads": 3}, "otherwise than it is"),
+        ({"original_num_key_value_heads": 3}, "otherwise than it is"),
         ({"num_key_value_heads": 4}, "divided into"),
         ({"num_key_value_heads": 12}, "more KV heads"),
         ({"key_method": "median"}, "merge method is not known"),
@@ -263,7 +275,7 @@ def test_tampered_plans_are_accepted_or_refused(data: st.DataObject, llama: Layo
         return
     for layer in plan.layers:
         assert layer.num_attention_heads % layer.num_key_value_heads == 0
-        assert layer.num_key_value_heads <= layer.parent_num_key_value_heads
+        assert layer.num_key_value_heads <= layer.original_num_key_value_heads
         assert sorted(layer.order) == list(range(6))
 
 
@@ -345,7 +357,7 @@ def test_plans_without_predictions_are_what_they_were(tmp_path: Path) -> None:
     tree = json.loads(plan.dumps())
     assert set(tree) == {"format", "family", "fingerprint", "tensor_parallel", "seed", "layers"}
     assert set(tree["layers"][1]) == {
-        *("name", "num_attention_heads", "parent_num_key_value_heads", "num_key_value_heads"),
+        *("name", "num_attention_heads", "original_num_key_value_heads", "num_key_value_heads"),
         *("key_method", "value_method", "query_order"),
     }
     path = tmp_path / "plan.json"

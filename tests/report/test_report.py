@@ -243,7 +243,7 @@ def advised(tmp_path: Path) -> dict[str, Any]:
         ("num_key_value_heads", 4, "layers[0].num_key_value_heads: a divisor of 6"),
         ("num_key_value_heads", 12, "layers[0].num_key_value_heads: at most num_attention_heads"),
         ("num_attention_heads", -6, "layers[0].num_attention_heads"),
-        ("parent_num_key_value_heads", 1, "layers[0].num_key_value_heads: at most parent_num_key_value_heads"),
+        ("original_num_key_value_heads", 1, "layers[0].num_key_value_heads: at most original_num_key_value_heads"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused_by_file_and_field(

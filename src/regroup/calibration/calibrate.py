@@ -203,7 +203,7 @@ class _Run:
             self.store.keep_states(self.done, self.original, self.converted)
 
     def _stored(self, student: DecoderLayer, layer: AttentionLayer) -> dict[str, torch.Tensor]:
-        """The converted tensors in the dtypes that are stored; the student goes on with these."""
+        """The converted tensors in the dtypes that are stored; the student gets the same values."""
         attention = student.attention(layer)
         infos = self.converter.checkpoint.tensors
         tensors = {}

@@ -1,7 +1,7 @@
-"""Mending what merging left: the output projection solved again, or the layer distilled, on the child's own inputs.
+"""Repair after merging: the output projection is solved again, or the layer is distilled, on the converted inputs.
 
-Both aim at the parent's attention output, plus what the residual stream of the child lacks by then where that is known
-(``AttentionLayer.residual_scale``): a layer that can make up for the ones before it should.
+The target is the original attention's output, plus what the converted model's residual stream lacks before the layer
+where that is known (``AttentionLayer.residual_scale``): a layer makes up for the ones before it as far as it can.
 """
 
 from __future__ import annotations

@@ -27,19 +27,17 @@ def calibration_batches(text: CalibrationText, folder: Path, config: dict[str, A
 
     Args:
         text: what to read.
-        folder: of the parent, for its tokenizer.
-        config: of the parent.
+        folder: of the original model, for its tokenizer.
+        config: of the original model.
 
     Raises:
-        RegroupError: a model that hears, windows longer than its positions, no tokenizer, unreadable text, or too
+        RegroupError: a speech model, windows longer than its positions, no tokenizer, unreadable text, or too
             little for one batch to fit and one to hold out.
     """
     seq2seq, family = is_encoder_decoder(config), family_for(config)
-    # What can be told from the config is told before anything is read.
+    # Refuse what the config rules out before anything is read.
     if family is not None and family.speech:
-        raise RegroupError(
-            "calibration needs pairs of text, and this is a speech model", remedy="leave --calibration out"
-        )
+        raise RegroupError("speech models cannot be calibrated on text", remedy="leave --calibration out")
     if slow_output(config, family):
         raise RegroupError(
             "calibration solves output projections, and transformers leaves out their biases here",

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..errors import RegroupError
+from ..merge.registry import METHODS
 
 if TYPE_CHECKING:
     from ..plans import CalibrationText
@@ -30,7 +31,9 @@ KVHeads = Annotated[int | None, typer.Option("--kv-heads", help="Number of KV he
 Layers = Annotated[str | None, typer.Option(help="Number of KV heads by layer, such as 0-3:8,4-31:4 or cross.0-5:2.")]
 Method = Annotated[
     str | None,
-    typer.Option(help="How to merge heads: auto, lowrank, procrustes, or the paper's mean, first, random."),
+    typer.Option(
+        help=f"How to merge heads: auto, or one of {', '.join(METHODS)}; mean, first and random are the paper's."
+    ),
 ]
 TensorParallel = Annotated[
     int | None, typer.Option(help="Number of tensor-parallel devices; checked against the KV heads.")

@@ -75,7 +75,7 @@ def convert(
         allow_pickle: read pickled weights, with torch's restricted unpickler, where there are no others.
         workers: threads that solve and write.
         dry_run: check everything, write nothing, and estimate time and disk.
-        listener: told of the progress.
+        listener: for progress and notices.
         processes: those that share the calibration text, of which this one is the first; the others ``assist`` (see
             ``processes.launched``). They read the source from the same path.
         asked: ``kv_heads``, ``layers``, ``method``, ``grouping``, ``tensor_parallel``, ``seed``, ``calibration`` and
@@ -90,29 +90,29 @@ def convert(
     Example:
         >>> regroup.convert("meta-llama/Llama-2-7b-hf", "llama-2-7b-gqa8", kv_heads=8)  # doctest: +SKIP
     """
-    target, told = as_named(destination), listener or Listener()
+    target, listener = as_named(destination), listener or Listener()
     check_asked(asked, device, processes)
     existing_parent(target)  # refuses what can have no folder
     with open_source(
         str(source), revision=revision, allow_pickle=allow_pickle, scratch=target.absolute().parent
     ) as opened:
-        plan = asked_plan(opened.layout, asked, processes)
+        plan, text = asked_plan(opened.layout, asked, processes)
         prepared = prepare(opened.checkpoint, opened.layout, plan)
         # What can be wrong with the destination or the text is said before weights are looked at.
         check_destination(target, opened.folder, prepared.nbytes + prepared.solved_bytes)
         batches: list[dict[str, torch.Tensor]] = []
-        if plan.calibration is not None:
+        if text is not None:
             from ..calibration.text import calibration_batches
 
-            batches = calibration_batches(plan.calibration, opened.checkpoint.folder, opened.checkpoint.config)
+            batches = calibration_batches(text, opened.checkpoint.folder, opened.checkpoint.config)
             processes.shard(batches)  # refuses too many processes
         if dry_run:
-            found = grouped(opened, plan, told)
-            told.planned(opened, found, prepared.preview)
+            found = grouped(opened, plan, listener)
+            listener.planned(opened, found, prepared.preview)
             time_and_disk = estimate(prepare(opened.checkpoint, opened.layout, found), target)
             return Conversion(None, prepared.preview, Result(found), estimate=time_and_disk)
         return carry_out(
-            opened, prepared, target, batches, device=device, workers=workers, listener=told, processes=processes
+            opened, prepared, target, batches, device=device, workers=workers, listener=listener, processes=processes
         )
 
 
@@ -141,37 +141,37 @@ def carry_out(
     Raises:
         RegroupError: bad destination, a source that changes, or a full disk; nothing is left behind.
     """
-    started, told, plan = time.perf_counter(), listener or Listener(), prepared.plan
+    started, listener, plan = time.perf_counter(), listener or Listener(), prepared.plan
     text = _digest(batches) if batches else None
-    journal = Journal(opened.checkpoint, plan, prepared.preview.shards, text=text, notice=told.notice)
+    journal = Journal(opened.checkpoint, plan, prepared.preview.shards, text=text, notice=listener.notice)
 
     def worth_keeping() -> bool:
         kept = plan.calibration is not None and journal.has_solutions
         if kept:
-            told.notice("the layers that are solved are kept, and the same command resumes after them")
+            listener.notice("the layers that are solved are kept, and the same command resumes after them")
         return kept
 
     check_destination(destination, opened.folder, prepared.nbytes + prepared.solved_bytes)
     with staged_folder(destination, adopt=journal.adopt, keep=worth_keeping) as stage:
         journal.begin(stage)
         if journal.found is None:
-            journal.find(grouped(opened, plan, told))
+            journal.find(grouped(opened, plan, listener))
         assert journal.found is not None
-        told.planned(opened, journal.found, prepared.preview)
+        listener.planned(opened, journal.found, prepared.preview)
         result = Result(journal.found)
         if plan.calibration is not None:
             asked = settings or Settings.of(plan)
-            solved = _calibrate(opened, journal.found, batches, journal.store, asked, told, device, processes)
+            solved = _calibrate(opened, journal.found, batches, journal.store, asked, listener, device, processes)
             record = {**plan.calibration.to_json(), "repair": plan.repair, **solved.to_json()}
             result = Result(spelled_out(solved.plan, opened.layout), record)
         elif prepared.solved:
-            _solve(prepared, journal.found, journal.store, told, workers)
-        with told.writing(prepared.preview.bytes_after) as count:
+            _solve(prepared, journal.found, journal.store, listener, workers)
+        with listener.writing(prepared.preview.bytes_after) as count:
             write(prepared, result, stage, journal, name=opened.name, workers=workers, progress=count)
     return Conversion(destination, prepared.preview, result, time.perf_counter() - started)
 
 
-def _solve(prepared: Prepared, plan: Plan, store: SolutionStore, told: Listener, workers: int) -> None:
+def _solve(prepared: Prepared, plan: Plan, store: SolutionStore, listener: Listener, workers: int) -> None:
     """Solve layers from their weights; those that a killed run solved are there already."""
     checkpoint, tensors = prepared.checkpoint, prepared.checkpoint.tensors
     wants = {want.name: want for want in plan.layers}
@@ -183,7 +183,7 @@ def _solve(prepared: Prepared, plan: Plan, store: SolutionStore, told: Listener,
 
     executor = ThreadPoolExecutor(max_workers=workers)
     try:
-        with told.stage("solving", len(prepared.solved), "layers") as count:
+        with listener.stage("solving", len(prepared.solved), "layers") as count:
             for _ in executor.map(work, list(prepared.solved)):
                 count(1)
     finally:
@@ -196,7 +196,7 @@ def _calibrate(
     batches: Sequence[dict[str, torch.Tensor]],
     store: SolutionStore,
     settings: Settings,
-    told: Listener,
+    listener: Listener,
     device: str | None,
     processes: ProcessGroup,
 ) -> Calibrated:
@@ -208,7 +208,7 @@ def _calibrate(
     folder, layers = opened.checkpoint.folder, opened.layout.layers[-1].index + 1
     place = device_named(processes.device(device))
     processes.call(run_alongside, folder, device, calibrate, plan, batches, None, settings)
-    with told.calibrating(layers) as count:
+    with listener.calibrating(layers) as count:
         solved = calibrate(
             opened.checkpoint,
             opened.layout,
@@ -220,7 +220,7 @@ def _calibrate(
             progress=count,
             processes=processes,
         )
-    told.calibrated(solved)
+    listener.calibrated(solved)
     return solved
 
 

@@ -48,7 +48,7 @@ def plan(
     Raises:
         RegroupError: as ``convert``; a budget that cannot be read or met.
     """
-    told = listener or Listener()
+    listener = listener or Listener()
     check_asked(asked, device, processes)
     text, grouping = asked.get("calibration"), asked.get("grouping")
     if kv_budget is None and text is not None:
@@ -61,24 +61,24 @@ def plan(
     if kv_budget is None and grouping != "search":
         # Headers are enough.
         layout = open_layout(str(source), revision=revision, allow_pickle=allow_pickle)
-        return replace(asked_plan(layout, asked, processes), grouping=None), layout
+        return replace(asked_plan(layout, asked, processes)[0], grouping=None), layout
     with open_source(str(source), revision=revision, allow_pickle=allow_pickle) as opened:
         layout = opened.layout
         if kv_budget is None:
-            return grouped(opened, asked_plan(layout, asked, processes), told), layout
-        made = _within(kv_budget, opened, asked, told, device, processes)
+            return grouped(opened, asked_plan(layout, asked, processes)[0], listener), layout
+        made = _within(kv_budget, opened, asked, listener, device, processes)
     made = replace(made, kv_budget=kv_budget)
     made.check(layout)
     return made, layout
 
 
 def _within(
-    kv_budget: str, opened: Source, asked: Asked, told: Listener, device: str | None, processes: ProcessGroup
+    kv_budget: str, opened: Source, asked: Asked, listener: Listener, device: str | None, processes: ProcessGroup
 ) -> Plan:
     """A plan whose KV cache fits the budget."""
     layout, degree = opened.layout, asked.get("tensor_parallel")
     # The original model, whose layers are then narrowed; its own KV heads need not fit the devices.
-    start = asked_plan(layout, {**asked, "kv_heads": None, "layers": {}, "tensor_parallel": None}, processes)
+    start, _ = asked_plan(layout, {**asked, "kv_heads": None, "layers": {}, "tensor_parallel": None}, processes)
     start = replace(start, tensor_parallel=1 if degree is None else degree)
     units = [layer_units(layer, tensor_parallel=start.tensor_parallel) for layer in layout.layers]
     full = sum(token_bytes(layer, layer.num_key_value_heads) for layer in layout.layers)
@@ -89,12 +89,13 @@ def _within(
     replace(start, layers=tuple(least)).check(layout)
     choices = {layer.name: sorted(unit) for layer, unit in zip(layout.layers, units, strict=True)}
     if start.calibration is None:
-        with told.searching(len(layout.layers)) as count:
+        with listener.searching(len(layout.layers)) as count:
             lost = weight_losses(opened.checkpoint, layout, choices, progress=count)
-        heads = allocate([lost[layer.name] for layer in layout.layers], units, budget, full=full)
+        costs = [{heads: lost[layer.name][heads] for heads in choices[layer.name]} for layer in layout.layers]
+        heads = allocate(costs, units, budget, full=full)
         narrowed = (replace(want, num_key_value_heads=g) for want, g in zip(start.layers, heads, strict=True))
-        return grouped(opened, replace(start, layers=tuple(narrowed)), told)
-    found = measured(opened, start, choices, told, device=device, processes=processes)
+        return grouped(opened, replace(start, layers=tuple(narrowed)), listener)
+    found = measured(opened, start, choices, listener, device=device, processes=processes)
     costs = [{heads: one.kl for heads, one in found[layer.name].items()} for layer in layout.layers]
     heads = allocate(costs, units, budget, full=full)
     picked = [found[layer.name][number] for layer, number in zip(layout.layers, heads, strict=True)]
@@ -106,7 +107,7 @@ def measured(
     opened: Source,
     start: Plan,
     choices: Mapping[str, Sequence[int]],
-    told: Listener,
+    listener: Listener,
     *,
     device: str | None,
     processes: ProcessGroup = SINGLE_PROCESS,
@@ -123,7 +124,7 @@ def measured(
     batches = calibration_batches(start.calibration, opened.checkpoint.folder, opened.checkpoint.config)
     place = device_named(processes.device(device))
     processes.call(run_alongside, opened.checkpoint.folder, device, measure, start, choices, batches, settings)
-    with told.calibrating(opened.layout.layers[-1].index + 1) as count:
+    with listener.calibrating(opened.layout.layers[-1].index + 1) as count:
         return measure(
             opened.checkpoint,
             opened.layout,

@@ -56,7 +56,11 @@ def check_asked(asked: Asked, device: str | None, processes: ProcessGroup) -> No
     grouping, plan = asked.get("grouping"), asked.get("plan")
     if grouping not in (None, *GROUPINGS):
         raise RegroupError("the grouping is not known", expected=" or ".join(GROUPINGS), got=grouping)
-    parts = ("kv_heads", "layers", "method", "grouping", "tensor_parallel", "seed")
+    if plan is not None and grouping is not None:
+        raise RegroupError(
+            "a plan and a grouping were both given", remedy="the plan's query_order says how heads are grouped"
+        )
+    parts = ("kv_heads", "layers", "method", "tensor_parallel", "seed")
     if plan is not None and any(asked.get(part) is not None for part in parts):
         raise RegroupError(
             "a plan and its parts were both given", remedy="give a plan, or KV heads, layers, method and the like"
@@ -72,8 +76,11 @@ def check_asked(asked: Asked, device: str | None, processes: ProcessGroup) -> No
         raise _needless(processes)
 
 
-def asked_plan(layout: Layout, asked: Asked, processes: ProcessGroup) -> Plan:
+def asked_plan(layout: Layout, asked: Asked, processes: ProcessGroup) -> tuple[Plan, CalibrationText | None]:
     """The plan that was given, or one made from the rest; checked against the layout either way.
+
+    Returns:
+        The plan, and the calibration text where it is now: a plan that was given names it as it was called then.
 
     Raises:
         RegroupError: the file is no plan, the layout does not allow it, or the text is not the plan's.
@@ -83,7 +90,8 @@ def asked_plan(layout: Layout, asked: Asked, processes: ProcessGroup) -> Plan:
         method, grouping = asked.get("method") or "auto", asked.get("grouping")
         search = method == "auto" if grouping is None else grouping == "search"
         degree = asked.get("tensor_parallel")
-        return make_plan(
+        text = None if text is None else text.hashed()
+        plan = make_plan(
             layout,
             asked.get("kv_heads"),
             layers=asked.get("layers"),
@@ -91,19 +99,21 @@ def asked_plan(layout: Layout, asked: Asked, processes: ProcessGroup) -> Plan:
             tensor_parallel=1 if degree is None else degree,
             seed=asked.get("seed") or 0,
             grouping="search" if search else None,
-            calibration=None if text is None else text.hashed(),
+            calibration=text,
             repair=repair,
         )
+        return plan, text
     plan = given if isinstance(given, Plan) else Plan.load(Path(given))
     if plan.calibration is not None:
         text = _found_text(plan.calibration, text, given)
-        plan = replace(plan, calibration=text, repair=repair or plan.repair)
+        plan = replace(plan, calibration=replace(plan.calibration, sha256=text.sha256), repair=repair or plan.repair)
     elif text is not None:
-        plan = replace(plan, calibration=text.hashed(), repair=repair or DEFAULT_REPAIR)
+        text = text.hashed()
+        plan = replace(plan, calibration=text, repair=repair or DEFAULT_REPAIR)
     elif processes.size > 1:
         raise _needless(processes)
     plan.check(layout)
-    return plan
+    return plan, text
 
 
 def grouped(opened: Source, plan: Plan, listener: Listener) -> Plan:
@@ -125,9 +135,9 @@ def _found_text(wanted: CalibrationText, given: CalibrationText | None, plan: ob
     """The text that a plan names: where the user says it is, next to the plan, or where its name leads."""
     if given is not None:
         return replace(wanted, data=given.data).hashed()
-    beside = Path(str(plan)).parent / str(wanted.data) if not isinstance(plan, Plan) else None
-    if beside is not None and beside.is_file():
-        return replace(wanted, data=beside).hashed()
+    neighbour = Path(str(plan)).parent / str(wanted.data) if not isinstance(plan, Plan) else None
+    if neighbour is not None and neighbour.is_file():
+        return replace(wanted, data=neighbour).hashed()
     if wanted.sha256 is not None and not as_named(wanted.data).is_file():
         raise RegroupError(
             "the calibration text of the plan is not here",

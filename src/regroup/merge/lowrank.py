@@ -80,7 +80,7 @@ def _orthonormal_rows(reduce: torch.Tensor, moments: torch.Tensor) -> torch.Tens
     values, vectors = torch.linalg.eigh(reduce @ moments @ reduce.T)
     values = torch.where(values > values[-1] * 1e-12, values, values[-1])
     scale = torch.where(values > 0, values, torch.ones_like(values)).rsqrt()
-    # Mean square of the parent's own rows, so that the shared head is as large as the heads that it replaces.
+    # Mean square of the original rows, so that the shared head is as large as the heads that it replaces.
     size = (moments.diagonal().mean().clamp(min=0)).sqrt()
     return (scale.unsqueeze(-1) * vectors.T @ reduce) * torch.where(size > 0, size, torch.ones_like(size))
 

@@ -1,13 +1,13 @@
 """One key or value head for a group, and what its query heads absorb: the common form of every linear merge rule.
 
-Notation for one group: n query heads, m distinct KV heads of the parent (m = n for a multi-head parent), D head_dim.
+Notation for one group: n query heads, m distinct original KV heads (m = n for multi-head attention), D head_dim.
 ``B`` stacks the m heads' projections, (m·D, hidden); query head h used rows ``owner[h]·D`` and the D - 1 after them,
 ``B_h = E_h B``. A rule gives
 
     reduce   R  (D, m·D)   the shared head's projection is R B
     restore  N  (n, D, D)  B_h ≈ N_h R B
 
-and whoever meets the head absorbs N: scores q_hᵀ B_h x ≈ (N_hᵀ q_h)ᵀ R B x, outputs W_o^h B_h x ≈ (W_o^h N_h) R B x.
+and queries and outputs absorb N: scores q_hᵀ B_h x ≈ (N_hᵀ q_h)ᵀ R B x, outputs W_o^h B_h x ≈ (W_o^h N_h) R B x.
 The error that a rule leaves, in the metric that the caller chooses, is
 
     Σ_h tr[ Γ_h (E_h - N_h R) K_h (E_h - N_h R)ᵀ ]

@@ -18,20 +18,20 @@ _Chain = tuple[int, "_Chain"] | None
 
 
 def token_bytes(layer: AttentionLayer, kv_heads: int, itemsize: int = 2) -> int:
-    """Bytes of keys and values that a layer keeps for one token: 2 · G · D · bytes a number.
+    """Bytes of keys and values that a layer keeps for one token: 2 · G · D · bytes per number.
 
-    Cross-attention keeps a token of the encoder, a sliding window drops tokens later; neither changes what one takes.
+    In cross-attention tokens are the encoder's; a sliding window drops tokens later. Neither changes what one takes.
 
     Args:
         layer: whose head_dim counts.
         kv_heads: G.
-        itemsize: bytes a number of the cache; 2 for 16 bits.
+        itemsize: bytes per number of the cache; 2 for 16 bits.
     """
     return 2 * kv_heads * layer.head_dim * itemsize
 
 
 def layer_units(layer: AttentionLayer, itemsize: int = 2, tensor_parallel: int = 1) -> dict[int, int]:
-    """Bytes a token for each number of KV heads that a plan may give a layer, for ``allocate``.
+    """Bytes per token for each number of KV heads that a plan may give a layer, for ``allocate``.
 
     A KV head that tensor parallelism copies to several devices counts once.
 
@@ -55,12 +55,12 @@ def allocate(
 
     Args:
         costs: for each layer, what each choice costs; choices that are absent are not made.
-        units: for each layer, what each of these choices takes of the budget, such as bytes a token.
+        units: for each layer, what each of these choices takes of the budget, such as bytes per token.
         budget: the most that all layers may take together.
         full: what a percentage in the message refers to; by default what the layers take at most.
 
     Returns:
-        A choice a layer. Of equal costs the one that takes fewer units.
+        One choice per layer. Of equal costs the one that takes fewer units.
 
     Raises:
         RegroupError: even the smallest choices exceed the budget, or a cost is not finite.
@@ -115,16 +115,16 @@ _FORMS = "a share such as 25% or 0.25, or bytes per token such as 64KiB, at 16 b
 
 
 def parse_budget(text: str, full: int) -> int:
-    """Bytes a token, from ``"25%"``, ``"0.25"`` or ``"64KiB"``.
+    """Bytes per token, from ``"25%"``, ``"0.25"`` or ``"64KiB"``.
 
-    A number without a unit is a share, so that nobody gets 25 bytes who meant 25 %. ``kB`` is 1000 bytes, ``KiB`` 1024.
+    A number without a unit is a share, so that 25 is never read as 25 bytes. ``kB`` is 1000 bytes, ``KiB`` 1024.
 
     Args:
         text: what a person asks for.
-        full: bytes a token of the parent.
+        full: bytes per token of the original model.
 
     Raises:
-        RegroupError: unreadable, nothing, or more than the parent has.
+        RegroupError: unreadable, nothing, or more than the original model takes.
     """
     match = _AMOUNT.fullmatch(text.strip())
     unit = (match[2] or "").lower() if match else ""
@@ -136,7 +136,7 @@ def parse_budget(text: str, full: int) -> int:
             "the KV budget has no unit",
             expected=_FORMS,
             got=text,
-            remedy=f"write {match[1]}% for a share of the original's cache, {match[1]}B for bytes per token",
+            remedy=f"write {match[1]}% for a share of the original cache, {match[1]}B for bytes per token",
         )
     # Exact: a budget that is met to the byte is met.
     wanted = number * _BYTES[unit] if unit in _BYTES else number * full / (100 if unit else 1)

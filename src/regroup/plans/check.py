@@ -38,7 +38,7 @@ def check_layers(
 def allowed_kv_heads(layer: AttentionLayer, tensor_parallel: int = 1) -> list[int]:
     """Every number of KV heads that a plan may give a layer, ascending.
 
-    A divisor of the query heads, not above the parent's number, and a multiple or a divisor of ``tensor_parallel``:
+    A divisor of the query heads, not above the original number, and a multiple or a divisor of ``tensor_parallel``:
     below the degree, engines copy a KV head to several devices, which works while it is a divisor of the degree.
 
     Raises:
@@ -72,12 +72,12 @@ def _check_names(wanted: Sequence[LayerPlan], layers: Sequence[AttentionLayer]) 
 
 def _check_heads(want: LayerPlan, layer: AttentionLayer, tensor_parallel: int) -> None:
     H, G, wanted = layer.num_attention_heads, layer.num_key_value_heads, want.num_key_value_heads
-    if (want.num_attention_heads, want.parent_num_key_value_heads) != (H, G):
+    if (want.num_attention_heads, want.original_num_key_value_heads) != (H, G):
         raise RegroupError(
             "the plan describes a layer otherwise than it is",
             layer=layer.name,
             expected=f"{H} query heads, {G} KV heads",
-            got=f"{want.num_attention_heads} query heads, {want.parent_num_key_value_heads} KV heads",
+            got=f"{want.num_attention_heads} query heads, {want.original_num_key_value_heads} KV heads",
             remedy="only num_key_value_heads, the methods and query_order are yours to change",
         )
     divisors = allowed_kv_heads(layer)

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 
 
 def group_members(order: Sequence[int], groups: int) -> list[list[int]]:
-    """Query heads of the parent in each group of the child: group g takes positions g * n up to (g + 1) * n."""
+    """Original query heads in each new group: group g takes positions g * n up to (g + 1) * n."""
     n = len(order) // groups
     return [list(order[g * n : (g + 1) * n]) for g in range(groups)]
 
 
 def key_value_sources(order: Sequence[int], parent_kv_heads: int, groups: int) -> list[list[int]]:
-    """KV heads of the parent that each KV head of the child is merged from, repeated by weight.
+    """Original KV heads that each new KV head is merged from, repeated by weight.
 
-    A grouped parent counts as if every query head had its own copy of its KV head; common repetition is divided out,
-    so merging a child of the same G takes each head exactly once.
+    A grouped original counts as if every query head had its own copy of its KV head; common repetition is divided out,
+    so keeping the number of KV heads takes each head exactly once.
 
     Example:
         8 query heads, 4 KV heads, to 2 groups: ``[[0, 1], [2, 3]]``. 12 query heads, 6 KV heads, to 4 groups: the first

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from ..errors import RegroupError
 from ..layout.types import AttentionLayer, Layout
+from ..merge.registry import METHODS
 from .calibration import CalibrationText
-from .plan import ASKED_METHODS, DEFAULT_REPAIR, LayerPlan, Plan
+from .plan import DEFAULT_REPAIR, LayerPlan, Plan
 
 
 def make_plan(
@@ -47,10 +48,10 @@ def make_plan(
     """
     if kv_heads is None and layers is None:
         raise RegroupError("no number of KV heads was given", remedy="pass --kv-heads G, --layers, or a plan")
-    if method not in ASKED_METHODS:
+    if method != "auto" and method not in METHODS:
         raise RegroupError(
             "the merge method is not known",
-            expected=" or ".join(ASKED_METHODS),
+            expected=" or ".join(("auto", *METHODS)),
             got=repr(method),
             remedy="mean is the paper's",
         )
@@ -63,7 +64,7 @@ def make_plan(
             LayerPlan(
                 name=layer.name,
                 num_attention_heads=layer.num_attention_heads,
-                parent_num_key_value_heads=layer.num_key_value_heads,
+                original_num_key_value_heads=layer.num_key_value_heads,
                 num_key_value_heads=chosen.get(layer.name, layer.num_key_value_heads if kv_heads is None else kv_heads),
                 key_method=method if on_text else _key_method(method, layer),
                 value_method=method if on_text else _value_method(method, layer),

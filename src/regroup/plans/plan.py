@@ -37,7 +37,7 @@ class LayerPlan:
     Attributes:
         name: the attention module, as the layout names it.
         num_attention_heads: H, unchanged; here so that a person can read the plan alone.
-        parent_num_key_value_heads, num_key_value_heads: KV heads before and after.
+        original_num_key_value_heads, num_key_value_heads: KV heads before and after.
         key_method, value_method: the methods that merge the keys and the values of a group (``merge.registry``), or
             ``"auto"`` where calibration is to choose them.
         query_order: the original query heads in their new order; None leaves them as they are.
@@ -47,7 +47,7 @@ class LayerPlan:
 
     name: str
     num_attention_heads: int
-    parent_num_key_value_heads: int
+    original_num_key_value_heads: int
     num_key_value_heads: int
     key_method: str = "mean"
     value_method: str = "mean"
@@ -67,7 +67,7 @@ class LayerPlan:
     @property
     def changes(self) -> bool:
         """False if the layer is copied bit for bit."""
-        return self.num_key_value_heads != self.parent_num_key_value_heads or self.order != tuple(
+        return self.num_key_value_heads != self.original_num_key_value_heads or self.order != tuple(
             range(self.num_attention_heads)
         )
 
@@ -109,7 +109,7 @@ class Plan:
 
     def digest(self) -> str:
         """Hash of the plan, recorded in what is made by it."""
-        return hashlib.sha256(self.dumps().encode()).hexdigest()[:16]
+        return hashlib.sha256(self.dumps().replace(_ORIGINAL, _ORIGINAL_BEFORE).encode()).hexdigest()[:16]
 
     def dumps(self) -> str:
         """The plan as JSON, one line per layer."""
@@ -152,7 +152,7 @@ class Plan:
         layers = values.get("layers")
         if not isinstance(layers, list) or not layers:
             raise RegroupError("the plan has no layers", file=path, expected='"layers": [{…}, …]')
-        values["layers"] = tuple(_build(LayerPlan, layer, path) for layer in layers)
+        values["layers"] = tuple(_build(LayerPlan, _renamed(layer), path) for layer in layers)
         if values.get("calibration") is not None:
             values["calibration"] = _build(CalibrationText, values["calibration"], path)
         return _build(cls, values, path)
@@ -191,6 +191,8 @@ class Plan:
             )
 
 
+# A field and its name in older releases, by which plans are still hashed.
+_ORIGINAL, _ORIGINAL_BEFORE = "original_num_key_value_heads", "parent_num_key_value_heads"
 # Fields that are left out of the JSON while they have no value: they were added later, and a plan without them keeps
 # its hash.
 _LATER = ("kv_budget", "predicted_kl", "grouping", "calibration", "repair")
@@ -242,6 +244,13 @@ def _build(cls: type, data: object, path: Path) -> Any:
         raise RegroupError(
             "the plan lacks a field", file=path, expected=", ".join(known), got=", ".join(values)
         ) from error
+
+
+def _renamed(layer: Any) -> Any:
+    """The layer of a plan with the field names of today: older releases called the original model the parent."""
+    if not isinstance(layer, Mapping):
+        return layer
+    return {_ORIGINAL if name == _ORIGINAL_BEFORE else name: value for name, value in layer.items()}
 
 
 def _nats(name: str, value: float, path: Path) -> float:

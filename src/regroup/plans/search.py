@@ -1,6 +1,6 @@
 """Which heads form groups: a search over partitions into sets of equal size.
 
-Units are the KV heads of the parent, numbered from 0. What a group costs is the caller's business; here are numbers.
+Units are the original KV heads, numbered from 0. The caller says what a group costs.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ def search_groups(
 
 
 def query_order(groups: Sequence[Sequence[int]], queries_per_unit: int) -> tuple[int, ...] | None:
-    """The parent's query heads in the order in which groups of KV heads stand together.
+    """The original query heads, ordered so that the heads of a group are neighbours.
 
     Args:
         groups: KV heads of each group.
-        queries_per_unit: query heads that share a KV head of the parent.
+        queries_per_unit: query heads that share an original KV head.
 
     Returns:
         For ``LayerPlan.query_order``: None where the order stays as it is.
@@ -216,7 +216,7 @@ def _climb(groups: Groups, pairs: list[list[float]]) -> Groups:
 
 
 def _refine(groups: Groups, pairs: list[list[float]], judge: _Judge) -> Groups:
-    """Try swaps on the true cost, those first that the surrogate minds least, until the budget is spent."""
+    """Try swaps on the true cost, in the order of the surrogate cost, until the budget is spent."""
     limit = len(judge.known) + REFINEMENT
     lowered = True
     while lowered:

@@ -9,7 +9,7 @@ from typing import Any
 # Names of fields, and what their numbers must be, wherever in a record they stand. Lists and tables of such numbers
 # count too: "kv_heads" may be a number, a list of them, or one for each layer. In a table a name of its own goes first.
 _COUNTS = (
-    "num_attention_heads|num_key_value_heads|parent_num_key_value_heads|num_heads|heads|kv_heads|head_dim|d_kv|hidden_size|"
+    "num_attention_heads|num_key_value_heads|original_num_key_value_heads|num_heads|heads|kv_heads|head_dim|d_kv|hidden_size|"
     "vocab_size|batch|context|prompt|new|threads|cores|devices|window|tokens_per_step|repeats"
 )
 _AMOUNTS = (
@@ -35,7 +35,7 @@ _KINDS = (
 # Fields of which the first may not be above the second.
 _ORDERED = (
     ("num_key_value_heads", "num_attention_heads"),
-    ("num_key_value_heads", "parent_num_key_value_heads"),
+    ("num_key_value_heads", "original_num_key_value_heads"),
     ("p20", "p50"),
     ("p50", "p80"),
     ("loss_low", "loss"),

@@ -35,7 +35,7 @@ def group_by_weights(
     found: dict[str, LayerPlan] = {}
     sharing: dict[tuple[str, int], list[tuple[LayerPlan, AttentionLayer]]] = {}
     for want, layer in zip(plan.layers, layout.layers, strict=True):
-        # With keys or values alone to go by, the other might be hurt, and without text nobody would see it.
+        # With keys or values alone to go by, the other might be hurt, and without text that would go unnoticed.
         pooled = layer.key_obstacle is not None or layer.value_obstacle is not None
         skipped = pooled or (plan.calibration is not None and layer.order_group is None)
         if not skipped and layer.fixed_order is None and want.query_order is None and want.changes:

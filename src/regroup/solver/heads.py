@@ -82,12 +82,12 @@ def share(
     key: list[Sharing],
     value: list[Sharing],
 ) -> HeadWeights:
-    """The child's heads: shared keys and values, and queries and outputs that absorb what they need.
+    """The converted heads: shared keys and values, and queries and outputs that absorb what they need.
 
     Args:
-        weights: of the parent.
+        weights: of the original layer.
         order: of query heads; group g takes the g-th run of them.
-        key, value: a sharing a group.
+        key, value: one sharing per group.
     """
     H, groups = len(order), len(key)
     new: dict[str, list[torch.Tensor]] = {field.name: [] for field in fields(HeadWeights)}

@@ -1,6 +1,6 @@
 """Solved layers on the disk: each is kept when it is solved, so that a conversion that is killed resumes after it.
 
-A file has its name once it is complete and flushed. Whoever owns the folder sees to it that it belongs to the plan at
+A file has its name once it is complete and flushed. The owner of the folder ensures that it belongs to the plan at
 hand (``writer.journal``).
 """
 

@@ -1,8 +1,8 @@
 """Resume a conversion that was killed: what is on the disk for good, and for which request.
 
 The hidden folder in which a conversion grows holds a journal until it is complete. A run to the same destination reads
-the journals of folders that nobody works on. If plan, text, source and version are the same, it keeps what was found,
-the layers that were solved and the weight files that were finished.
+the journals of folders that no process works in. If plan, text, source and version are the same, it keeps what was
+found, the layers that were solved and the weight files that were finished.
 """
 
 from __future__ import annotations

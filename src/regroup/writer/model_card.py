@@ -38,7 +38,7 @@ def model_card(source: str, prepared: Prepared, result: Result) -> str:
         **_kept(card),
     )
     counts = Counter(
-        (layer.parent_num_key_value_heads, layer.num_key_value_heads, *layer.methods) for layer in result.plan.layers
+        (layer.original_num_key_value_heads, layer.num_key_value_heads, *layer.methods) for layer in result.plan.layers
     )
     rows = "\n".join(
         f"| {number} | {before} | {after} | {key} | {value} |" for (before, after, key, value), number in counts.items()

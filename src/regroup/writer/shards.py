@@ -44,7 +44,7 @@ class ShardWriter:
         changed: how to make every tensor that changes.
         stage: the folder to write into.
         finished: files that are there already.
-        done: told of each file that is complete and flushed.
+        done: called with each file that is complete and flushed.
         workers: threads.
         progress: called from any thread with the number of bytes just written, or found written.
     """
