@@ -1,4 +1,4 @@
-"""GGUF files, read as what a stranger may have written: every count is held against the file before it is believed.
+"""GGUF files, read as untrusted: every count is compared with the size of the file before it is used.
 
 The format is described in ggml's docs/gguf.md. Sizes of quantised blocks and their unpacking are the gguf library's.
 """
@@ -295,9 +295,9 @@ class _Header:
         return self.data[start:end]
 
     def check_count(self, what: str, count: int, least: int, most: int) -> None:
-        room = min(most, (len(self.data) - self.position) // least)
-        if count > room:
-            raise self.damaged(f"more {what} than the file holds", f"at most {room}", count)
+        limit = min(most, (len(self.data) - self.position) // least)
+        if count > limit:
+            raise self.damaged(f"more {what} than the file holds", f"at most {limit}", count)
 
     def damaged(self, what: str, expected: object, got: object) -> RegroupError:
         return RegroupError(
@@ -305,7 +305,7 @@ class _Header:
             file=self.path,
             expected=expected,
             got=got if isinstance(got, int) else str(got)[:200],
-            remedy="download it again, or make it anew",
+            remedy="download it again, or create it again",
         )
 
 

@@ -94,7 +94,7 @@ def unpickle(folder: Path, copy: Path, tied: Sequence[tuple[str, str]] = ()) -> 
         # The names that other tools look for.
         name = SINGLE_FILE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         save_tensors(tensors, copy / name, {"format": "pt"})
-        # The copy is as old as what it was made of, so that a conversion can be gone on with.
+        # The copy has the original's time of change, so that a conversion can be resumed.
         status = path.stat()
         os.utime(copy / name, ns=(status.st_atime_ns, status.st_mtime_ns))
         weight_map |= dict.fromkeys(tensors, name)

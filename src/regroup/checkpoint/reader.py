@@ -1,4 +1,4 @@
-"""A checkpoint folder: its config, where each tensor lies, and the files that travel with the weights."""
+"""A checkpoint folder: its config, the place of each tensor, and the files that are copied with the weights."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Checkpoint:
         """
         file = self._file_of[tensor]
         entry = self.shards[file][tensor]
-        buffer = _room(entry.nbytes, self.folder / file, tensor)
+        buffer = _allocate(entry.nbytes, self.folder / file, tensor)
         view = buffer.numpy().data
         with unreadable(self.folder / file, tensor), (self.folder / file).open("rb", buffering=0) as stream:
             done = 0
@@ -148,7 +148,7 @@ class Checkpoint:
             )
 
     def companions(self) -> Iterator[Path]:
-        """The files that belong to the child too (see ``companion_files``)."""
+        """The files that are copied to a converted model (see ``companion_files``)."""
         return companion_files(self.folder)
 
 
@@ -250,7 +250,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _room(nbytes: int, file: Path, tensor: str) -> torch.Tensor:
+def _allocate(nbytes: int, file: Path, tensor: str) -> torch.Tensor:
     """Memory for a tensor. A header can announce more than a machine has, in a file that is mostly a hole."""
     import torch
 

@@ -29,7 +29,7 @@ def staged_folder(
     adopt: Callable[[Path], bool] | None = None,
     keep: Callable[[], bool] | None = None,
 ) -> Iterator[Path]:
-    """A hidden folder beside ``destination`` that becomes it, by one rename, when the block ends well.
+    """A hidden folder next to ``destination`` that is renamed to it when the block succeeds.
 
     Whatever goes wrong, Ctrl-C included, removes it, unless it is worth keeping. A run that was killed outright leaves
     the hidden folder behind; the next run to the same destination resumes in it or removes it.
@@ -79,7 +79,7 @@ def staged_folder(
 
 @contextlib.contextmanager
 def staged_file(destination: Path) -> Iterator[Path]:
-    """A file in a hidden folder beside ``destination`` that becomes it when the block ends well (``staged_folder``).
+    """A file in a hidden folder next to ``destination`` that becomes it when the block succeeds (``staged_folder``).
 
     Raises:
         RegroupError: the destination appeared meanwhile, the disk is full, or the system refuses to read or to write.
@@ -126,7 +126,7 @@ def _confirm(destination: Path) -> None:
 
 @contextlib.contextmanager
 def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A hidden folder for what a run needs while it lasts; those that killed runs left beside it go first.
+    """A hidden temporary folder for one run; those that killed runs left next to it are removed first.
 
     Args:
         parent: on a disk with enough room; made for as long if it is not there.

@@ -30,7 +30,7 @@ def check_memory(source: Path, parameters: int, vocabulary: int, listener: Liste
         source: what is exported, for the message.
         parameters: of the source or of the result, whichever has more.
         vocabulary: as many logits does each of ``ROWS`` · ``LENGTH`` positions have.
-        listener: told of the bytes that it takes: one model in float32, and three times its logits.
+        listener: gets the bytes that it takes: one model in float32, and three times its logits.
 
     Raises:
         RegroupError: it needs more than is free.
@@ -67,7 +67,7 @@ class Comparison:
         positions: how many positions' logits were compared.
         largest: the largest difference between two logits.
         scale: the largest logit of the source.
-        text: what was compared beside logits, for people; empty for nothing.
+        text: what else was compared, in words; may be empty.
     """
 
     loader: str

@@ -259,7 +259,7 @@ def _rope(facts: _Facts, head_dim: int) -> dict[str, Any]:
         raise facts.wrong("rope.scaling.type", "none or linear", kind)
     if FREQUENCIES in facts.file.tensors:
         if scaled or facts.arch != "llama":
-            raise facts.wrong("rope.scaling.type", f"none for {facts.arch}, beside {FREQUENCIES}", kind)
+            raise facts.wrong("rope.scaling.type", f"none for {facts.arch} with {FREQUENCIES}", kind)
         return _slowed(facts, theta, head_dim)
     if scaled:
         return {"rope_type": "linear", "rope_theta": theta, "factor": facts.real("rope.scaling.factor", float(factor))}
@@ -363,7 +363,7 @@ def _missing(file: GGUFFile, name: str) -> RegroupError:
         "this GGUF file lacks a tensor that its model needs",
         file=file.path,
         tensor=name,
-        remedy="download it again, or make it anew",
+        remedy="download it again, or create it again",
     )
 
 

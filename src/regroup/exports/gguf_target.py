@@ -61,7 +61,7 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
                 sorted({family.stock_type for family in FAMILIES.values() if family.gguf is not None})
             ),
             got=layout.family,
-            remedy="where the child is stock, llama.cpp's own converter may know it: export it with --to hf first",
+            remedy="export it with --to hf and try llama.cpp's own converter, if a stock class holds it",
         )
     require_head(opened.checkpoint.folder)  # llama.cpp would take the embedding for one that is not there
     uniform = len(set(heads)) == 1

@@ -1,4 +1,4 @@
-"""What an engine can be given of a checkpoint's KV heads: which forms hold them, and how heads are repeated."""
+"""Which export formats hold a checkpoint's KV heads, and how heads are repeated for the others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .request import Request
 LLAMA_LAYERS = tuple(sorted({family.stock_type for family in FAMILIES.values() if family.gguf == "llama"}))
 
 
-# What a stock class holds, by ``Layout.native_kv_heads``.
+# What a stock class supports, by ``Layout.native_kv_heads``.
 _HELD = {
     "any": "the same number in every layer",
     "mqa": "1 in every layer, or as many as query heads",
@@ -63,7 +63,7 @@ def check_served(config: Mapping[str, Any], layout: Layout) -> None:
     """
     if FAMILIES[layout.family].vllm == "embedding" and not layout.tied_embeddings:
         raise RegroupError(
-            "vLLM would answer otherwise than transformers: it leaves out this family's stored head",
+            "vLLM would compute other logits than transformers: it leaves out this family's stored head",
             file="config.json",
             expected="the embedding as output head",
             got=f"a {layout.family} with a head of its own",
@@ -71,7 +71,7 @@ def check_served(config: Mapping[str, Any], layout: Layout) -> None:
         )
     if slow_output(config, family_for(config)):
         raise RegroupError(
-            "vLLM would answer otherwise than transformers: it adds the output biases, which this switch leaves out",
+            "vLLM would compute other logits than transformers: it adds output biases that this switch leaves out",
             file="config.json",
             got=f"slow_but_exact with pretraining_tp {config['pretraining_tp']}",
             remedy="export it with --to hf; or set slow_but_exact to false, which is another model: with the biases",
@@ -79,7 +79,7 @@ def check_served(config: Mapping[str, Any], layout: Layout) -> None:
 
 
 def holds(layout: Layout, heads: Sequence[int]) -> bool:
-    """Whether the family's stock transformers class holds these KV heads."""
+    """Whether the family's stock transformers class supports these KV heads."""
     return is_stock(layout, plan_of(layout, heads))
 
 
@@ -146,9 +146,9 @@ def stock_heads(layout: Layout) -> int:
 
 
 def repeated(layout: Layout, heads: int, tensors: Mapping[str, TensorInfo]) -> dict[str, Change]:
-    """How to make every tensor that changes when each KV head stands ``heads / G`` times in a row.
+    """How to make every tensor that changes when each KV head is repeated ``heads / G`` times.
 
-    A query head finds the same keys and values as before, so the model answers as before; it caches more.
+    Every query head reads the same keys and values as before, so the logits are the same; the cache is larger.
 
     Args:
         layout, tensors: of the checkpoint.
@@ -162,12 +162,12 @@ def repeated(layout: Layout, heads: int, tensors: Mapping[str, TensorInfo]) -> d
         before = layer.num_key_value_heads
         if before == heads:
             continue
-        child = layer.with_kv_heads(heads)
+        expanded = layer.with_kv_heads(heads)
         sources = tuple((head * before // heads,) for head in range(heads))
         own = tuple((head,) for head in range(layer.num_attention_heads))
-        pairs = [(old, new, sources) for part in ("key", "value") for old, new in _slots(layer, child, part)]
+        pairs = [(old, new, sources) for part in ("key", "value") for old, new in _slots(layer, expanded, part)]
         if layer.packing != "separate":
-            pairs += [(old, new, own) for old, new in _slots(layer, child, "query") if old not in layer.query.extras]
+            pairs += [(old, new, own) for old, new in _slots(layer, expanded, "query") if old not in layer.query.extras]
         moves: dict[str, list[Move]] = {}
         for old, new, where in pairs:
             if "{head}" in old.tensor:
@@ -175,15 +175,15 @@ def repeated(layout: Layout, heads: int, tensors: Mapping[str, TensorInfo]) -> d
                     "the KV heads of this layer cannot be repeated: each has a tensor of its own",
                     layer=layer.name,
                     got=old.tensor.format(head=0),
-                    remedy="convert the parent to the same number of KV heads in every layer instead",
+                    remedy="convert the original model to the same number of KV heads in every layer instead",
                 )
             moves.setdefault(new.tensor, []).append(Move(old, new, where, _never))
         changed |= {name: rewrite_of(name, parts, tensors) for name, parts in moves.items()}
     return changed
 
 
-def _slots(layer: Any, child: Any, part: str) -> list[tuple[Any, Any]]:
-    pairs = zip(getattr(layer, part).slots(), getattr(child, part).slots(), strict=True)
+def _slots(layer: Any, expanded: Any, part: str) -> list[tuple[Any, Any]]:
+    pairs = zip(getattr(layer, part).slots(), getattr(expanded, part).slots(), strict=True)
     return list(pairs)
 
 

@@ -1,4 +1,4 @@
-"""What is asked of an export, and what it answers."""
+"""The options of an export, and its result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Exported:
 
     Attributes:
         destination: the folder, or the GGUF file.
-        form: what it is, for people.
+        form: what it is, in words.
         checked: what was compared with the source and how far apart it was; None where nothing was.
         unchecked: why nothing was compared; None where something was.
         notes: what the user should know of it.
@@ -32,7 +32,7 @@ class Exported:
 
 @dataclass
 class Request:
-    """What is asked of an export, beside source and destination (see ``export_checkpoint``)."""
+    """The options of an export (see ``exports.run.export``)."""
 
     to: str
     expand: bool = False

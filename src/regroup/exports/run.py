@@ -56,11 +56,11 @@ def export(
         dtype: of the matrices of a GGUF file, or of a checkpoint made from one; the source's by default.
         check: load the result and compare its logits with the source's, in float32, one model at a time.
         revision, allow_pickle: see ``open_source``.
-        listener: told of progress.
+        listener: callbacks for progress.
 
     Raises:
-        RegroupError: the target holds no such model, memory holds no comparison, or what was made does not answer as
-            its source does; nothing is left behind.
+        RegroupError: the target cannot hold this model, the comparison does not fit into memory, or the result's
+            logits differ from the source's; nothing is left behind.
     """
     if to not in TARGETS:
         raise RegroupError("this export target is not known", expected=" or ".join(TARGETS), got=to)
@@ -117,7 +117,7 @@ def _export_folder(opened: Source, destination: Path, request: Request) -> Expor
         config = block_config(checkpoint.config, layout)
         config["auto_map"] = {"AutoConfig": f"{CONFIGURATION_FILE.stem}.NemotronNASConfig"}
         form, blocks = "the Nemotron-NAS layout (DeciLMForCausalLM): block_configs with KV heads by layer", True
-        request.notes.append("engines read the blocks through the config class beside it: --trust-remote-code")
+        request.notes.append("engines read the blocks through the config class in the folder: --trust-remote-code")
         if any("ffn_mult" not in block["ffn"] for block in config["block_configs"]):
             request.notes.append(
                 "the feed-forward width is not a multiple of 256, so blocks name intermediate_size instead of "

@@ -117,7 +117,7 @@ class AttentionLayer:
         key_obstacle, value_obstacle: what keeps a linear map from passing through the keys or values (a norm, a clip),
             or None.
         residual_scale: factor with which the output projection's result is added to the residual stream; None where it
-            is normalised first, or where the stream beside it is not at hand (cross-attention).
+            is normalised first, or in cross-attention, where the residual stream is not available.
     """
 
     name: str

@@ -298,7 +298,7 @@ class _Comparison:
         return not self.extra and all(self.expected.tied.get(name) in self.found for name in self.absent)
 
     def check_known_names(self) -> None:
-        """Refuse what can be told from the names that the class saves.
+        """Refuse what the names that the class saves are enough to find.
 
         Raises:
             RegroupError: see ``check_loadable``.
