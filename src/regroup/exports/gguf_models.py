@@ -51,12 +51,14 @@ class Model:
     Attributes:
         file: the file.
         config: of the class.
-        names: of a tensor of the checkpoint, to the tensor of the file that it is made of.
+        names: of a tensor of the checkpoint, to the tensor of the file that it is made of; empty with
+        loaded: the model, where transformers' loader has read the whole file.
     """
 
     file: GGUFFile
     config: Any
     names: dict[str, str]
+    loaded: Any = None
 
     def read(self, name: str) -> Tensor:
         """A tensor of the checkpoint, as the file stores it or unpacked to float32."""
