@@ -210,7 +210,7 @@ def test_what_is_not_known_is_refused_by_name(
     file = in_file(tmp_path, vocabularies[False], pre, model=model)
     message = refused("export", file, tmp_path / "hf", "--to", "hf", "--no-check")
     assert word in message
-    assert "cannot be made anew" in message
+    assert "cannot be rebuilt" in message
     assert not (tmp_path / "hf").exists()
 
 

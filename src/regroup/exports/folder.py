@@ -1,4 +1,4 @@
-"""A checkpoint folder in another form: same shards and files, another config, some tensors made anew."""
+"""A checkpoint folder in another form: same shards and files, another config, some tensors rewritten."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def greedy_agreement(model: Any, prompt: list[int], made: list[int], loader: str
 def _same(what: str, wanted: object, found: object, loader: str) -> None:
     if wanted != found:
         raise RegroupError(
-            "the exported model does not answer as its source does; nothing was written",
+            "the exported model's output differs from its source's; nothing was written",
             expected=f"{what}: {str(wanted)[:200]}",
             got=f"{str(found)[:200]}, with {loader}",
             remedy="please report it with the checkpoint's config.json and tokenizer.json",

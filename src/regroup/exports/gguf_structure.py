@@ -1,6 +1,6 @@
-"""What a GGUF file must hold, computed by another way than it was written: tensor by tensor and key by key.
+"""Compare a GGUF file with a checkpoint tensor by tensor and key by key, by other code than wrote it.
 
-It is read with the format's own library, rows are put in order one by one instead of by reshaping, and names are
+The file is read with the format's own library, rows are ordered one by one instead of by reshaping, and names are
 mapped by the table that the direction under test does not use.
 """
 

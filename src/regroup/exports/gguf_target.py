@@ -1,4 +1,4 @@
-"""llama.cpp's file: one GGUF with the weights under its names, what they are, and the tokenizer."""
+"""Write a GGUF file for llama.cpp: weights under its names, metadata and tokenizer."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 
 def export_gguf(opened: Source, destination: Path, request: Request) -> Exported:
-    """Write a checkpoint as a GGUF file and compare what llama.cpp answers with it (see ``export``).
+    """Write a checkpoint as a GGUF file and compare it with its source (see ``export``).
 
     Raises:
-        RegroupError: llama.cpp has no such layers, no such rotation or no such tokenizer, a number does not fit the
-            dtype, or the file answers otherwise than the source.
+        RegroupError: llama.cpp lacks the layers, the rotary scaling or the tokenizer, a number does not fit the dtype,
+            or the file's logits differ from the source's.
     """
     checkpoint, layout = opened.checkpoint, opened.layout
     heads = wanted_heads(opened, request)

@@ -97,7 +97,7 @@ def wanted_heads(opened: Source, request: Request) -> tuple[int, ...]:
     """The KV heads of each layer afterwards.
 
     Raises:
-        RegroupError: the target holds no such heads, or they cannot be spread over the devices.
+        RegroupError: the target does not support these heads, or they cannot be divided over the devices.
     """
     layout, devices = opened.layout, request.tensor_parallel
     heads = heads_of(layout)
@@ -212,7 +212,7 @@ def block_config(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
 
 
 def spell(layout: Layout) -> str:
-    """The KV heads of the layers for people: ``"4 in layers 0-3, 2 in layer 4"``."""
+    """The KV heads of the layers in words: ``"4 in layers 0-3, 2 in layer 4"``."""
     runs: list[tuple[int, list[int]]] = []
     for layer in layout.layers:
         if not runs or runs[-1][0] != layer.num_key_value_heads:

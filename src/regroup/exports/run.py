@@ -1,4 +1,4 @@
-"""From a checkpoint to a form that an engine reads: ``export``, behind `regroup export`."""
+"""Export a checkpoint to the form that an engine reads."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def export(
         destination: what is made, and must not exist yet: a folder, for ``"gguf"`` a file.
         to: ``"hf"``, a checkpoint of a stock transformers class; ``"vllm"``, that or, where layers differ in their KV
             heads, the Nemotron-NAS layout; ``"gguf"``, llama.cpp's file.
-        expand: repeat KV heads until a stock class holds them: same answers, larger cache.
+        expand: repeat KV heads until a stock class supports them: same logits, larger cache.
         tensor_parallel: devices that will share each layer. KV heads fewer than that are repeated where the reader does
             not do so itself.
         dtype: of the matrices of a GGUF file, or of a checkpoint made from one; the source's by default.

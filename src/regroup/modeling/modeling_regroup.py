@@ -46,7 +46,7 @@ class RegroupMixin(_Base):
         if record.get("format") != FORMAT:
             raise ValueError(
                 f"{name}: config.regroup has format {record.get('format')!r}, expected {FORMAT}. Update regroup, or "
-                "load with trust_remote_code=True, which uses the modeling_regroup.py in the checkpoint's folder."
+                "load with trust_remote_code=True, which uses the modeling_regroup.py beside the checkpoint."
             )
         modules = dict(self.base_model.named_modules())
         for path, groups in record["num_key_value_heads"].items():
