@@ -193,7 +193,7 @@ def test_an_adapter_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pickled", [False, True])
-def test_an_adapter_beside_the_weights(pickled: bool, saved: Saved, tmp_path: Path) -> None:
+def test_an_adapter_next_to_the_weights(pickled: bool, saved: Saved, tmp_path: Path) -> None:
     folder = copy(saved("llama"), tmp_path / "in")
     if pickled:
         torch.save(tensors(folder), folder / "pytorch_model.bin")

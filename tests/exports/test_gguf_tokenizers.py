@@ -56,7 +56,7 @@ def test_text_is_cut_as_the_name_says(name: str) -> None:
         assert [piece for piece, _ in PRE_TOKENIZERS[name].build().pre_tokenize_str(text)] == wanted
 
 
-def test_names_are_told_apart() -> None:
+def test_names_are_distinguished() -> None:
     """Each name is recognised by its own cuts, or by those of a name that cuts alike."""
     for row in PRE_TOKENIZERS.values():
         found = recognise(row.build(), ignore_merges=row.ignore_merges, raw=row.raw)
