@@ -78,6 +78,50 @@ class GGUFFile:
         """How many weights there are in the file."""
         return sum(tensor.parameters for tensor in self.tensors.values())
 
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the architecture.
+
+        Raises:
+            RegroupError: the file names none.
+        """
+        found = self.values.get("general.architecture")
+        if not isinstance(found, str):
+            raise self._impossible("general.architecture", "a name", found)
+        return found
+
+    def numbers(self, key: str, default: Any = None, *, least: int = 0, most: int = 2**31 - 1) -> int | list[int]:
+        """A whole number of the architecture, or a list with one per layer.
+
+        Raises:
+            RegroupError: it is missing, not whole or out of range.
+        """
+        value = self.values.get(f"{self.architecture}.{key}", default)
+        value = value.tolist() if isinstance(value, np.ndarray) else value
+        listed = value if isinstance(value, list) else [value]
+        if not listed or not all(type(number) is int and least <= number <= most for number in listed):
+            raise self.impossible(key, f"a whole number from {least} to {most}", value)
+        return value
+
+    def number(self, key: str, default: Any = None, *, least: int = 0, most: int = 2**31 - 1) -> int:
+        """A whole number of the architecture that holds for all layers; see ``numbers``."""
+        value = self.numbers(key, default, least=least, most=most)
+        if isinstance(value, list):
+            raise self.impossible(key, "one number for all layers", value)
+        return value
+
+    def impossible(self, key: str, expected: object, got: object) -> RegroupError:
+        """The error for a value of the architecture that is missing or impossible."""
+        return self._impossible(f"{self.architecture}.{key}", expected, got)
+
+    def _impossible(self, key: str, expected: object, got: object) -> RegroupError:
+        return RegroupError(
+            "the GGUF header lacks a value that is needed, or has an impossible one",
+            file=self.path,
+            expected=f"{key}: {expected}",
+            got=str(got)[:80],
+        )
+
     def dtype_of(self, name: str) -> torch.dtype | None:
         """The dtype of a tensor; None where it is quantised."""
         from .dtypes import TORCH_DTYPES
