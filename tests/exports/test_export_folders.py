@@ -78,7 +78,7 @@ def test_a_uniform_model_is_copied(name: str, converted: Converted, tmp_path: Pa
 def test_repeated_heads_compute_the_same(name: str, kind: str, converted: Converted, tmp_path: Path) -> None:
     source = converted(name, kind)
     message = refused("export", source, tmp_path / "out", "--to", "hf")
-    assert "no stock class of transformers holds these KV heads" in message
+    assert "no stock class of transformers supports these KV heads" in message
     assert "in layer" in message
     assert "--expand" in message
     # Engines hold other numbers of heads in Llama's layers alone.
@@ -251,7 +251,7 @@ def test_blocks_that_are_not_llamas_are_refused(
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "mistral"])
 def test_what_no_layout_holds_is_refused(name: str, converted: Converted, tmp_path: Path) -> None:
     message = refused("export", converted(name, "mixed"), tmp_path / "out", "--to", "vllm")
-    assert "no engine's layout for that holds this family" in message
+    assert "no engine's layout for that supports this family" in message
     assert "--expand" in message
     assert everything(tmp_path) == []
 

@@ -177,7 +177,7 @@ class TestWritten:
             ({"hidden_act": "gelu"}, ("activation", "silu", "gelu")),
             (
                 {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-                ("rotation", "default or linear or llama3", "dynamic"),
+                ("rotary scaling", "default or linear or llama3", "dynamic"),
             ),
         ],
     )
@@ -364,7 +364,7 @@ class TestThroughTransformers:
         message = refused("export", tmp_path / "m.gguf", tmp_path / "back", "--to", "hf")
         assert "one number for all layers" in message
         message = refused("export", tmp_path / "m.gguf", tmp_path / "back", "--to", "vllm")
-        assert "exported to a plain checkpoint alone" in message
+        assert "can only be exported to a plain checkpoint" in message
         (tmp_path / "broken.gguf").write_bytes(b"GGUFnot")
         assert "no GGUF file" in refused("export", tmp_path / "broken.gguf", tmp_path / "back", "--to", "hf")
 

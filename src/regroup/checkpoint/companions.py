@@ -55,7 +55,7 @@ def _refuse_special(path: Path) -> None:
         ) from error
     if kind not in ("a file", "a folder", "nothing"):
         raise RegroupError(
-            "a name in the checkpoint's folder stands for something that is no file",
+            "the checkpoint's folder holds something that is not a file",
             file=path,
             expected="a file",
             got=kind,

@@ -153,7 +153,7 @@ class GGUFFile:
             values = dequantize(rows, GGMLQuantizationType[tensor.kind])
         except NotImplementedError as error:
             raise RegroupError(
-                "tensors that are stored in this way are not unpacked here",
+                "tensors of this type cannot be dequantised",
                 file=self.path,
                 tensor=name,
                 got=tensor.kind,
@@ -201,7 +201,9 @@ def read_gguf(path: Path) -> GGUFFile:
         status = regular(path)
         with path.open("rb") as file:
             if status.st_size < 24 or file.read(4) != _MAGIC:
-                raise RegroupError("this is no GGUF file, or one cut short", file=path, expected="a file with a header")
+                raise RegroupError(
+                    "this is not a GGUF file, or it is truncated", file=path, expected="a file with a header"
+                )
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 found = _Header(path, data).read()
     except OSError as error:
@@ -349,7 +351,7 @@ class _Header:
             file=self.path,
             expected=expected,
             got=got if isinstance(got, int) else str(got)[:200],
-            remedy="download it again, or create it again",
+            remedy="download or create it again",
         )
 
 

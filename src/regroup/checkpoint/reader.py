@@ -207,7 +207,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     named = config.get("transformers_weights")
     if named not in (None, SINGLE_FILE, INDEX_FILE):
         raise RegroupError(
-            "the config names a weights file of its own, which transformers alone would read",
+            "the config names a weights file of its own, which only transformers would read",
             file=folder / "config.json",
             expected=f"{SINGLE_FILE} or {INDEX_FILE}",
             got=f"transformers_weights: {named!r}"[:200],
@@ -219,7 +219,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         files = _indexed_files(index_path, index)
         if single.exists() and files != [SINGLE_FILE]:
             raise RegroupError(
-                "the folder holds two sets of weights, and transformers reads the one, other tools the other",
+                "the folder holds two sets of weights, and programs differ in which one they read",
                 file=single,
                 expected=f"{SINGLE_FILE} or {INDEX_FILE}, not both",
                 got=f"{SINGLE_FILE}, and an index of {', '.join(files[:3])}",

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoint import GGUFFile
 from ..devices import check_fits
 from ..errors import RegroupError
-from ..modeling.silence import without_bars
+from ..modeling.silence import quiet
 from .check import logits
 from .gguf_models import FREQUENCIES, Model
 
@@ -100,7 +100,7 @@ def _check_header(file: GGUFFile) -> None:
 
 def _lost(file: GGUFFile, what: str) -> RegroupError:
     return RegroupError(
-        "transformers does not take everything from this GGUF file",
+        "transformers ignores a part of this GGUF file",
         file=file.path,
         got=what,
         remedy="start from the checkpoint that the file was made of",
@@ -145,7 +145,7 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, set[str]]:
     # Releases before 5.20 or so unpack in any case, and have no class to say so with.
     packed = getattr(transformers, "GgufConfig", None)
     options = {} if packed is None else {"quantization_config": packed(dequantize=True)}
-    with _in_silence():
+    with quiet(), _without_bar():
         loads: Any = transformers.AutoModelForCausalLM.from_pretrained
         model, loaded = loads(
             file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options
@@ -157,19 +157,14 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, set[str]]:
 
 
 @contextlib.contextmanager
-def _in_silence() -> Iterator[None]:
-    """The loader draws a bar that its switch for bars does not reach, and warns of what is checked here."""
+def _without_bar() -> Iterator[None]:
+    """The loader draws a bar that transformers' switch for bars does not reach."""
     from transformers import modeling_gguf_pytorch_utils as loader
-    from transformers.utils import logging
 
     module: Any = loader
     bar = module.tqdm
     module.tqdm = functools.partial(bar, disable=True)
-    loudness = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        with without_bars():
-            yield
+        yield
     finally:
-        logging.set_verbosity(loudness)
         module.tqdm = bar

@@ -355,7 +355,7 @@ def _missing(file: GGUFFile, name: str) -> RegroupError:
         "this GGUF file lacks a tensor that its model needs",
         file=file.path,
         tensor=name,
-        remedy="download it again, or create it again",
+        remedy="download or create it again",
     )
 
 

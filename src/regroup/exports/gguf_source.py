@@ -33,7 +33,7 @@ def export_from_gguf(file: Path, destination: Path, request: Request) -> Exporte
     """
     if request.to != "hf" or request.expand or request.tensor_parallel is not None:
         raise RegroupError(
-            "a GGUF file is exported to a plain checkpoint alone",
+            "a GGUF file can only be exported to a plain checkpoint",
             file=file,
             expected="--to hf, without --expand or --tensor-parallel",
             got=f"--to {request.to}",

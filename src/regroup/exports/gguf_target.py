@@ -72,7 +72,7 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
         raise RegroupError("GGUF has no such dtype", got=str(dtype), remedy="choose one with --dtype")
     if not destination.suffix:
         raise RegroupError(
-            "a GGUF file needs a name that says so", got=destination, remedy=f"call it {destination.name}.gguf"
+            "the name of a GGUF file needs a suffix", got=destination, remedy=f"call it {destination.name}.gguf"
         )
     changed = {} if heads == heads_of(layout) else repeated(layout, heads[0], checkpoint.tensors)
     vocab = _vocabulary(opened, config.vocab_size, request)
@@ -121,7 +121,7 @@ def _config(opened: Source) -> Any:
     kind = config.rope_parameters.get("rope_type", "default")
     for what, expected, got in (
         ("activation", ("silu",), getattr(config, "hidden_act", "silu")),
-        ("rotation", ("default", "linear", "llama3"), kind),
+        ("rotary scaling", ("default", "linear", "llama3"), kind),
         ("rotated dimensions", (layer.head_dim,), layer.rotary.dim if layer.rotary else 0),
     ):
         if got not in expected:
@@ -191,7 +191,7 @@ def _write_tensors(
     if factors is not None:
         if arch == "qwen2":
             raise RegroupError(
-                "this model's rotation cannot be written as GGUF here",
+                "this model's rotary scaling cannot be written as GGUF here",
                 expected="default or linear for qwen2",
                 got=config.rope_parameters["rope_type"],
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,15 +45,6 @@ def plan_of(layout: Layout, heads: Sequence[int], *, tensor_parallel: int = 1) -
         for layer, wanted in zip(layout.layers, heads, strict=True)
     )
     return Plan(layout.family, layout.fingerprint(), tuple(layers), tensor_parallel=tensor_parallel)
-
-
-def check_devices(layout: Layout, devices: int) -> None:
-    """Refuse KV heads that cannot be divided or copied over so many tensor-parallel devices.
-
-    Raises:
-        RegroupError: naming the layer and the remedy.
-    """
-    plan_of(layout, heads_of(layout), tensor_parallel=devices).check(layout)
 
 
 def check_served(config: Mapping[str, Any], layout: Layout) -> None:
@@ -102,7 +94,7 @@ def wanted_heads(opened: Source, request: Request) -> tuple[int, ...]:
     layout, devices = opened.layout, request.tensor_parallel
     heads = heads_of(layout)
     if devices is not None:
-        check_devices(layout, devices)
+        plan_of(layout, heads, tensor_parallel=devices).check(layout)
     stock = holds(layout, heads)
     if request.expand and not stock:
         heads = (stock_heads(layout),) * len(heads)
@@ -112,12 +104,12 @@ def wanted_heads(opened: Source, request: Request) -> tuple[int, ...]:
     elif request.to == "hf" and not stock and opened.checkpoint.config.get("model_type") == layout.family:
         engines = "export it with --to vllm or --to gguf, " if layout.family in LLAMA_LAYERS else ""
         raise RegroupError(
-            "no stock class of transformers holds these KV heads",
+            "no stock class of transformers supports these KV heads",
             file=opened.folder,
             expected=_HELD[layout.native_kv_heads],
             got=spell(layout),
             remedy=f"load it as it is with trust_remote_code=True, {engines}or repeat KV heads until a stock class "
-            "holds them: --expand",
+            "supports them: --expand",
         )
     if devices is not None and min(heads) < devices:
         few = f"{min(heads)} KV heads for {devices} devices"
@@ -165,11 +157,12 @@ def repeated(layout: Layout, heads: int, tensors: Mapping[str, TensorInfo]) -> d
         expanded = layer.with_kv_heads(heads)
         sources = tuple((head * before // heads,) for head in range(heads))
         own = tuple((head,) for head in range(layer.num_attention_heads))
-        pairs = [(old, new, sources) for part in ("key", "value") for old, new in _slots(layer, expanded, part)]
+        parts = [(layer.key, expanded.key, sources), (layer.value, expanded.value, sources)]
         if layer.packing != "separate":
-            pairs += [(old, new, own) for old, new in _slots(layer, expanded, "query") if old not in layer.query.extras]
+            parts.append((replace(layer.query, extras=()), replace(expanded.query, extras=()), own))
         moves: dict[str, list[Move]] = {}
-        for old, new, where in pairs:
+        slots = [(*pair, where) for old, new, where in parts for pair in zip(old.slots(), new.slots(), strict=True)]
+        for old, new, where in slots:
             if "{head}" in old.tensor:
                 raise RegroupError(
                     "the KV heads of this layer cannot be repeated: each has a tensor of its own",
@@ -178,13 +171,8 @@ def repeated(layout: Layout, heads: int, tensors: Mapping[str, TensorInfo]) -> d
                     remedy="convert the original model to the same number of KV heads in every layer instead",
                 )
             moves.setdefault(new.tensor, []).append(Move(old, new, where, _never))
-        changed |= {name: rewrite_of(name, parts, tensors) for name, parts in moves.items()}
+        changed |= {name: rewrite_of(name, made_of, tensors) for name, made_of in moves.items()}
     return changed
-
-
-def _slots(layer: Any, expanded: Any, part: str) -> list[tuple[Any, Any]]:
-    pairs = zip(getattr(layer, part).slots(), getattr(expanded, part).slots(), strict=True)
-    return list(pairs)
 
 
 def _never(heads: torch.Tensor, head: int) -> torch.Tensor:
@@ -202,7 +190,7 @@ def block_config(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     windowed = [layer.name for layer in layout.layers if layer.window is not None]
     if layout.family not in LLAMA_LAYERS or windowed or plain.get("hidden_act", "silu") != "silu":
         raise RegroupError(
-            "the layers have different numbers of KV heads, and no engine's layout for that holds this family",
+            "the layers have different numbers of KV heads, and no engine's layout for that supports this family",
             layer=windowed[0] if windowed else None,
             expected=f"{' or '.join(LLAMA_LAYERS)}, without an attention window",
             got=f"{layout.family}, {spell(layout)}",

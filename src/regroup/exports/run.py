@@ -65,7 +65,7 @@ def export(
     if to not in TARGETS:
         raise RegroupError("this export target is not known", expected=" or ".join(TARGETS), got=to)
     if dtype is not None and dtype not in DTYPES:
-        raise RegroupError("this dtype is not known here", expected=" or ".join(DTYPES), got=dtype)
+        raise RegroupError("this dtype is not supported", expected=" or ".join(DTYPES), got=dtype)
     request = Request(to, expand, tensor_parallel, dtype, check, listener or Listener())
     file, target = as_named(source), as_named(destination)
     if to == "gguf" or is_gguf(file):

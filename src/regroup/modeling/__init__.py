@@ -16,7 +16,7 @@ from .spelled import stock_architecture
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["MODELING_FILE", "grouped_config", "load", "load_tokenizer", "without_bars"]
+__all__ = ["MODELING_FILE", "grouped_config", "load", "load_tokenizer"]
 
 MODELING_FILE = Path(__file__).with_name("modeling_regroup.py")
 

@@ -13,7 +13,6 @@ import importlib
 import json
 import logging
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import RegroupError
-from .silence import without_bars
+from .silence import quiet
 from .spelled import runnable, stock_architecture
 
 if TYPE_CHECKING:
@@ -160,7 +159,7 @@ def check_generation_config(folder: Path) -> None:
         return
     values = read_json(file)
     try:
-        with _quiet():
+        with quiet():
             GenerationConfig.from_dict(values)
     # As for configs: data of strangers.
     except Exception as error:
@@ -253,7 +252,7 @@ def _loaded(cls: Any, config: Mapping[str, Any], tensors: Mapping[str, TensorInf
 
     state = {name: torch.empty(entry.shape, device="meta") for name, entry in tensors.items()}
     try:
-        with _quiet(), _one_device():
+        with quiet(), _one_device():
             return cls.from_pretrained(
                 None,
                 config=cls.config_class.from_dict(dict(config)),
@@ -393,18 +392,3 @@ def _form(name: str) -> str:
 def _count(names: Sequence[str], what: str) -> str:
     rest = len(names) - _NAMED
     return f"{len(names)} {what}: {', '.join(names[:_NAMED])}" + (f" and {rest} more" if rest > 0 else "")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' report, which names what it would fill with random numbers: it is refused here."""
-    import transformers
-
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        with without_bars(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(level)
