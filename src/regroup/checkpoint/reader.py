@@ -216,7 +216,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     single, index_path = folder / SINGLE_FILE, folder / INDEX_FILE
     index = read_json(index_path) if index_path.exists() else None
     if index is not None:
-        files = _indexed_files(index_path, index)
+        files = indexed_files(index_path, index)
         if single.exists() and files != [SINGLE_FILE]:
             raise RegroupError(
                 "the folder holds two sets of weights, and programs differ in which one they read",
@@ -270,18 +270,23 @@ def _allocate(nbytes: int, file: Path, tensor: str) -> torch.Tensor:
         ) from error
 
 
-def _indexed_files(path: Path, index: dict[str, Any]) -> list[str]:
+def indexed_files(path: Path, index: dict[str, Any], suffix: str = ".safetensors") -> list[str]:
+    """The names of the files of an index.
+
+    Raises:
+        RegroupError: it has no weight map, or names a file outside its folder or without the suffix.
+    """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise RegroupError("an index file has no weight map", file=path, expected='{"weight_map": {tensor: file}}')
     for tensor, name in weight_map.items():
-        plain = isinstance(name, str) and name == Path(name).name and not name.startswith(".")
-        if not plain or not name.endswith(".safetensors"):
+        plain = isinstance(name, str) and name == Path(name).name and not name.startswith(".") and "\0" not in name
+        if not plain or not name or not name.endswith(suffix):
             raise RegroupError(
                 "an index file points outside its folder or at a file of another kind",
                 file=path,
                 tensor=tensor,
-                expected="the plain name of a .safetensors file in the same folder",
+                expected=f"the plain name of a file in the same folder{f', ending in {suffix}' if suffix else ''}",
                 got=repr(name)[:200],
                 remedy="correct the index, or download the checkpoint again",
             )

@@ -1,4 +1,4 @@
-"""What a model is whose family has no row here, as data; and what can be done with it.
+"""What kind of model a config of an unknown family describes, and what can be done with it.
 
 A ``model_type`` that has no row yet is distinguished from one for which grouping KV heads does nothing. Facts were read
 from the transformers classes of the same ``model_type``; types that it does not have, from their makers' configs.

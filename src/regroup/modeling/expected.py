@@ -161,7 +161,7 @@ def check_generation_config(folder: Path) -> None:
     try:
         with quiet():
             GenerationConfig.from_dict(values)
-    # As for configs: data of strangers.
+    # As for configs: untrusted data.
     except Exception as error:
         raise RegroupError(
             "transformers cannot read the checkpoint's settings for generation",
@@ -262,7 +262,7 @@ def _loaded(cls: Any, config: Mapping[str, Any], tensors: Mapping[str, TensorInf
                 output_loading_info=True,
                 trust_remote_code=False,
             )
-    # Configs are data of strangers: a class that is built from one may fail in any way.
+    # Configs are untrusted: a class that is built from one may fail in any way.
     except Exception as error:
         raise _UnbuildableError(f"{type(error).__name__}: {error}".strip()) from error
 
@@ -280,7 +280,7 @@ def _one_device() -> Iterator[None]:
 
 
 class _Comparison:
-    """The tensors of a checkpoint, held against what the model's class saves."""
+    """Compares the tensors of a checkpoint with those that the model's class saves."""
 
     def __init__(self, expected: _Expected, tensors: Mapping[str, TensorInfo], where: str) -> None:
         self.expected, self.tensors, self.where = expected, tensors, where
