@@ -44,7 +44,7 @@ def check_gguf(
         What was compared.
 
     Raises:
-        RegroupError: the answers differ, or llama.cpp does not load the file.
+        RegroupError: the outputs differ, or llama.cpp does not load the file.
     """
     inputs = model_inputs(config, length=check_length(opened))
     tokenizer = load_tokenizer(opened.folder) if vocab is not None else None

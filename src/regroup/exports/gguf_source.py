@@ -65,7 +65,7 @@ def export_from_gguf(file: Path, destination: Path, request: Request) -> Exporte
     form = f"a checkpoint of the stock {model.config.model_type} class of transformers, {str(dtype)[6:]}"
     if tokenizer is not None:
         form += f", with the file's tokenizer ({described(found)})"
-    return Exported(destination, form, checked, None if checked else "--no-check", tuple(request.notes))
+    return Exported(destination, form, checked, tuple(request.notes))
 
 
 def _check_largest(file: GGUFFile) -> None:

@@ -100,7 +100,7 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
     form = f"GGUF, architecture {arch}, {str(dtype).removeprefix('torch.')}, KV heads: {_spelled(heads)}"
     if vocab is not None:
         form += f", tokenizer {vocab.model}" + (f" (pre-tokenizer {vocab.pre})" if vocab.model == "gpt2" else "")
-    return Exported(destination, form, checked, None if checked else "--no-check", tuple(request.notes))
+    return Exported(destination, form, checked, tuple(request.notes))
 
 
 def _spelled(heads: tuple[int, ...]) -> str:

@@ -18,15 +18,13 @@ class Exported:
     Attributes:
         destination: the folder, or the GGUF file.
         form: what it is, in words.
-        checked: what was compared with the source and how far apart it was; None where nothing was.
-        unchecked: why nothing was compared; None where something was.
+        checked: the result of the comparison with the source; None with ``check=False``.
         notes: what the user should know of it.
     """
 
     destination: Path
     form: str
     checked: str | None
-    unchecked: str | None
     notes: tuple[str, ...] = ()
 
 

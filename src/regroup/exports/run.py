@@ -139,7 +139,7 @@ def _export_folder(opened: Source, destination: Path, request: Request) -> Expor
         checked = _compare(opened, stage, request.listener) if request.check else None
     if blocks:
         request.notes.append("the check ran transformers' Llama layers on these blocks, not vLLM")
-    return Exported(destination, form, checked, None if checked else "--no-check", tuple(request.notes))
+    return Exported(destination, form, checked, tuple(request.notes))
 
 
 def _compare(opened: Source, stage: Path, listener: Listener) -> str:
