@@ -224,7 +224,7 @@ class TestWritten:
     def test_other_families_are_refused(self, saved: Saved, tmp_path: Path) -> None:
         message = refused("export", saved("gpt2"), tmp_path / "m.gguf", "--to", "gguf")
         assert "not written as GGUF" in message
-        assert "needs a name" in refused("export", saved("llama"), tmp_path / "m", "--to", "gguf")
+        assert "needs a suffix" in refused("export", saved("llama"), tmp_path / "m", "--to", "gguf")
         assert everything(tmp_path) == []
 
 
@@ -244,7 +244,7 @@ class TestThroughTransformers:
     ) -> None:
         monkeypatch.setattr(gguf_target, "neighbours", lambda rows, heads: rows)
         message = refused("export", saved("llama"), tmp_path / "m.gguf", "--to", "gguf")
-        assert "not what its source has" in message
+        assert "differs from its source" in message
         assert everything(tmp_path) == []
 
     def test_deci_says_what_nobody_looked_at(self, converted: Converted, tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ class TestThroughTransformers:
         message = refused("export", tmp_path / "m.gguf", tmp_path / "back", "--to", "vllm")
         assert "can only be exported to a plain checkpoint" in message
         (tmp_path / "broken.gguf").write_bytes(b"GGUFnot")
-        assert "no GGUF file" in refused("export", tmp_path / "broken.gguf", tmp_path / "back", "--to", "hf")
+        assert "not a GGUF file" in refused("export", tmp_path / "broken.gguf", tmp_path / "back", "--to", "hf")
 
 
 class Fixed:
