@@ -202,7 +202,7 @@ class Swallowing:
         stop()
 def verb() -> None:
     if not {comes_again}:
-        streams.settled()
+        streams.work_ended()
     if {swallowed == "finalizer"}:
         Swallowing()
     else:
