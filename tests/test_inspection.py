@@ -186,7 +186,7 @@ def test_sources_that_are_nothing(source: str, tmp_path: Path) -> None:
         message = refused(*command)
         assert "does not exist" in message
         assert "hub id such as" in message
-    refused("convert", source, tmp_path / "child", "--kv-heads", 1)
+    refused("convert", source, tmp_path / "result", "--kv-heads", 1)
 
 
 def test_a_file_for_a_folder(tmp_path: Path) -> None:
@@ -200,13 +200,13 @@ def test_offline_a_hub_id_is_explained(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "x.txt").write_text("text")
     commands = [("inspect",), ("plan", "--kv-heads", 1), ("evaluate", "--data", tmp_path / "x.txt")]
-    for command, *rest in [*commands, ("convert", tmp_path / "child", "--kv-heads", 1)]:
+    for command, *rest in [*commands, ("convert", tmp_path / "result", "--kv-heads", 1)]:
         message = refused(command, "owner/no-such-model", *rest)
         for word in ("neither a local folder nor a hub repository", "owner/no-such-model", "offline", "remedy:"):
             assert word in message
     with pytest.raises(RegroupError, match="neither a local folder"):
         fetch("owner/no-such-model")
-    assert not (tmp_path / "child").exists()
+    assert not (tmp_path / "result").exists()
 
 
 def test_what_may_be_a_hub_id() -> None:
@@ -294,11 +294,11 @@ def test_what_is_downloaded(saved: Saved, tmp_path: Path, monkeypatch: pytest.Mo
         return str(saved("llama"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    arguments = ("convert", "owner/name", tmp_path / "child", "--kv-heads", 2, "--revision", "main")
+    arguments = ("convert", "owner/name", tmp_path / "result", "--kv-heads", 2, "--revision", "main")
     assert run(*arguments)[0] == 0
     assert {"*.py", "*.bin", "*.gguf"} <= set(ignored[0])
     assert "*.safetensors" not in ignored[0]
-    card = (tmp_path / "child" / "README.md").read_text()
+    card = (tmp_path / "result" / "README.md").read_text()
     assert "base_model: owner/name" in card
     fetch("owner/name", revision="main", pickles=True)
     assert "*.bin" not in ignored[1]
@@ -334,15 +334,15 @@ def test_inspect_and_convert_count_the_cache_in_one_dtype_and_name_it(
     from safetensors.torch import load_file, save_file
 
     monkeypatch.setattr("regroup.console.out.width", 160)
-    folder = tmp_path / "parent"
+    folder = tmp_path / "original"
     shutil.copytree(saved(name), folder)
     for file in folder.glob("*.safetensors"):
         save_file({k: v.to(getattr(torch, dtype)) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
     status, out, message = run("inspect", folder, "--kv-heads", "2,1")
     assert status == 0, message
     assert f"{dtype}, per token" in " ".join(out.replace("┃", " ").split())
-    first = [re.split(r" *│ *", line)[2] for line in out.splitlines() if re.match(r"│ (now|2|1) ", line)]
-    status, _, message = run("convert", folder, tmp_path / "child", "--kv-heads", 1, "--method", "mean", "--dry-run")
+    first = [re.split(r" *│ *", line)[2] for line in out.splitlines() if re.match(r"│ (current|2|1) ", line)]
+    status, _, message = run("convert", folder, tmp_path / "result", "--kv-heads", 1, "--method", "mean", "--dry-run")
     assert status == 0, message
     assert f"KV cache {first[0]} → {first[2]} per token in {dtype};" in message
     facts = json.loads(run("inspect", folder, "--kv-heads", "2,1", "--json")[1])

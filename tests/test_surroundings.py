@@ -135,7 +135,7 @@ def test_a_terminal_of_ascii(tmp_path: Path, shop: Path, monkeypatch: pytest.Mon
     for arguments, words in (
         (["inspect", made], ["\\xe9->", "4,096", "KV heads"]),
         (["convert", made, tmp_path / "c", "--kv-heads", 2], ["-> ", "\\xe9->", "wrote"]),
-        (["verify", made, tmp_path / "c"], ["+ every tensor is there"]),
+        (["verify", made, tmp_path / "c"], ["+ all tensors are present"]),
         (["inspect", tmp_path / "ü"], ["error: ", "\\xfc"]),
         (["convert", "--help"], ["Usage: regroup convert"]),
         (["advise", "--bad→"], ["No such option"]),

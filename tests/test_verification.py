@@ -1,4 +1,4 @@
-"""`regroup verify`: what conversion writes keeps its promises; what is changed afterwards is found and named."""
+"""`regroup verify`: what conversion writes passes every check; what is changed afterwards is found and named."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from regroup.verification import verify
 Saved = Callable[[str], Path]
 
 
-def verdict(parent: Path, child: Path, **more: Any) -> tuple[str, str]:
-    """The verdict, and what is said of broken promises."""
-    results = verify(str(parent), str(child), **more)["results"]
-    broken = [f"{p['name']}: {p['detail']}" for p in results["promises"] if p["held"] is False]
-    return results["verdict"], "\n".join(broken)
+def verdict(original: Path, converted: Path, **more: Any) -> tuple[str, str]:
+    """The verdict, and the failed checks."""
+    results = verify(str(original), str(converted), **more)["results"]
+    failed = [f"{c['name']}: {c['detail']}" for c in results["checks"] if c["passed"] is False]
+    return results["verdict"], "\n".join(failed)
 
 
 @pytest.mark.parametrize("method", ["mean", "first", "random", "procrustes", "lowrank", "auto"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "t5", "bart"])
-def test_what_conversion_writes_keeps_its_promises(name: str, method: str, saved: Saved, tmp_path: Path) -> None:
-    child = tmp_path / "child"
+def test_what_conversion_writes_passes_every_check(name: str, method: str, saved: Saved, tmp_path: Path) -> None:
+    converted = tmp_path / "converted"
     heads = min(layer.num_attention_heads for layer in open_layout(str(saved(name))).layers)
     fewer = next(count for count in range(heads - 1, 0, -1) if heads % count == 0)
-    status, _, message = run("convert", saved(name), child, "--kv-heads", fewer, "--method", method)
+    status, _, message = run("convert", saved(name), converted, "--kv-heads", fewer, "--method", method)
     assert status == 0, message
-    assert verdict(saved(name), child) == ("kept", "")
-    status, out, _ = run("verify", saved(name), child, "-o", tmp_path / "record.json")
+    assert verdict(saved(name), converted) == ("passed", "")
+    status, out, _ = run("verify", saved(name), converted, "-o", tmp_path / "record.json")
     assert status == 0
-    assert "merged tensors are made again, bit for bit" in out
+    assert "merged tensors, computed again, are the same bit for bit" in out
     assert json.loads((tmp_path / "record.json").read_text())["kind"] == "verify"
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("verify")
-    parent = tiny.save("llama", folder / "parent", max_shard_size="20KB")
-    status, _, message = run("convert", parent, folder / "child", "--kv-heads", 2, "--method", "mean")
+    original = tiny.save("llama", folder / "original", max_shard_size="20KB")
+    status, _, message = run("convert", original, folder / "converted", "--kv-heads", 2, "--method", "mean")
     assert status == 0, message
-    return parent, folder / "child"
+    return original, folder / "converted"
 
 
 def changed(folder: Path, name: str, edit: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
@@ -77,9 +77,9 @@ K, EMBED = "model.layers.1.self_attn.k_proj.weight", "model.embed_tokens.weight"
 @pytest.mark.parametrize(
     ("name", "edit", "words"),
     [
-        (EMBED, _one_bit, ("untouched tensors", EMBED)),
-        (K, _one_bit, ("made again", K)),
-        (K, lambda tensor: tensor.view(2, -1, tensor.shape[1]).flip(0).reshape(tensor.shape), ("made again", K)),
+        (EMBED, _one_bit, ("unchanged tensors", EMBED)),
+        (K, _one_bit, ("computed again", K)),
+        (K, lambda tensor: tensor.view(2, -1, tensor.shape[1]).flip(0).reshape(tensor.shape), ("computed again", K)),
         (K, lambda tensor: tensor[:-1], ("shapes", K, "[19, 48] in")),
         (K, lambda tensor: tensor.half(), ("shapes", K, "F16")),
     ],
@@ -91,115 +91,115 @@ def test_a_changed_tensor_is_found_and_named(
     pair: tuple[Path, Path],
     tmp_path: Path,
 ) -> None:
-    parent, child = pair[0], copy(pair[1], tmp_path / "child")
-    changed(child, name, edit)
-    found, said = verdict(parent, child)
-    assert found == "broken"
+    original, converted = pair[0], copy(pair[1], tmp_path / "converted")
+    changed(converted, name, edit)
+    found, said = verdict(original, converted)
+    assert found == "failed"
     for word in words:
         assert word in said
-    status, out, _ = run("verify", parent, child)
+    status, out, _ = run("verify", original, converted)
     assert status == 1
     assert "a check failed" in out
 
 
-def test_a_tensor_that_lies_in_another_shard_is_found(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    parent, child = pair[0], copy(pair[1], tmp_path / "child")
-    index = json.loads((child / "model.safetensors.index.json").read_text())
+def test_a_tensor_in_another_shard_is_found(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    original, converted = pair[0], copy(pair[1], tmp_path / "converted")
+    index = json.loads((converted / "model.safetensors.index.json").read_text())
     source = index["weight_map"][K]
     other = next(file for file in index["weight_map"].values() if file != source)
-    tensors, target = load_file(child / source), load_file(child / other)
+    tensors, target = load_file(converted / source), load_file(converted / other)
     target[K] = tensors.pop(K)
-    save_file(tensors, child / source, metadata={"format": "pt"})
-    save_file(target, child / other, metadata={"format": "pt"})
+    save_file(tensors, converted / source, metadata={"format": "pt"})
+    save_file(target, converted / other, metadata={"format": "pt"})
     index["weight_map"][K] = other
-    (child / "model.safetensors.index.json").write_text(json.dumps(index))
-    found, said = verdict(parent, child)
-    assert found == "broken"
+    (converted / "model.safetensors.index.json").write_text(json.dumps(index))
+    found, said = verdict(original, converted)
+    assert found == "failed"
     assert K in said
     assert other in said
 
 
 def test_a_truncated_shard_and_a_changed_config_are_found(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    parent, child = pair[0], copy(pair[1], tmp_path / "child")
-    shard = max(child.glob("*.safetensors"))
+    original, converted = pair[0], copy(pair[1], tmp_path / "converted")
+    shard = max(converted.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    found, said = verdict(parent, child)
-    assert found == "broken"
+    found, said = verdict(original, converted)
+    assert found == "failed"
     assert shard.name in said
-    child = copy(pair[1], tmp_path / "other")
-    config = json.loads((child / "config.json").read_text())
-    (child / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    found, said = verdict(parent, child)
-    assert found == "broken"
+    converted = copy(pair[1], tmp_path / "other")
+    config = json.loads((converted / "config.json").read_text())
+    (converted / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    found, said = verdict(original, converted)
+    assert found == "failed"
     assert "rms_norm_eps" in said
 
 
-def test_another_parent_is_found(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_another_original_model_is_found(pair: tuple[Path, Path], tmp_path: Path) -> None:
     other = tiny.save("llama", tmp_path / "other", max_shard_size="20KB", seed=7)
     found, said = verdict(other, pair[1])
-    assert found == "broken"
-    assert "untouched tensors" in said
-    assert "made again" in said
+    assert found == "failed"
+    assert "unchanged tensors" in said
+    assert "computed again" in said
 
 
 def test_a_plan_that_does_not_fit_cannot_be_checked(pair: tuple[Path, Path], saved: Saved, tmp_path: Path) -> None:
     assert "plan" in refused("verify", saved("mistral"), pair[1])
-    child = copy(pair[1], tmp_path / "child")
-    (child / "regroup_plan.json").unlink()
-    assert "regroup_plan.json" in refused("verify", pair[0], child)
+    converted = copy(pair[1], tmp_path / "converted")
+    (converted / "regroup_plan.json").unlink()
+    assert "regroup_plan.json" in refused("verify", pair[0], converted)
     assert "not a folder" in refused("verify", pair[0], tmp_path / "nothing")
 
 
-def test_solved_tensors_are_told_apart_and_loss_is_held_against_the_prediction(tmp_path: Path) -> None:
-    parent, _ = runs.pair(tmp_path)
+def test_solved_tensors_are_checked_and_loss_is_compared_with_the_prediction(tmp_path: Path) -> None:
+    original, _ = runs.pair(tmp_path)
     train, held_out = runs.text(tmp_path)
     flags = ("--calibration", train, "--calibration-tokens", 512, "--calibration-window", 32)
-    plan, child = tmp_path / "plan.json", tmp_path / "solved"
-    assert run("plan", parent, "--kv-budget", "50%", "-o", plan, *flags)[0] == 0
-    status, _, message = run("convert", parent, child, "--plan", plan, *flags)
+    plan, converted = tmp_path / "plan.json", tmp_path / "solved"
+    assert run("plan", original, "--kv-budget", "50%", "-o", plan, *flags)[0] == 0
+    status, _, message = run("convert", original, converted, "--plan", plan, *flags)
     assert status == 0, message
-    status, out, _ = run("verify", parent, child, "--data", held_out, "--window", 32, "--windows", 8)
+    status, out, _ = run("verify", original, converted, "--data", held_out, "--window", 32, "--windows", 8)
     assert status == 0, out
-    assert "cannot be made again without the text" in out
+    assert "without the text they cannot be computed again" in out
     assert "predicted" in out
-    # A prediction that nothing could keep to.
-    kept = json.loads((child / "regroup_plan.json").read_text())
-    kept["predicted_kl"] = 1e-9
-    (child / "regroup_plan.json").write_text(json.dumps(kept))
-    found, said = verdict(parent, child, data=held_out, window=32, windows=8)
-    assert found == "broken"
+    # A prediction that no model could meet.
+    stored = json.loads((converted / "regroup_result.json").read_text())
+    stored["plan"]["predicted_kl"] = 1e-9
+    (converted / "regroup_result.json").write_text(json.dumps(stored))
+    found, said = verdict(original, converted, data=held_out, window=32, windows=8)
+    assert found == "failed"
     assert "at most 0.0000 allowed" in said
-    # An untouched tensor is compared all the same, and what was solved has to be numbers.
-    changed(child, EMBED, _one_bit)
-    assert EMBED in verdict(parent, child)[1]
-    changed(child, EMBED, _one_bit)
-    changed(child, K, lambda tensor: torch.full_like(tensor, float("nan")))
-    assert "are numbers" in verdict(parent, child)[1]
+    # Unchanged tensors are compared all the same, and solved ones have to be finite.
+    changed(converted, EMBED, _one_bit)
+    assert EMBED in verdict(original, converted)[1]
+    changed(converted, EMBED, _one_bit)
+    changed(converted, K, lambda tensor: torch.full_like(tensor, float("nan")))
+    assert "are finite" in verdict(original, converted)[1]
 
 
-def test_an_uptrained_child_is_checked_for_structure(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    parent, child = pair[0], copy(pair[1], tmp_path / "child")
-    changed(child, EMBED, _one_bit)
-    assert verdict(parent, child, uptrained=True)[0] == "kept"
-    changed(child, EMBED, lambda tensor: None)
-    found, said = verdict(parent, child, uptrained=True)
-    assert found == "broken"
-    shutil.rmtree(child)
+def test_an_uptrained_model_is_checked_for_structure(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    original, converted = pair[0], copy(pair[1], tmp_path / "converted")
+    changed(converted, EMBED, _one_bit)
+    assert verdict(original, converted, uptrained=True)[0] == "passed"
+    changed(converted, EMBED, lambda tensor: None)
+    found, said = verdict(original, converted, uptrained=True)
+    assert found == "failed"
+    shutil.rmtree(converted)
     assert EMBED in said
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
-def test_masks_beside_the_weights_are_compared_too(dtype: torch.dtype, saved: Saved, tmp_path: Path) -> None:
+def test_masks_among_the_weights_are_compared_too(dtype: torch.dtype, saved: Saved, tmp_path: Path) -> None:
     """Pythia's and GPT-2's files hold them."""
     mask = "gpt_neox.layers.0.attention.bias"
-    parent, child = copy(saved("gpt_neox"), tmp_path / "parent"), tmp_path / "child"
-    state = load_file(parent / "model.safetensors")
-    save_file({**state, mask: torch.ones(1, 1, 64, 64, dtype=dtype)}, parent / "model.safetensors", {"format": "pt"})
-    assert run("convert", parent, child, "--kv-heads", 3, "--method", "mean")[0] == 0
-    assert verdict(parent, child) == ("kept", "")
-    changed(child, mask, lambda tensor: tensor.logical_not().to(dtype))
-    found, said = verdict(parent, child)
-    assert found == "broken"
+    original, converted = copy(saved("gpt_neox"), tmp_path / "original"), tmp_path / "converted"
+    state = load_file(original / "model.safetensors")
+    save_file({**state, mask: torch.ones(1, 1, 64, 64, dtype=dtype)}, original / "model.safetensors", {"format": "pt"})
+    assert run("convert", original, converted, "--kv-heads", 3, "--method", "mean")[0] == 0
+    assert verdict(original, converted) == ("passed", "")
+    changed(converted, mask, lambda tensor: tensor.logical_not().to(dtype))
+    found, said = verdict(original, converted)
+    assert found == "failed"
     assert mask in said
 
 
@@ -211,35 +211,39 @@ def _swap(file: Path) -> None:
     file.write_text(json.dumps(tokenizer))
 
 
-BESIDE: dict[str, Callable[[Path], object]] = {
-    "tokenizer.json differs": lambda child: _swap(child / "tokenizer.json"),
-    "tokenizer.json is missing": lambda child: (child / "tokenizer.json").unlink(),
-    "generation_config.json differs": lambda child: (child / "generation_config.json").write_text('{"top_k": 1}'),
-    "special_tokens_map.json is not expected": lambda child: (child / "special_tokens_map.json").write_text("{}"),
-    "chat_template.jinja is not expected": lambda child: (child / "chat_template.jinja").write_text("x"),
-    "tool.py is not expected": lambda child: (child / "tool.py").write_text("x = 1"),
-    "modeling_regroup.py is not that of": lambda child: (child / "modeling_regroup.py").write_text("x = 1"),
-    "modeling_regroup.py is missing": lambda child: (child / "modeling_regroup.py").unlink(),
+EDITS: dict[str, Callable[[Path], object]] = {
+    "tokenizer.json differs": lambda converted: _swap(converted / "tokenizer.json"),
+    "tokenizer.json is missing": lambda converted: (converted / "tokenizer.json").unlink(),
+    "generation_config.json differs": lambda converted: (converted / "generation_config.json").write_text(
+        '{"top_k": 1}'
+    ),
+    "special_tokens_map.json is not expected": lambda converted: (converted / "special_tokens_map.json").write_text(
+        "{}"
+    ),
+    "chat_template.jinja is not expected": lambda converted: (converted / "chat_template.jinja").write_text("x"),
+    "tool.py is not expected": lambda converted: (converted / "tool.py").write_text("x = 1"),
+    "modeling_regroup.py is not that of": lambda converted: (converted / "modeling_regroup.py").write_text("x = 1"),
+    "modeling_regroup.py is missing": lambda converted: (converted / "modeling_regroup.py").unlink(),
 }
 
 
 @pytest.fixture(scope="module")
-def spoken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An original with a tokenizer, and a converted model with another number of KV heads in each layer."""
-    folder = tmp_path_factory.mktemp("beside")
-    parent, _ = runs.pair(folder)
-    status, _, message = run("convert", parent, folder / "mixed", "--layers", "0:2,1:3,2:1", "--method", "mean")
+    folder = tmp_path_factory.mktemp("companions")
+    original, _ = runs.pair(folder)
+    status, _, message = run("convert", original, folder / "mixed", "--layers", "0:2,1:3,2:1", "--method", "mean")
     assert status == 0, message
-    return parent, folder / "mixed"
+    return original, folder / "mixed"
 
 
-@pytest.mark.parametrize("words", BESIDE)
-def test_files_beside_the_weights_are_compared(words: str, spoken: tuple[Path, Path], tmp_path: Path) -> None:
-    parent, child = spoken[0], copy(spoken[1], tmp_path / "child")
-    (child / "notes.txt").write_text("files that no loader reads may be added")
-    assert verdict(parent, child) == ("kept", "")
-    BESIDE[words](child)
-    found, said = verdict(parent, child)
-    assert found == "broken"
+@pytest.mark.parametrize("words", EDITS)
+def test_files_next_to_the_weights_are_compared(words: str, with_tokenizer: tuple[Path, Path], tmp_path: Path) -> None:
+    original, converted = with_tokenizer[0], copy(with_tokenizer[1], tmp_path / "converted")
+    (converted / "notes.txt").write_text("files that no loader reads may be added")
+    assert verdict(original, converted) == ("passed", "")
+    EDITS[words](converted)
+    found, said = verdict(original, converted)
+    assert found == "failed"
     assert words in said
-    assert verdict(parent, child, uptrained=True)[0] == "kept"
+    assert verdict(original, converted, uptrained=True)[0] == "passed"

@@ -1,4 +1,4 @@
-"""What a model costs to decode: a summary of a checkpoint, a config or a GGUF file, and its KV cache at any G."""
+"""Summarise a checkpoint, a config or a GGUF file, and compute its KV cache for any number of KV heads."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from .checkpoint import GGUFFile, fetch, headers_of, is_gguf, is_hub_id, open_checkpoint, read_gguf
 from .checkpoint.reader import read_json
@@ -21,7 +19,7 @@ from .opening import layout_of, readable
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One attention layer: query heads H, KV heads G, head_dim D, window in tokens or None, RoPE dimensions a head."""
+    """One attention layer. ``window`` is in tokens, or None; ``rotary_dim`` counts the rotated dimensions per head."""
 
     name: str
     kind: Literal["self", "cross"]
@@ -57,7 +55,7 @@ class Summary:
     native_kv_heads: str | None = None
 
     def with_kv_heads(self, heads: int) -> Summary:
-        """The same model with G at most ``heads`` in every layer."""
+        """The same model with at most ``heads`` KV heads in every layer."""
         for layer in self.layers:
             if heads < 1 or layer.num_attention_heads % heads:
                 raise RegroupError(
@@ -177,31 +175,11 @@ def _from_layout(source: str, layout: Layout) -> Summary:
 
 def _from_gguf(path: Path) -> Summary:
     file = read_gguf(path)
-    architecture = file.values.get("general.architecture")
-    if not isinstance(architecture, str):
-        raise _gguf_lacks(path, "general.architecture", architecture)
-
-    def number(key: str, default: Any = None, least: int = 0, most: int = 2**31 - 1) -> Any:
-        """A number, or a list of them where the file has one for each layer."""
-        value = file.values.get(f"{architecture}.{key}", default)
-        if isinstance(value, np.ndarray):
-            value = value.tolist()
-        numbers = value if isinstance(value, list) else [value]
-        if not numbers or not all(type(x) is int and least <= x <= most for x in numbers):
-            raise _gguf_lacks(path, f"{architecture}.{key}", value)
-        return value
-
-    def one(key: str, default: Any = None, least: int = 0, most: int = 2**31 - 1) -> int:
-        value = number(key, default, least, most)
-        if isinstance(value, list):
-            raise _gguf_lacks(path, f"{architecture}.{key}", value)
-        return value
-
-    blocks = one("block_count", least=1, most=MAX_LAYERS)
+    blocks = file.number("block_count", least=1, most=MAX_LAYERS)
     _check_blocks(file, blocks)
-    heads = _per_layer(number("attention.head_count", most=MAX_HEADS), blocks, path)
-    kv_heads = _per_layer(number("attention.head_count_kv", heads, most=MAX_HEADS), blocks, path)
-    hidden = one("embedding_length", least=1)
+    heads = _per_layer(file.numbers("attention.head_count", most=MAX_HEADS), blocks, path)
+    kv_heads = _per_layer(file.numbers("attention.head_count_kv", heads, most=MAX_HEADS), blocks, path)
+    hidden = file.number("embedding_length", least=1)
     # Files of mixed models list layers without attention with no heads; they keep no cache.
     present = [index for index in range(blocks) if heads[index] and kv_heads[index]]
     if not present:
@@ -215,20 +193,20 @@ def _from_gguf(path: Path) -> Summary:
                 expected=f"KV heads that divide {heads[index]}",
                 got=kv_heads[index],
             )
-    head_dim = one("attention.key_length", hidden // max(heads), least=1)
-    if one("attention.value_length", head_dim) != head_dim:
+    head_dim = file.number("attention.key_length", hidden // max(heads), least=1)
+    if (value_dim := file.number("attention.value_length", head_dim)) != head_dim:
         raise RegroupError(
             "keys and values of this model differ in width, which is not described here",
             file=path,
-            got=f"keys {head_dim}, values {number('attention.value_length')}",
+            got=f"keys {head_dim}, values {value_dim}",
         )
     for index in present:
         _check_widths(file, index, kv_heads[index] * head_dim)
-    window = file.values.get(f"{architecture}.attention.sliding_window")
+    window = file.values.get(f"{file.architecture}.attention.sliding_window")
     return Summary(
         source=str(path),
         format="gguf",
-        family=architecture,
+        family=file.architecture,
         hidden_size=hidden,
         dtype=None,
         parameters=file.parameters,
@@ -241,19 +219,10 @@ def _from_gguf(path: Path) -> Summary:
                 num_key_value_heads=kv_heads[index],
                 head_dim=head_dim,
                 window=window if type(window) is int and window > 0 else None,
-                rotary_dim=one("rope.dimension_count", 0),
+                rotary_dim=file.number("rope.dimension_count", 0),
             )
             for index in present
         ),
-    )
-
-
-def _gguf_lacks(path: Path, key: str, value: object) -> RegroupError:
-    return RegroupError(
-        "the GGUF header lacks a value that is needed, or has an impossible one",
-        file=path,
-        expected=key,
-        got=repr(value)[:80],
     )
 
 

@@ -1,4 +1,4 @@
-"""From what a user names to an open checkpoint whose heads are understood."""
+"""Open a checkpoint by folder or hub id and detect its layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .layout.spelling import as_known
 
 @dataclass(frozen=True)
 class Source:
-    """A parent, opened and understood."""
+    """An original model: the opened checkpoint and its layout."""
 
     name: str
     folder: Path  # where it was found; the checkpoint itself may be a copy of unpickled weights
@@ -31,7 +31,7 @@ class Source:
 
     @property
     def ignores_code(self) -> bool:
-        """True if the folder asks for code of its own, which is neither run nor carried along."""
+        """True if the folder asks for code of its own, which is neither run nor copied."""
         return "auto_map" in self.checkpoint.config and "regroup" not in self.checkpoint.config
 
 
@@ -86,8 +86,8 @@ def unpickled(name: str, found: Path, *, allow_pickle: bool, scratch: Path | Non
         return
     refuse_adapter(found)
     where = scratch or Path(tempfile.gettempdir())
-    with scratch_folder(where, ".regroup-pickle-") as room:
-        copy = room / (Path(name).expanduser().resolve().name or "checkpoint")
+    with scratch_folder(where, ".regroup-pickle-") as scratch_copy:
+        copy = scratch_copy / (Path(name).expanduser().resolve().name or "checkpoint")
         copy.mkdir()
         unpickle(found, copy, _tied(as_known(read_json(found / "config.json"))))
         yield copy

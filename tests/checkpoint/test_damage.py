@@ -40,10 +40,10 @@ KEY = "model.layers.0.self_attn.k_proj.weight"
 
 
 @pytest.fixture
-def parent(saved: Saved, tmp_path: Path) -> Path:
+def original(saved: Saved, tmp_path: Path) -> Path:
     """A Llama in four shards, to be broken."""
     state = tensors(saved("llama"))
-    return write(tmp_path / "parent", config_of(saved("llama")), state, shards=scattered(list(state)))
+    return write(tmp_path / "original", config_of(saved("llama")), state, shards=scattered(list(state)))
 
 
 def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
@@ -183,7 +183,7 @@ CASES = [
             *(".hidden.safetensors", 7, None, ["x.safetensors"]),
         )
     ),
-    Case("index names a file with a NUL", rename_in_index("a\0.safetensors"), ("a\\x00.safetensors", "null byte")),
+    Case("index names a file with a NUL", rename_in_index("a\0.safetensors"), ("a\\x00.safetensors", "outside")),
     Case("index names a long file", rename_in_index("a" * 999 + ".safetensors"), ("too long",)),
     Case("no config", lambda f: (f / "config.json").unlink(), ("config.json", "cannot be read")),
     Case("config not JSON", lambda f: (f / "config.json").write_text("{'a': 1}"), ("config.json", "not valid JSON")),
@@ -274,34 +274,34 @@ def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
 
-def test_damage_is_refused(case: Case, parent: Path, tmp_path: Path) -> None:
-    case.damage(parent)
+def test_damage_is_refused(case: Case, original: Path, tmp_path: Path) -> None:
+    case.damage(original)
     before = everything(tmp_path)
     with pytest.raises(RegroupError) as error:
-        regroup.convert(parent, tmp_path / "child", kv_heads=2)
-    message = refused("convert", parent, tmp_path / "child", "--kv-heads", 2)
+        regroup.convert(original, tmp_path / "converted", kv_heads=2)
+    message = refused("convert", original, tmp_path / "converted", "--kv-heads", 2)
     for text in (str(error.value), message):
         flat = " ".join(text.split())
         assert [word for word in case.words if word not in flat] == [], text
     assert everything(tmp_path) == before
 
 
-def test_the_sound_checkpoint_is_accepted(parent: Path, tmp_path: Path) -> None:
-    rewritten(lambda state: None)(copy(parent, tmp_path / "whole"))
-    for source in (parent, tmp_path / "whole"):
-        regroup.convert(source, tmp_path / f"{source.name}-child", kv_heads=2)
+def test_the_sound_checkpoint_is_accepted(original: Path, tmp_path: Path) -> None:
+    rewritten(lambda state: None)(copy(original, tmp_path / "whole"))
+    for source in (original, tmp_path / "whole"):
+        regroup.convert(source, tmp_path / f"{source.name}-converted", kv_heads=2)
 
 
-def test_a_file_that_shrinks_while_it_is_read(parent: Path, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(parent)
+def test_a_file_that_shrinks_while_it_is_read(original: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(original)
     layout = regroup.detect(checkpoint.config, checkpoint.tensors)
-    opened = Source("parent", parent, checkpoint, layout)
+    opened = Source("original", original, checkpoint, layout)
     prepared = prepare(checkpoint, layout, regroup.make_plan(layout, 2))
     for number, name in enumerate((SHARD, "model-00001-of-00004.safetensors")):
-        (parent / name).write_bytes((parent / name).read_bytes()[:2000])
+        (original / name).write_bytes((original / name).read_bytes()[:2000])
         with pytest.raises(RegroupError, match="became shorter"):
-            carry_out(opened, prepared, tmp_path / f"child{number}")
-        assert not list(tmp_path.glob("*child*"))
+            carry_out(opened, prepared, tmp_path / f"converted{number}")
+        assert not list(tmp_path.glob("*converted*"))
 
 
 def test_links_within_a_hub_cache_are_followed(saved: Saved, tmp_path: Path) -> None:
@@ -312,10 +312,10 @@ def test_links_within_a_hub_cache_are_followed(saved: Saved, tmp_path: Path) -> 
     for number, path in enumerate(sorted(saved("llama").iterdir())):
         (repository / "blobs" / str(number)).write_bytes(path.read_bytes())
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    regroup.convert(snapshot, tmp_path / "child", kv_heads=2)
-    child = [path for path in (tmp_path / "child").iterdir() if path.is_symlink()]
-    assert child == []
-    assert (tmp_path / "child" / "generation_config.json").read_bytes() == (
+    regroup.convert(snapshot, tmp_path / "converted", kv_heads=2)
+    converted = [path for path in (tmp_path / "converted").iterdir() if path.is_symlink()]
+    assert converted == []
+    assert (tmp_path / "converted" / "generation_config.json").read_bytes() == (
         saved("llama") / "generation_config.json"
     ).read_bytes()
     (snapshot / "note.txt").symlink_to(tmp_path / "outside.txt")

@@ -193,7 +193,7 @@ def test_an_adapter_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pickled", [False, True])
-def test_an_adapter_beside_the_weights(pickled: bool, saved: Saved, tmp_path: Path) -> None:
+def test_an_adapter_next_to_the_weights(pickled: bool, saved: Saved, tmp_path: Path) -> None:
     folder = copy(saved("llama"), tmp_path / "in")
     if pickled:
         torch.save(tensors(folder), folder / "pytorch_model.bin")
@@ -209,7 +209,7 @@ def test_an_adapter_beside_the_weights(pickled: bool, saved: Saved, tmp_path: Pa
         ("export", folder, tmp_path / "out", "--to", "hf", "--allow-pickle"),
     ):
         message = refused(*command)
-        assert "an adapter lies beside the weights" in message, command
+        assert "the folder holds an adapter next to the weights" in message, command
         assert str(folder / "adapter_config.json") in message
         assert "remove adapter_config.json" in message
     assert not (tmp_path / "out").exists()

@@ -108,12 +108,12 @@ def attempt(root: Path, source: Path, **options: Any) -> None:
     with contextlib.suppress(RegroupError):
         inspect(str(source))
     with contextlib.suppress(RegroupError):
-        regroup.convert(source, root / "child", **options)
-    after = [name for name in everything(root) if name.split("/")[0] != "child"]
+        regroup.convert(source, root / "converted", **options)
+    after = [name for name in everything(root) if name.split("/")[0] != "converted"]
     assert after == before
-    if (root / "child").exists():
-        assert (root / "child" / "config.json").exists()
-        layout_of(root / "child")
+    if (root / "converted").exists():
+        assert (root / "converted" / "config.json").exists()
+        layout_of(root / "converted")
 
 
 # Finding why a case fails takes longer than the cases.
@@ -161,9 +161,9 @@ def sharded(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_configs(saved: Saved, fresh: Callable[[Path], tuple[Path, Path]], size: settings) -> None:
     def check(data: st.DataObject) -> None:
-        root, parent = fresh(saved(data.draw(st.sampled_from(FAMILIES))))
-        (parent / "config.json").write_bytes(spelled(changed(config_of(parent), data), data))
-        attempt(root, parent)
+        root, original = fresh(saved(data.draw(st.sampled_from(FAMILIES))))
+        (original / "config.json").write_bytes(spelled(changed(config_of(original), data), data))
+        attempt(root, original)
 
     fuzzed(check, size)
 
@@ -182,29 +182,29 @@ def test_configs_without_weights(saved: Saved, tmp_path: Path, size: settings) -
 
 def test_indexes(sharded: Path, fresh: Callable[[Path], tuple[Path, Path]], size: settings) -> None:
     def check(data: st.DataObject) -> None:
-        root, parent = fresh(sharded)
-        (parent / INDEX).write_bytes(spelled(changed(json.loads((parent / INDEX).read_text()), data), data))
-        attempt(root, parent)
+        root, original = fresh(sharded)
+        (original / INDEX).write_bytes(spelled(changed(json.loads((original / INDEX).read_text()), data), data))
+        attempt(root, original)
 
     fuzzed(check, size)
 
 
 def test_headers(sharded: Path, fresh: Callable[[Path], tuple[Path, Path]], size: settings) -> None:
     def check(data: st.DataObject) -> None:
-        root, parent = fresh(sharded)
-        put_header(parent / SHARD, spelled(changed(header_of(parent / SHARD), data), data))
-        attempt(root, parent)
+        root, original = fresh(sharded)
+        put_header(original / SHARD, spelled(changed(header_of(original / SHARD), data), data))
+        attempt(root, original)
 
     fuzzed(check, size)
 
 
 def test_plans(saved: Saved, fresh: Callable[[Path], tuple[Path, Path]], size: settings) -> None:
     def check(data: st.DataObject) -> None:
-        root, parent = fresh(saved(data.draw(st.sampled_from(FAMILIES))))
+        root, original = fresh(saved(data.draw(st.sampled_from(FAMILIES))))
         method = data.draw(st.sampled_from(["mean", "random"]))
-        text = make_plan(layout_of(parent), 1, method=method).dumps()
+        text = make_plan(layout_of(original), 1, method=method).dumps()
         (root / "plan.json").write_bytes(spelled(changed(json.loads(text), data), data))
-        attempt(root, parent, plan=root / "plan.json")
+        attempt(root, original, plan=root / "plan.json")
 
     fuzzed(check, size)
 
@@ -259,13 +259,13 @@ def test_memory_of_hostile_headers(tmp_path: Path) -> None:
 
 def test_a_tensor_that_is_mostly_a_hole(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file can announce, and have, a size that no memory holds, and take no room on the disk."""
-    parent = copy(saved("llama"), tmp_path / "parent")
-    config, state = config_of(parent), tensors(parent)
+    original = copy(saved("llama"), tmp_path / "parent")
+    config, state = config_of(original), tensors(original)
     name = "model.layers.0.self_attn.k_proj.weight"
     hidden = 2**30
     # A machine with 4 GB, wherever the test runs.
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 2**20}.__getitem__)
-    header = header_of(parent / "model.safetensors")
+    header = header_of(original / "model.safetensors")
     position = 0
     for tensor in sorted((key for key in header if key != "__metadata__"), key=lambda k: header[k]["data_offsets"]):
         rows = state[tensor].shape[0]
@@ -276,14 +276,14 @@ def test_a_tensor_that_is_mostly_a_hole(saved: Saved, tmp_path: Path, monkeypatc
         header[tensor] |= {"shape": shape, "data_offsets": [position, position + size]}
         position += size
     body = json.dumps(header).encode()
-    with (parent / "model.safetensors").open("wb") as file:
+    with (original / "model.safetensors").open("wb") as file:
         file.write(len(body).to_bytes(8, "little") + body)
         try:
             file.truncate(8 + len(body) + position)
         except OSError:
             pytest.skip("the file system has no files of this size")
-    (parent / "config.json").write_text(json.dumps(config | {"hidden_size": hidden}))
+    (original / "config.json").write_text(json.dumps(config | {"hidden_size": hidden}))
     with pytest.raises(RegroupError, match="does not fit into memory") as error:
-        open_checkpoint(parent).read(name)
+        open_checkpoint(original).read(name)
     assert name in str(error.value)
-    attempt(tmp_path, parent)
+    attempt(tmp_path, original)

@@ -46,15 +46,15 @@ def pickled(saved: Saved, tmp_path: Path) -> Path:
 
 
 def test_pickles_are_refused_unless_asked_for(pickled: Path, saved: Saved, tmp_path: Path) -> None:
-    message = refused("convert", pickled, tmp_path / "child", "--kv-heads", 2)
+    message = refused("convert", pickled, tmp_path / "converted", "--kv-heads", 2)
     for word in ("pytorch_model.bin", "expected:", "--allow-pickle", "safetensors revision"):
         assert word in message
-    assert not (tmp_path / "child").exists()
-    regroup.convert(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
+    assert not (tmp_path / "converted").exists()
+    regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True)
     regroup.convert(saved("llama"), tmp_path / "expected", kv_heads=2)
-    assert_same_tensors(tensors(tmp_path / "child"), tensors(tmp_path / "expected"))
-    assert config_of(tmp_path / "child") == config_of(tmp_path / "expected")
-    assert not list((tmp_path / "child").glob("*.bin"))
+    assert_same_tensors(tensors(tmp_path / "converted"), tensors(tmp_path / "expected"))
+    assert config_of(tmp_path / "converted") == config_of(tmp_path / "expected")
+    assert not list((tmp_path / "converted").glob("*.bin"))
     assert run("plan", pickled, "--kv-heads", 2, "--allow-pickle")[0] == 0
 
 
@@ -69,9 +69,9 @@ def test_sharded_and_legacy_pickles(zipped: bool, pickled: Path, saved: Saved, t
         weight_map |= dict.fromkeys(names, file)
     (pickled / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     before = digests(pickled)
-    regroup.convert(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
+    regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True)
     regroup.convert(saved("llama"), tmp_path / "expected", kv_heads=2)
-    assert_same_tensors(tensors(tmp_path / "child"), tensors(tmp_path / "expected"))
+    assert_same_tensors(tensors(tmp_path / "converted"), tensors(tmp_path / "expected"))
     assert digests(pickled) == before
 
 
@@ -79,18 +79,18 @@ def test_tied_tensors_get_bytes_of_their_own(pickled: Path, saved: Saved, tmp_pa
     state = tensors(saved("llama"))
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     torch.save(state, pickled / "pytorch_model.bin")
-    regroup.convert(pickled, tmp_path / "child", kv_heads=6, allow_pickle=True)
-    assert_same_tensors(tensors(tmp_path / "child"), state)
+    regroup.convert(pickled, tmp_path / "converted", kv_heads=6, allow_pickle=True)
+    assert_same_tensors(tensors(tmp_path / "converted"), state)
 
 
 def test_a_malicious_pickle_does_not_run(pickled: Path, saved: Saved, tmp_path: Path) -> None:
     marker, file = tmp_path / "it-ran", pickled / "pytorch_model.bin"
     torch.save({**tensors(saved("llama")), "x": Malice(marker)}, file)
     for flags in ([], ["--allow-pickle"]):
-        message = refused("convert", pickled, tmp_path / "child", "--kv-heads", 2, *flags)
+        message = refused("convert", pickled, tmp_path / "converted", "--kv-heads", 2, *flags)
         assert "pytorch_model.bin" in message
         assert not marker.exists()
-    assert not (tmp_path / "child").exists()
+    assert not (tmp_path / "converted").exists()
     torch.load(file, weights_only=False)  # the pickle works
     assert marker.is_dir()
 
@@ -105,7 +105,7 @@ def test_a_malicious_pickle_does_not_run(pickled: Path, saved: Saved, tmp_path: 
 def test_damaged_pickles_are_refused(content: bytes, pickled: Path, tmp_path: Path) -> None:
     (pickled / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(RegroupError, match=r"pickled weights|no attention layer"):
-        regroup.convert(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
+        regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True)
 
 
 def test_a_pickle_cut_short_is_refused(pickled: Path, tmp_path: Path) -> None:
@@ -114,14 +114,14 @@ def test_a_pickle_cut_short_is_refused(pickled: Path, tmp_path: Path) -> None:
     for length in (len(whole) // 2, len(whole) - 1, 100):
         file.write_bytes(whole[:length])
         with pytest.raises(RegroupError, match="pickled weights"):
-            regroup.convert(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
+            regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True)
 
 
 @pytest.mark.parametrize("value", [[torch.ones(2)], {"a": 1}, {"a": {"b": torch.ones(2)}}, {1: torch.ones(2)}])
 def test_other_contents_are_refused(value: Any, pickled: Path, tmp_path: Path) -> None:
     torch.save(value, pickled / "pytorch_model.bin")
     with pytest.raises(RegroupError, match="table of tensors"):
-        regroup.convert(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
+        regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True)
 
 
 @pytest.mark.parametrize("target", ["../x.bin", "/etc/x.bin", "sub/x.bin", 7, None, ["x.bin"], "", "absent.bin"])
@@ -129,17 +129,17 @@ def test_an_index_of_pickles_stays_in_its_folder(target: object, pickled: Path, 
     index = {"weight_map": {"model.norm.weight": target, "x": "pytorch_model.bin"}}
     (pickled / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with pytest.raises(RegroupError):
-        regroup.convert(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
+        regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True)
 
 
 def test_links_and_destinations_are_checked_as_without_pickles(pickled: Path, tmp_path: Path) -> None:
     with pytest.raises(RegroupError, match="inside the source"):
-        regroup.convert(pickled, pickled / "child", kv_heads=2, allow_pickle=True)
-    assert "inside the source" in refused("convert", pickled, pickled / "child", "--kv-heads", 2, "--allow-pickle")
+        regroup.convert(pickled, pickled / "converted", kv_heads=2, allow_pickle=True)
+    assert "inside the source" in refused("convert", pickled, pickled / "converted", "--kv-heads", 2, "--allow-pickle")
     (pickled / "words").mkdir()
     (pickled / "words" / "list.txt").write_text("a b")
-    regroup.convert(pickled, tmp_path / "child", kv_heads=2, allow_pickle=True)
-    assert (tmp_path / "child" / "words" / "list.txt").read_text() == "a b"
+    regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True)
+    assert (tmp_path / "converted" / "words" / "list.txt").read_text() == "a b"
     (tmp_path / "secret.txt").write_text("secret")
     (pickled / "note.txt").symlink_to(tmp_path / "secret.txt")
     with pytest.raises(RegroupError, match="points out of it"):
@@ -148,7 +148,7 @@ def test_links_and_destinations_are_checked_as_without_pickles(pickled: Path, tm
 
 @pytest.fixture
 def shop_pickled(shop: Path, tmp_path: Path) -> Path:
-    """The shop's parent with its weights pickled, in two shards."""
+    """The shop's original model with its weights pickled, in two shards."""
     folder = copy(shop / "parent", tmp_path / "original")
     state = tensors(folder)
     for file in folder.glob("*.safetensors*"):
@@ -165,20 +165,20 @@ def shop_pickled(shop: Path, tmp_path: Path) -> Path:
 
 def test_every_command_reads_a_pickled_original(shop: Path, shop_pickled: Path, tmp_path: Path) -> None:
     before = digests(shop_pickled)
-    child, text, parent = tmp_path / "child", shop / "held-out.txt", shop / "parent"
-    plain, pickled = run("inspect", parent, "--json")[1], run("inspect", shop_pickled, "--json", "--allow-pickle")[1]
-    told = [json.loads(found) | {"source": ""} for found in (plain, pickled)]
-    assert told[0] == told[1]
-    assert run("convert", shop_pickled, child, "--kv-heads", 2, "--method", "mean", "--allow-pickle")[0] == 0
+    converted, text, original = tmp_path / "converted", shop / "held-out.txt", shop / "parent"
+    plain, pickled = run("inspect", original, "--json")[1], run("inspect", shop_pickled, "--json", "--allow-pickle")[1]
+    found = [json.loads(found) | {"source": ""} for found in (plain, pickled)]
+    assert found[0] == found[1]
+    assert run("convert", shop_pickled, converted, "--kv-heads", 2, "--method", "mean", "--allow-pickle")[0] == 0
     # Names that other tools look for.
-    assert sorted(file.name for file in child.glob("*.safetensors")) == [
+    assert sorted(file.name for file in converted.glob("*.safetensors")) == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
     ]
     for command in (
         ("inspect", shop_pickled, "--similarity", "-o", tmp_path / "plots"),
-        ("verify", shop_pickled, child),
-        ("evaluate", child, "--teacher", shop_pickled, "--data", text, "--windows", 2, "--window", 16),
+        ("verify", shop_pickled, converted),
+        ("evaluate", converted, "--teacher", shop_pickled, "--data", text, "--windows", 2, "--window", 16),
         ("plan", shop_pickled, "--kv-heads", 2),
         ("export", shop_pickled, tmp_path / "copy", "--to", "hf"),
         ("advise", shop_pickled, "--hardware", "l4", "--context", 32, "--batch", 1),
@@ -189,7 +189,7 @@ def test_every_command_reads_a_pickled_original(shop: Path, shop_pickled: Path, 
         if command[0] in ("verify", "evaluate", "plan", "export") or "--similarity" in command:
             assert "pickled weights only" in refused(*command), command
             assert "--allow-pickle" in refused(*command)
-    assert_same_tensors(tensors(tmp_path / "copy"), tensors(parent))
+    assert_same_tensors(tensors(tmp_path / "copy"), tensors(original))
     assert digests(shop_pickled) == before
 
 

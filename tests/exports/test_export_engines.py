@@ -58,17 +58,17 @@ def share(folder: Path, answer: Path, processes: int) -> subprocess.CompletedPro
 @pytest.mark.slow
 def test_transformers_shares_what_was_exported_for_it(saved: Saved, tmp_path: Path) -> None:
     """One KV head for two devices: transformers cuts it in half, and the export repeats it."""
-    child = tmp_path / "child"
-    assert run("convert", saved("llama"), child, "--kv-heads", 1)[0] == 0
-    done = share(export(child, tmp_path / "two", "--tensor-parallel", 2), tmp_path / "answer.pt", 2)
+    converted = tmp_path / "converted"
+    assert run("convert", saved("llama"), converted, "--kv-heads", 1)[0] == 0
+    done = share(export(converted, tmp_path / "two", "--tensor-parallel", 2), tmp_path / "answer.pt", 2)
     assert done.returncode == 0, done.stderr[-2000:]
     answer = torch.load(tmp_path / "answer.pt")
     assert answer["rows"] == 10  # one head a device
     with torch.no_grad():
-        whole: torch.Tensor = cast(Any, load(child)).eval()(torch.arange(3, 19)[None]).logits
+        whole: torch.Tensor = cast(Any, load(converted)).eval()(torch.arange(3, 19)[None]).logits
     assert float((answer["logits"] - whole).abs().max()) <= 1e-5 * float(whole.abs().max())
 
-    assert share(child, tmp_path / "never.pt", 2).returncode != 0
+    assert share(converted, tmp_path / "never.pt", 2).returncode != 0
     assert not (tmp_path / "never.pt").exists()
 
 
@@ -78,9 +78,9 @@ def test_transformers_shares_what_was_exported_for_it(saved: Saved, tmp_path: Pa
 def test_ctranslate2_converts_what_was_exported(options: list[str], tmp_path: Path) -> None:
     """Its own converter reads the stock form; layers with other KV heads after ``--expand``."""
     ctranslate2: Any = importlib.import_module("ctranslate2")
-    child, out = tmp_path / "child", tmp_path / "out"
-    assert run("convert", STORIES, child, *options)[0] == 0
-    exported = export(child, out, "--expand")
+    converted, out = tmp_path / "converted", tmp_path / "out"
+    assert run("convert", STORIES, converted, *options)[0] == 0
+    exported = export(converted, out, "--expand")
     ctranslate2.converters.TransformersConverter(str(exported)).convert(str(tmp_path / "ct2"))
     tokenizer = load_tokenizer(exported)
     ids = tokenizer("Once upon a time")["input_ids"]
@@ -88,7 +88,7 @@ def test_ctranslate2_converts_what_was_exported(options: list[str], tmp_path: Pa
     generator = ctranslate2.Generator(str(tmp_path / "ct2"), compute_type="float32")
     found = torch.from_numpy(np.array(generator.forward_batch([tokens])))
     made = generator.generate_batch([tokens], max_length=24, include_prompt_in_result=False, sampling_topk=1)
-    assert_answers_of(child, ids, found, made[0].sequences_ids[0])
+    assert_answers_of(converted, ids, found, made[0].sequences_ids[0])
 
 
 @needs_optimum
@@ -97,9 +97,9 @@ def test_ctranslate2_converts_what_was_exported(options: list[str], tmp_path: Pa
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 def test_optimum_exports_what_was_exported(kind: str, options: list[str], tmp_path: Path) -> None:
     """ONNX Runtime and OpenVINO run the graph that optimum makes of the stock form."""
-    child = tmp_path / "child"
-    assert run("convert", STORIES, child, *options)[0] == 0
-    exported = export(child, tmp_path / "out", "--expand")
+    converted = tmp_path / "converted"
+    assert run("convert", STORIES, converted, *options)[0] == 0
+    exported = export(converted, tmp_path / "out", "--expand")
     ids = load_tokenizer(exported)("Once upon a time")["input_ids"]
     (tmp_path / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
     assert OPTIMUM is not None
@@ -111,12 +111,12 @@ def test_optimum_exports_what_was_exported(kind: str, options: list[str], tmp_pa
     assert done.returncode == 0, done.stderr[-2000:]
     with np.load(answer) as found:
         print(found["versions"])
-        assert_answers_of(child, ids, torch.from_numpy(found["logits"]), found["greedy"].tolist())
+        assert_answers_of(converted, ids, torch.from_numpy(found["logits"]), found["greedy"].tolist())
 
 
-def assert_answers_of(child: Path, ids: list[int], found: torch.Tensor, made: list[int]) -> None:
-    """That logits (1, positions, vocabulary) and 24 greedy tokens are those of a child, and not of another model."""
-    model, prompt = cast(Any, load(child)).eval(), torch.tensor([ids])
+def assert_answers_of(converted: Path, ids: list[int], found: torch.Tensor, made: list[int]) -> None:
+    """Logits (1, positions, vocabulary) and 24 greedy tokens are those of this converted model, not of another."""
+    model, prompt = cast(Any, load(converted)).eval(), torch.tensor([ids])
     with torch.no_grad():
         wanted = model(prompt).logits
     assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())

@@ -49,7 +49,7 @@ def said(*arguments: object) -> str:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "falcon", "cohere_norm"])
-def test_a_uniform_child_is_copied(name: str, converted: Converted, tmp_path: Path) -> None:
+def test_a_uniform_model_is_copied(name: str, converted: Converted, tmp_path: Path) -> None:
     kind = "one" if name == "falcon" else "some"
     message = said(converted(name, kind), tmp_path / "out", "--to", "hf")
     assert "checked with transformers" in message
@@ -75,10 +75,10 @@ def test_a_uniform_child_is_copied(name: str, converted: Converted, tmp_path: Pa
         ("whisper", "one"),
     ],
 )
-def test_repeated_heads_answer_alike(name: str, kind: str, converted: Converted, tmp_path: Path) -> None:
+def test_repeated_heads_compute_the_same(name: str, kind: str, converted: Converted, tmp_path: Path) -> None:
     source = converted(name, kind)
     message = refused("export", source, tmp_path / "out", "--to", "hf")
-    assert "no stock class of transformers holds these KV heads" in message
+    assert "no stock class of transformers supports these KV heads" in message
     assert "in layer" in message
     assert "--expand" in message
     # Engines hold other numbers of heads in Llama's layers alone.
@@ -98,18 +98,18 @@ def test_repeated_heads_in_another_order_are_found(converted: Converted, tmp_pat
     name = "model.layers.0.self_attn.k_proj.weight"
     heads = wrong.get_parameter(name).data.unflatten(0, (-1, 10))
     wrong.get_parameter(name).data = heads[torch.tensor([1, 2, 3, 4, 5, 0])].flatten(0, 1)
-    with pytest.raises(Exception, match="does not answer as its source"):
+    with pytest.raises(Exception, match="output differs from its source"):
         compare(logits(load(source).eval(), "llama"), logits(wrong, "llama"), "transformers")
 
 
 def test_the_least_common_multiple_is_enough(saved: Saved, tmp_path: Path) -> None:
-    regroup = tmp_path / "child"
+    regroup = tmp_path / "result"
     assert run("convert", saved("llama"), regroup, "--layers", "0:2,1:1,2:1", "--method", "mean")[0] == 0
     said(regroup, tmp_path / "out", "--to", "hf", "--expand")
     assert config_of(tmp_path / "out")["num_key_value_heads"] == 2
 
 
-def test_pickles_are_unpacked_beside_the_destination(
+def test_pickles_are_unpacked_next_to_the_destination(
     saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not in the folder for temporary files, which on many systems is memory."""
@@ -144,16 +144,16 @@ def test_multipliers_give_their_width_back(width_: int, hidden: int) -> None:
     assert multiplier(width_ + 1, hidden) is None
 
 
-def wide_child(name: str, tmp_path: Path, **changes: Any) -> Path:
-    """A child with other KV heads in each layer, and a width that a multiplier can say."""
+def wide_model(name: str, tmp_path: Path, **changes: Any) -> Path:
+    """A converted model with other KV heads in each layer, and a width that a multiplier can say."""
     family = tiny.FAMILIES[name]
     config = getattr(transformers, family.config_class)(**{**family.kwargs, "intermediate_size": 512, **changes})
     model = getattr(transformers, family.model_class)(config)
     tiny.randomize(model, std=family.weight_std, seed=3)
-    model.save_pretrained(tmp_path / "parent")
+    model.save_pretrained(tmp_path / "original")
     layers = ",".join(f"{i}:{[2, 3, 1][i % 3]}" for i in range(config.num_hidden_layers))
-    assert run("convert", tmp_path / "parent", tmp_path / "child", "--layers", layers, "--method", "first")[0] == 0
-    return tmp_path / "child"
+    assert run("convert", tmp_path / "original", tmp_path / "result", "--layers", layers, "--method", "first")[0] == 0
+    return tmp_path / "result"
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_bias", "mistral"])
@@ -161,16 +161,16 @@ def test_blocks_and_back(name: str, tmp_path: Path) -> None:
     changes = {"sliding_window": None} if name == "mistral" else {}
     if name == "llama_bias":
         changes = {"num_attention_heads": 6, "num_key_value_heads": 6}
-    child = wide_child(name, tmp_path, **changes)
-    message = said(child, tmp_path / "blocks", "--to", "vllm")
+    result = wide_model(name, tmp_path, **changes)
+    message = said(result, tmp_path / "blocks", "--to", "vllm")
     assert "Nemotron-NAS" in message
     assert "not vLLM" in message
     config = config_of(tmp_path / "blocks")
     assert config["architectures"] == ["DeciLMForCausalLM"]
     groups = [block["attention"]["n_heads_in_group"] for block in config["block_configs"]]
     assert groups == [3, 2, 6][: len(groups)]
-    assert_same_tensors(tensors(tmp_path / "blocks"), tensors(child))
-    expected = logits(load(child).eval(), name)
+    assert_same_tensors(tensors(tmp_path / "blocks"), tensors(result))
+    expected = logits(load(result).eval(), name)
     ids = tiny.inputs(name, 2, 7)["input_ids"]
     found = block_llama_logits(config, tensors(tmp_path / "blocks"), ids)
     assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
@@ -180,14 +180,14 @@ def test_blocks_and_back(name: str, tmp_path: Path) -> None:
         block_llama_logits(config, tensors(tmp_path / "blocks"), ids)
 
     assert "regroup's form of llama" in said(tmp_path / "blocks", tmp_path / "back", "--to", "hf")
-    assert_same_tensors(tensors(tmp_path / "back"), tensors(child))
+    assert_same_tensors(tensors(tmp_path / "back"), tensors(result))
     assert torch.equal(logits(load(tmp_path / "back").eval(), name), expected)
     remote = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", trust_remote_code=True)
     assert torch.equal(logits(remote.eval(), name), expected)
 
 
 def test_blocks_are_read_through_the_config_class(tmp_path: Path) -> None:
-    said(wide_child("llama", tmp_path), tmp_path / "blocks", "--to", "vllm", "--no-check")
+    said(wide_model("llama", tmp_path), tmp_path / "blocks", "--to", "vllm", "--no-check")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "blocks", trust_remote_code=True)
     assert [block.attention.n_heads_in_group for block in config.block_configs] == [3, 2, 6]
     assert not any(block.attention.no_op or block.ffn.no_op for block in config.block_configs)
@@ -206,9 +206,9 @@ def test_a_width_that_no_multiplier_gives_is_named(converted: Converted, tmp_pat
 
 
 def test_older_decilm_is_read(converted: Converted, tmp_path: Path) -> None:
-    child = converted("llama", "mixed")
-    old = copy(child, tmp_path / "old")
-    heads = [layer.num_key_value_heads for layer in layout_of(child).layers]
+    result = converted("llama", "mixed")
+    old = copy(result, tmp_path / "old")
+    heads = [layer.num_key_value_heads for layer in layout_of(result).layers]
     edit_json(
         old / "config.json",
         model_type="deci",
@@ -218,9 +218,9 @@ def test_older_decilm_is_read(converted: Converted, tmp_path: Path) -> None:
         regroup=None,
     )
     said(old, tmp_path / "back", "--to", "hf")
-    assert torch.equal(logits(load(tmp_path / "back").eval(), "llama"), logits(load(child).eval(), "llama"))
+    assert torch.equal(logits(load(tmp_path / "back").eval(), "llama"), logits(load(result).eval(), "llama"))
     said(old, tmp_path / "blocks", "--to", "vllm")
-    assert_same_tensors(tensors(tmp_path / "blocks"), tensors(child))
+    assert_same_tensors(tensors(tmp_path / "blocks"), tensors(result))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_blocks_that_are_not_llamas_are_refused(
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "mistral"])
 def test_what_no_layout_holds_is_refused(name: str, converted: Converted, tmp_path: Path) -> None:
     message = refused("export", converted(name, "mixed"), tmp_path / "out", "--to", "vllm")
-    assert "no engine's layout for that holds this family" in message
+    assert "no engine's layout for that supports this family" in message
     assert "--expand" in message
     assert everything(tmp_path) == []
 
@@ -277,7 +277,7 @@ def test_impossible_requests(options: list[str], words: tuple[str, ...], convert
     assert everything(tmp_path) == []
 
 
-def test_a_result_that_answers_otherwise_never_appears(
+def test_a_result_with_other_logits_never_appears(
     converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from regroup.exports import heads
@@ -285,12 +285,12 @@ def test_a_result_that_answers_otherwise_never_appears(
     right = heads.rewrite_of
 
     def wrong(name: str, moves: Any, known: Any) -> Any:
-        shifted = [type(m)(m.parent, m.child, (*m.sources[1:], m.sources[0]), m.rule) for m in moves]
+        shifted = [type(m)(m.before, m.after, (*m.sources[1:], m.sources[0]), m.rule) for m in moves]
         return right(name, shifted, known)
 
     monkeypatch.setattr(heads, "rewrite_of", wrong)
     message = refused("export", converted("llama", "mixed"), tmp_path / "out", "--to", "hf", "--expand")
-    assert "does not answer as its source does" in message
+    assert "output differs from its source" in message
     assert everything(tmp_path) == []
 
 
@@ -313,6 +313,6 @@ class TestTensorParallel:
         assert config_of(tmp_path / "out")["num_key_value_heads"] == 1
 
     def test_what_does_not_divide_is_refused(self, saved: Saved, tmp_path: Path) -> None:
-        assert run("convert", saved("llama"), tmp_path / "child", "--kv-heads", 3)[0] == 0
-        message = refused("export", tmp_path / "child", tmp_path / "out", "--to", "hf", "--tensor-parallel", 2)
+        assert run("convert", saved("llama"), tmp_path / "result", "--kv-heads", 3)[0] == 0
+        message = refused("export", tmp_path / "result", tmp_path / "out", "--to", "hf", "--tensor-parallel", 2)
         assert "the KV heads cannot be divided over the tensor-parallel devices" in message

@@ -103,8 +103,8 @@ def changed(name: str, tmp_path: Path, **changes: Any) -> Path:
     config = getattr(transformers, family.config_class)(**{**family.kwargs, **changes})
     model = getattr(transformers, family.model_class)(config)
     tiny.randomize(model, std=family.weight_std, seed=3)
-    model.save_pretrained(tmp_path / "parent")
-    return tmp_path / "parent"
+    model.save_pretrained(tmp_path / "original")
+    return tmp_path / "original"
 
 
 class TestWritten:
@@ -177,7 +177,7 @@ class TestWritten:
             ({"hidden_act": "gelu"}, ("activation", "silu", "gelu")),
             (
                 {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-                ("rotation", "default or linear or llama3", "dynamic"),
+                ("rotary scaling", "default or linear or llama3", "dynamic"),
             ),
         ],
     )
@@ -224,7 +224,7 @@ class TestWritten:
     def test_other_families_are_refused(self, saved: Saved, tmp_path: Path) -> None:
         message = refused("export", saved("gpt2"), tmp_path / "m.gguf", "--to", "gguf")
         assert "not written as GGUF" in message
-        assert "needs a name" in refused("export", saved("llama"), tmp_path / "m", "--to", "gguf")
+        assert "needs a suffix" in refused("export", saved("llama"), tmp_path / "m", "--to", "gguf")
         assert everything(tmp_path) == []
 
 
@@ -235,7 +235,7 @@ class TestThroughTransformers:
     @pytest.mark.parametrize(
         ("name", "changes"), [("llama", {}), ("llama_grouped", {}), ("qwen2", {}), ("qwen2", {"max_window_layers": 9})]
     )
-    def test_its_loader_answers_alike(self, name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    def test_its_loader_computes_the_same(self, name: str, changes: dict[str, Any], tmp_path: Path) -> None:
         message = said(changed(name, tmp_path, **changes), tmp_path / "m.gguf", "--to", "gguf")
         assert "'s GGUF loader: identical logits" in message
 
@@ -244,7 +244,7 @@ class TestThroughTransformers:
     ) -> None:
         monkeypatch.setattr(gguf_target, "neighbours", lambda rows, heads: rows)
         message = refused("export", saved("llama"), tmp_path / "m.gguf", "--to", "gguf")
-        assert "not what its source has" in message
+        assert "differs from its source" in message
         assert everything(tmp_path) == []
 
     def test_deci_says_what_nobody_looked_at(self, converted: Converted, tmp_path: Path) -> None:
@@ -364,9 +364,9 @@ class TestThroughTransformers:
         message = refused("export", tmp_path / "m.gguf", tmp_path / "back", "--to", "hf")
         assert "one number for all layers" in message
         message = refused("export", tmp_path / "m.gguf", tmp_path / "back", "--to", "vllm")
-        assert "exported to a plain checkpoint alone" in message
+        assert "can only be exported to a plain checkpoint" in message
         (tmp_path / "broken.gguf").write_bytes(b"GGUFnot")
-        assert "no GGUF file" in refused("export", tmp_path / "broken.gguf", tmp_path / "back", "--to", "hf")
+        assert "not a GGUF file" in refused("export", tmp_path / "broken.gguf", tmp_path / "back", "--to", "hf")
 
 
 class Fixed:
@@ -381,7 +381,7 @@ class Fixed:
         return SimpleNamespace(logits=scores)
 
 
-def test_near_ties_are_told_from_other_answers() -> None:
+def test_near_ties_are_accepted_and_other_tokens_are_not() -> None:
     def agree(made: list[int]) -> int:
         return greedy_agreement(Fixed(), [0, 1], made, "an engine", tolerance=1e-3)
 
@@ -440,8 +440,8 @@ class TestLlamaCpp:
     )
     def test_other_heads_in_each_layer(self, name: str, changes: dict[str, Any], tmp_path: Path) -> None:
         source = changed(name, tmp_path, **changes)
-        assert run("convert", source, tmp_path / "child", "--layers", "0:2,1:1", "--method", "first")[0] == 0
-        message = said(tmp_path / "child", tmp_path / "m.gguf", "--to", "gguf")
+        assert run("convert", source, tmp_path / "result", "--layers", "0:2,1:1", "--method", "first")[0] == 0
+        message = said(tmp_path / "result", tmp_path / "m.gguf", "--to", "gguf")
         assert "architecture deci" in message
         assert "checked with llama-cpp-python" in message
 
@@ -451,7 +451,7 @@ class TestLlamaCpp:
     ) -> None:
         monkeypatch.setattr(gguf_target, "neighbours", lambda rows, heads: rows)
         message = refused("export", converted("llama", kind), tmp_path / "m.gguf", "--to", "gguf")
-        assert "does not answer as its source does" in message
+        assert "output differs from its source" in message
         assert everything(tmp_path) == []
 
     def test_a_file_that_it_does_not_load(self, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,7 +465,7 @@ class TestLlamaCpp:
     def test_a_real_model_tells_the_same_story(self, layers: str | None, tmp_path: Path) -> None:
         source = STORIES
         if layers is not None:
-            source = tmp_path / "child"
+            source = tmp_path / "result"
             assert run("convert", STORIES, source, "--layers", layers)[0] == 0
         message = said(source, tmp_path / "m.gguf", "--to", "gguf")
         assert "24 of 24 greedy tokens the same" in message

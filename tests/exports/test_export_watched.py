@@ -1,4 +1,4 @@
-"""What people are told while an export goes on, and what it takes of memory."""
+"""Progress of an export, and its memory."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def _without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_cpp, "installed", lambda: False)
 
 
-class Heard(Listener):
-    """Notes what it is told, and what lies at the destination's side by then."""
+class Recorder(Listener):
+    """Records each callback, and the files next to the destination at that time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.before = folder, everything(folder)
@@ -67,31 +67,31 @@ class Heard(Listener):
         ("some", "gguf", {"dtype": "bfloat16"}),
     ],
 )
-def test_an_export_is_told_as_it_goes_on(
+def test_an_export_reports_its_progress(
     kind: str, to: str, options: dict[str, Any], converted: Converted, tmp_path: Path
 ) -> None:
     target = tmp_path / ("m.gguf" if to == "gguf" else "out")
-    heard, silent = Heard(tmp_path), Heard(tmp_path)
+    recorded, silent = Recorder(tmp_path), Recorder(tmp_path)
     source = converted("llama", kind)
-    regroup.export(source, target, to=to, listener=heard, **options)
+    regroup.export(source, target, to=to, listener=recorded, **options)
     state = tensors(source if to == "gguf" else target).values()
     size = torch.bfloat16.itemsize if "dtype" in options else 4
     # Vectors of a GGUF file stay in float32.
-    assert heard.total == heard.written == sum(t.numel() * (size if t.ndim > 1 else 4) for t in state)
+    assert recorded.total == recorded.written == sum(t.numel() * (size if t.ndim > 1 else 4) for t in state)
     rows = check.ROWS * check.LENGTH
-    assert heard.ahead == [4 * (sum(t.numel() for t in state) + 3 * rows * tiny.VOCAB_SIZE)]
-    assert heard.answers == 2
+    assert recorded.ahead == [4 * (sum(t.numel() for t in state) + 3 * rows * tiny.VOCAB_SIZE)]
+    assert recorded.answers == 2
 
     target = target.with_name(f"unchecked{target.suffix}")
     silent.before = everything(tmp_path)
     regroup.export(source, target, to=to, check=False, listener=silent, **options)
-    assert (silent.ahead, silent.answers, silent.written) == ([], 0, heard.written)
+    assert (silent.ahead, silent.answers, silent.written) == ([], 0, recorded.written)
 
 
 def test_the_command_says_what_a_comparison_takes(converted: Converted, tmp_path: Path) -> None:
     for to, name in (("hf", "out"), ("gguf", "m.gguf")):
         message = run("export", converted("llama", "some"), tmp_path / name, "--to", to)[2]
-        assert "source and result are compared afterwards, one at a time, which takes about " in message
+        assert "source and result are compared afterwards, one at a time, using about " in message
         # transformers' own bars would lie across ours.
         assert "Loading weights" not in message
     message = run("export", converted("llama", "some"), tmp_path / "other", "--to", "hf", "--no-check")[2]

@@ -56,7 +56,7 @@ def test_text_is_cut_as_the_name_says(name: str) -> None:
         assert [piece for piece, _ in PRE_TOKENIZERS[name].build().pre_tokenize_str(text)] == wanted
 
 
-def test_names_are_told_apart() -> None:
+def test_names_are_distinguished() -> None:
     """Each name is recognised by its own cuts, or by those of a name that cuts alike."""
     for row in PRE_TOKENIZERS.values():
         found = recognise(row.build(), ignore_merges=row.ignore_merges, raw=row.raw)
@@ -210,7 +210,7 @@ def test_what_is_not_known_is_refused_by_name(
     file = in_file(tmp_path, vocabularies[False], pre, model=model)
     message = refused("export", file, tmp_path / "hf", "--to", "hf", "--no-check")
     assert word in message
-    assert "cannot be made anew" in message
+    assert "cannot be rebuilt" in message
     assert not (tmp_path / "hf").exists()
 
 

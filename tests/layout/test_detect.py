@@ -30,9 +30,9 @@ def head(state: dict[str, Tensor], slot: HeadSlot, number: int) -> Tensor:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_head_lies_where_the_layout_says(name: str, saved: Saved) -> None:
-    family, parent, layout = tiny.FAMILIES[name], tiny.build(name), layout_of(saved(name))
+    family, original, layout = tiny.FAMILIES[name], tiny.build(name), layout_of(saved(name))
     stored = tensors(saved(name))
-    known = naive.attentions(parent)
+    known = naive.attentions(original)
     assert layout.family == family.model_type
     assert [layer.module for layer in layout.layers] == family.attention_modules
     assert layout.parameters == sum(tensor.numel() for tensor in stored.values())
@@ -43,7 +43,7 @@ def test_every_head_lies_where_the_layout_says(name: str, saved: Saved) -> None:
         assert layer.head_dim == attention.head_dim == family.head_dim
         assert layer.kind == ("cross" if "enc" in layer.module.lower().split(".", 1)[1] else "self")
         for suffix in ("weight", "bias"):
-            read = attention.read(dict(parent.state_dict()), suffix)
+            read = attention.read(dict(original.state_dict()), suffix)
             for projection, heads in zip((layer.query, layer.key, layer.value), read, strict=True):
                 slot = projection.weight if suffix == "weight" else projection.bias
                 assert (slot is None) == (heads is None)
@@ -58,7 +58,7 @@ def test_every_head_lies_where_the_layout_says(name: str, saved: Saved) -> None:
         assert layer.output.weight.axis == axis
         assert output.shape[axis] == attention.heads * attention.head_dim
         for role, projection in (("q", layer.query), ("k", layer.key)):
-            norm = attention.read_norm(dict(parent.state_dict()), "q" if role == "q" else "k")
+            norm = attention.read_norm(dict(original.state_dict()), "q" if role == "q" else "k")
             norms = [slot for slot in projection.extras if "norm" in slot.tensor]
             assert len(norms) == (0 if norm is None else 1)
             for number in range(0 if norm is None else len(norm)):
@@ -130,18 +130,18 @@ def test_names_without_the_base_prefix(name: str, saved: Saved, converted: Conve
 
     stored = tensors(saved(name))
     assert any(key.startswith(prefix) for key in stored)
-    parent = write(tmp_path / "parent", config_of(saved(name)), bare(stored))
-    assert [x.module for x in layout_of(parent).layers] == [x.module for x in layout_of(saved(name)).layers]
-    convert_heads(parent, tmp_path / "child", head_map(name, "mixed"))
-    assert_same_tensors(tensors(tmp_path / "child"), bare(tensors(converted(name, "mixed"))))
+    original = write(tmp_path / "original", config_of(saved(name)), bare(stored))
+    assert [x.module for x in layout_of(original).layers] == [x.module for x in layout_of(saved(name)).layers]
+    convert_heads(original, tmp_path / "result", head_map(name, "mixed"))
+    assert_same_tensors(tensors(tmp_path / "result"), bare(tensors(converted(name, "mixed"))))
 
 
 def test_a_base_model_without_prefix_loads(saved: Saved, tmp_path: Path) -> None:
     stored = {key.removeprefix("transformer."): tensor for key, tensor in tensors(saved("gpt2")).items()}
-    parent = write(tmp_path / "parent", config_of(saved("gpt2")), stored)
+    original = write(tmp_path / "original", config_of(saved("gpt2")), stored)
     convert_heads(saved("gpt2"), tmp_path / "expected", head_map("gpt2", "mixed"))
-    convert_heads(parent, tmp_path / "child", head_map("gpt2", "mixed"))
-    loaded = [logits(regroup.load(tmp_path / folder), "gpt2") for folder in ("child", "expected")]
+    convert_heads(original, tmp_path / "result", head_map("gpt2", "mixed"))
+    loaded = [logits(regroup.load(tmp_path / folder), "gpt2") for folder in ("result", "expected")]
     assert torch.equal(*loaded)
 
 

@@ -58,16 +58,16 @@ def answers(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("as_falcon", [False, True])
 @pytest.mark.parametrize("sort", SORTS)
-def test_old_falcon_is_read_and_written_anew(sort: str, as_falcon: bool, tmp_path: Path) -> None:
+def test_old_falcon_is_read_and_rewritten(sort: str, as_falcon: bool, tmp_path: Path) -> None:
     model, folder, old = made(sort, tmp_path / "in")
     if as_falcon:  # what a user would do who sets the model_type back
         old = {**old, "model_type": "falcon"}
         (folder / "config.json").write_text(json.dumps(old))
     H, G = 6, SORTS[sort][2]
-    for told in (detect(old), detect(old, regroup.open_checkpoint(folder).tensors)):
-        assert {(x.num_attention_heads, x.num_key_value_heads, x.head_dim) for x in told.layers} == {(H, G, 8)}
-        assert len(told.layers) == 2
-        assert told.tied_embeddings is True
+    for layout in (detect(old), detect(old, regroup.open_checkpoint(folder).tensors)):
+        assert {(x.num_attention_heads, x.num_key_value_heads, x.head_dim) for x in layout.layers} == {(H, G, 8)}
+        assert len(layout.layers) == 2
+        assert layout.tied_embeddings is True
     expected = answers(model)
     assert torch.equal(answers(regroup.load(folder)), expected)
     regroup.convert(folder, tmp_path / "out", kv_heads=G, method="mean")

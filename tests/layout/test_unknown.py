@@ -43,7 +43,7 @@ def said(config: dict[str, Any]) -> RegroupError:
     return error.value
 
 
-def test_no_type_of_transformers_is_told_what_it_is_not() -> None:
+def test_every_type_of_transformers_is_described_correctly() -> None:
     wrong = []
     for model_type in TYPES:
         sort = sort_of({"model_type": model_type}, FAMILIES)

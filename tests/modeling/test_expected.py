@@ -242,7 +242,7 @@ def test_the_table_in_t5_cross_attention_that_no_class_reads_is_kept(family: str
         ("m2m_100", "model.encoder.embed_positions.weights"),
     ],
 )
-def test_what_old_files_hold_besides_is_accepted(family: str, legacy: str, saved: Saved) -> None:
+def test_other_tensors_of_old_files_are_accepted(family: str, legacy: str, saved: Saved) -> None:
     folder = saved(family)
     check_loadable(config_of(folder), {**entries(folder), legacy: Entry("F32", (1,))}, folder)
 
@@ -320,9 +320,9 @@ def test_settings_for_generation_that_do_not_load_are_refused(text: str, saved: 
 def gap(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An original and a converted model, whole and with a feed-forward tensor less, and text."""
     folder = tmp_path_factory.mktemp("gap")
-    parent, child = runs.pair(folder)
+    original, result = runs.pair(folder)
     runs.text(folder)
-    for whole in (parent, child):
+    for whole in (original, result):
         broken = copy(whole, whole.with_name(f"{whole.name}-gap"))
         state = tensors(whole)
         del state[UP]
@@ -336,21 +336,21 @@ def gap(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def commands(folder: Path, parent: str, child: str, out: Path) -> dict[str, list[object]]:
+def commands(folder: Path, original: str, result: str, out: Path) -> dict[str, list[object]]:
     text = folder / "held-out.txt"
     calibration = ("--calibration", text, "--calibration-window", 16, "--calibration-tokens", 256)
     return {
-        "convert": ["convert", folder / parent, out, "--kv-heads", 2, "--method", "mean"],
-        "dry run": ["convert", folder / parent, out, "--kv-heads", 2, "--method", "mean", "--dry-run"],
-        "calibrate": ["convert", folder / parent, out, "--kv-heads", 2, *calibration],
-        "plan": ["plan", folder / parent, "-o", out, "--kv-budget", "50%", *calibration],
-        "evaluate": ["evaluate", folder / parent, "--data", text, "--window", 16],
-        "teacher": ["evaluate", folder / "child", "--teacher", folder / parent, "--data", text, "--window", 16],
-        "verify": ["verify", folder / parent, folder / "child"],
-        "export": ["export", folder / child, out, "--to", "hf", "--no-check"],
-        "gguf": ["export", folder / child, out.with_suffix(".gguf"), "--to", "gguf", "--no-check"],
-        "uptrain": ["uptrain", folder / child, "--data", text, "--steps", 1, "--window", 16, "-o", out],
-        "bench": ["bench", "decode", folder / parent, "--kv-heads", 6, "--prompt", 4, "--new", 2, "--batch", 1],
+        "convert": ["convert", folder / original, out, "--kv-heads", 2, "--method", "mean"],
+        "dry run": ["convert", folder / original, out, "--kv-heads", 2, "--method", "mean", "--dry-run"],
+        "calibrate": ["convert", folder / original, out, "--kv-heads", 2, *calibration],
+        "plan": ["plan", folder / original, "-o", out, "--kv-budget", "50%", *calibration],
+        "evaluate": ["evaluate", folder / original, "--data", text, "--window", 16],
+        "teacher": ["evaluate", folder / "child", "--teacher", folder / original, "--data", text, "--window", 16],
+        "verify": ["verify", folder / original, folder / "child"],
+        "export": ["export", folder / result, out, "--to", "hf", "--no-check"],
+        "gguf": ["export", folder / result, out.with_suffix(".gguf"), "--to", "gguf", "--no-check"],
+        "uptrain": ["uptrain", folder / result, "--data", text, "--steps", 1, "--window", 16, "-o", out],
+        "bench": ["bench", "decode", folder / original, "--kv-heads", 6, "--prompt", 4, "--new", 2, "--batch", 1],
     }
 
 

@@ -1,4 +1,4 @@
-"""Grouped classes against their stock parents, for every family, and their way to disk and back."""
+"""Grouped classes against their stock original models, for every family, and their way to disk and back."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ def head_map(name: str, kind: str) -> dict[str, int]:
 
 
 def grouped(
-    parent: PreTrainedModel,
+    original: PreTrainedModel,
     heads: dict[str, int],
     *,
     rule: naive.Rule = "mean",
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """The grouped class with the parent's weights, grouped by the naive route."""
-    stock = parent.config.to_dict() | {"architectures": [type(parent).__name__]}
+    """The grouped class with the original model's weights, grouped by the naive route."""
+    stock = original.config.to_dict() | {"architectures": [type(original).__name__]}
     raw = models.grouped_config(stock, heads)
-    config = type(parent.config).from_dict(raw)
+    config = type(original.config).from_dict(raw)
     config._attn_implementation = attn_implementation
     model = getattr(modeling_regroup, raw["architectures"][0])(config)
     head: Any = model.get_output_embeddings()
-    parent_head: Any = parent.get_output_embeddings()
-    if parent_head.weight is not parent.get_input_embeddings().weight:
+    original_head: Any = original.get_output_embeddings()
+    if original_head.weight is not original.get_input_embeddings().weight:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    model.load_state_dict(naive.group_state_dict(parent, heads, rule))
+    model.load_state_dict(naive.group_state_dict(original, heads, rule))
     return model.eval()
 
 
@@ -74,27 +74,27 @@ def assert_same(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> No
 
 @pytest.mark.parametrize("kind", ["all", "some", "one", "mixed"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_parent_with_equal_heads_in_each_group_loses_nothing(name: str, kind: str) -> None:
+def test_original_with_equal_heads_in_each_group_loses_nothing(name: str, kind: str) -> None:
     heads, arguments = head_map(name, kind), tiny.inputs(name, 2, 9)
-    parent = tiny.build(name)
-    untied = logits(parent, arguments)
+    original = tiny.build(name)
+    untied = logits(original, arguments)
     if kind != "all":
-        assert (logits(grouped(parent, heads), arguments) - untied).abs().max() > 1e-3
-    naive.tie_groups(parent, heads)
-    expected = logits(parent, arguments)
+        assert (logits(grouped(original, heads), arguments) - untied).abs().max() > 1e-3
+    naive.tie_groups(original, heads)
+    expected = logits(original, arguments)
     for rule in ("mean", "first"):
-        assert_same(logits(grouped(parent, heads, rule=rule), arguments), expected)
+        assert_same(logits(grouped(original, heads, rule=rule), arguments), expected)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_eager_and_sdpa_agree(name: str) -> None:
     heads, arguments = head_map(name, "mixed"), tiny.inputs(name, 2, 9)
-    parent = tiny.build(name, attn_implementation="eager")
-    naive.tie_groups(parent, heads)
-    eager = logits(grouped(parent, heads, attn_implementation="eager"), arguments)
-    assert_same(eager, logits(parent, arguments))
+    original = tiny.build(name, attn_implementation="eager")
+    naive.tie_groups(original, heads)
+    eager = logits(grouped(original, heads, attn_implementation="eager"), arguments)
+    assert_same(eager, logits(original, arguments))
     if name not in EAGER_ONLY | STOCK_EAGER_DIFFERS:
-        assert_same(logits(grouped(parent, heads, attn_implementation="sdpa"), arguments), eager)
+        assert_same(logits(grouped(original, heads, attn_implementation="sdpa"), arguments), eager)
 
 
 def cached_heads(cache: Any, name: str) -> dict[str, int]:
@@ -191,20 +191,20 @@ def generate(model: PreTrainedModel, arguments: dict[str, Tensor], **kwargs: Any
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_greedy_generation_equals_the_tied_parent(name: str) -> None:
+def test_greedy_generation_equals_the_tied_original(name: str) -> None:
     heads, arguments = head_map(name, "mixed"), tiny.inputs(name, 2, 5)
-    parent = tiny.build(name)
-    naive.tie_groups(parent, heads)
-    assert torch.equal(generate(grouped(parent, heads), arguments), generate(parent, arguments))
+    original = tiny.build(name)
+    naive.tie_groups(original, heads)
+    assert torch.equal(generate(grouped(original, heads), arguments), generate(original, arguments))
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "bart", "whisper", "falcon_alibi", "gpt2"])
-def test_beam_search_equals_the_tied_parent(name: str) -> None:
+def test_beam_search_equals_the_tied_original(name: str) -> None:
     heads, arguments = head_map(name, "mixed"), tiny.inputs(name, 2, 5)
-    parent = tiny.build(name)
-    naive.tie_groups(parent, heads)
-    expected = generate(parent, arguments, num_beams=3)
-    assert torch.equal(generate(grouped(parent, heads), arguments, num_beams=3), expected)
+    original = tiny.build(name)
+    naive.tie_groups(original, heads)
+    expected = generate(original, arguments, num_beams=3)
+    assert torch.equal(generate(grouped(original, heads), arguments, num_beams=3), expected)
 
 
 @pytest.mark.parametrize("name", ["t5", "umt5", "bart", "whisper", "opt", "gpt_neox", "bloom", "falcon"])

@@ -25,10 +25,10 @@ PLAIN = {"GenerationConfig", "PreTrainedConfig"}
 def trap(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint each of whose parts asks for code that leaves a mark, and text."""
     folder = tmp_path_factory.mktemp("trap")
-    parent, child = runs.pair(folder)
+    original, converted = runs.pair(folder)
     runs.text(folder)
     code = f"open({str(folder / 'MARK')!r}, 'a').close()\n"
-    for name in (parent, child):
+    for name in (original, converted):
         edit_json(name / "config.json", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
         edit_json(name / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}, tokenizer_class="T")
         (name / "custom_generate").mkdir()
@@ -38,19 +38,32 @@ def trap(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def commands(folder: Path, out: Path) -> dict[str, list[object]]:
-    parent, child, text = folder / "parent", folder / "child", folder / "held-out.txt"
+    original, converted, text = folder / "parent", folder / "child", folder / "held-out.txt"
     calibration = ("--calibration", text, "--calibration-window", 16, "--calibration-tokens", 256)
     return {
-        "inspect": ["inspect", parent],
-        "convert": ["convert", parent, out, "--kv-heads", 2, "--method", "mean"],
-        "calibrate": ["convert", parent, out, "--kv-heads", 2, *calibration],
-        "plan": ["plan", parent, "-o", out, "--kv-budget", "50%", *calibration],
-        "evaluate": ["evaluate", parent, "--data", text, "--window", 16],
-        "teacher": ["evaluate", child, "--teacher", parent, "--data", text, "--window", 16],
-        "verify": ["verify", parent, child],
-        "export": ["export", child, out, "--to", "hf", "--expand"],
-        "gguf": ["export", child, out.with_suffix(".gguf"), "--to", "gguf"],
-        "uptrain": ["uptrain", child, "--teacher", parent, "--data", text, "--steps", 1, "--window", 16, "-o", out],
+        "inspect": ["inspect", original],
+        "convert": ["convert", original, out, "--kv-heads", 2, "--method", "mean"],
+        "calibrate": ["convert", original, out, "--kv-heads", 2, *calibration],
+        "plan": ["plan", original, "-o", out, "--kv-budget", "50%", *calibration],
+        "evaluate": ["evaluate", original, "--data", text, "--window", 16],
+        "teacher": ["evaluate", converted, "--teacher", original, "--data", text, "--window", 16],
+        "verify": ["verify", original, converted],
+        "export": ["export", converted, out, "--to", "hf", "--expand"],
+        "gguf": ["export", converted, out.with_suffix(".gguf"), "--to", "gguf"],
+        "uptrain": [
+            "uptrain",
+            converted,
+            "--teacher",
+            original,
+            "--data",
+            text,
+            "--steps",
+            1,
+            "--window",
+            16,
+            "-o",
+            out,
+        ],
     }
 
 

@@ -1,4 +1,4 @@
-"""The files that travel with a checkpoint's weights: tokenizer, generation config and whatever else lies there."""
+"""The files that are copied with a checkpoint's weights: tokenizer, generation config and all others in its folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import RegroupError
 from ..files import kind_of
 
-# Weights in other formats describe the parent and would contradict the child; caches and version control are noise.
+# Weights in other formats are the original model's, not the converted one's; caches and version control are noise.
 _LEFT_BEHIND = (
     ".safetensors",
     ".bin",
@@ -55,7 +55,7 @@ def _refuse_special(path: Path) -> None:
         ) from error
     if kind not in ("a file", "a folder", "nothing"):
         raise RegroupError(
-            "a name in the checkpoint's folder stands for something that is no file",
+            "the checkpoint's folder holds something that is not a file",
             file=path,
             expected="a file",
             got=kind,
@@ -64,7 +64,7 @@ def _refuse_special(path: Path) -> None:
 
 
 def companion_files(folder: Path) -> Iterator[Path]:
-    """Paths, relative to the folder, of the files that travel with the weights.
+    """Paths, relative to the folder, of the files that are copied with the weights.
 
     Raises:
         RegroupError: a link points out of the folder, or something is neither a file nor a folder.

@@ -1,8 +1,8 @@
 """What a folder holds that is no plain checkpoint: an adapter, quantised weights, a wrapped model, another format.
 
-All of it is told by the files beside the weights and by the names and dtypes of tensors. transformers would load some
-of it as another model than its plain weights are, and some of it as a model of random weights; so it is refused, and
-the refusal says what it is and what makes a plain checkpoint of it.
+It is recognised by the files next to the weights and by the names and dtypes of tensors. transformers would load some
+of it as a different model, and some with random weights. The error says what it is and how to make a plain checkpoint
+of it.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ _WRAPPERS = (
         "language_model.",
         "a model of text and images or sound, whose text model this is",
         "save the text model alone: its tensors without the prefix (`model.language_model.` becomes `model.`) and none "
-        "of the others, beside its `text_config` as config.json",
+        "of the others, with its `text_config` as config.json",
     ),
 )
 
-# Names that quantised checkpoints give to what stands beside, or in place of, a weight: (pattern, by what).
+# Names of tensors that quantised checkpoints have with, or instead of, a weight: (pattern, method).
 _QUANTISERS = (
     (re.compile(r"\.(qweight|qzeros|g_idx)$"), "GPTQ or AWQ"),
     (re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB)$|\.quant_state\."), "bitsandbytes"),
@@ -110,9 +110,9 @@ _FOREIGN = (
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Refuse a folder with an adapter in it, alone or beside full weights.
+    """Refuse a folder with an adapter in it, alone or next to full weights.
 
-    With peft installed, transformers loads full weights together with the adapter beside them: the weights alone are
+    With peft installed, transformers loads full weights together with the adapter next to them: the weights alone are
     another model, and the adapter does not fit heads that were merged.
 
     Raises:
@@ -129,7 +129,7 @@ def refuse_adapter(folder: Path) -> None:
     kind, base = found.get("peft_type", "of unknown kind"), found.get("base_model_name_or_path")
     full = any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
     raise RegroupError(
-        "an adapter lies beside the weights" if full else "this is an adapter, not a model",
+        "the folder holds an adapter next to the weights" if full else "this is an adapter, not a model",
         file=file,
         expected="a checkpoint without an adapter",
         got=f"an adapter ({kind})" + (f" for {base}" if base else ""),
@@ -144,12 +144,12 @@ def refuse_other_forms(folder: Path | None, config: Mapping[str, Any], tensors: 
     """Refuse weights that are quantised, wrapped or unmerged.
 
     Args:
-        folder: where they lie, for the files beside them; None for a hub repository of which headers alone are known.
+        folder: of the weights, for the other files in it; None for a hub repository of which only headers are known.
         config: the parsed config.json.
         tensors: name to dtype and shape.
 
     Raises:
-        RegroupError: naming what it is, by what it was told, and what to do.
+        RegroupError: what it is, how it was recognised, and what to do.
     """
     _refuse_unmerged(folder, tensors)
     _refuse_quantised(folder, config, tensors)
@@ -179,7 +179,7 @@ def _refuse_unmerged(folder: Path | None, tensors: Mapping[str, TensorEntry]) ->
             file=folder,
             tensor=found,
             expected="the plain weights of a model",
-            got="peft's parts beside them (such as base_layer, lora_A and lora_B)",
+            got="peft's parameters (such as base_layer, lora_A and lora_B)",
             remedy="merge it first: load it with peft as it was trained, call `merge_and_unload()`, then "
             "`save_pretrained` into a new folder",
         )

@@ -1,4 +1,4 @@
-"""GGUF files, read as what a stranger may have written: every count is held against the file before it is believed.
+"""GGUF files, read as untrusted: every count is compared with the size of the file before it is used.
 
 The format is described in ggml's docs/gguf.md. Sizes of quantised blocks and their unpacking are the gguf library's.
 """
@@ -78,6 +78,50 @@ class GGUFFile:
         """How many weights there are in the file."""
         return sum(tensor.parameters for tensor in self.tensors.values())
 
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the architecture.
+
+        Raises:
+            RegroupError: the file names none.
+        """
+        found = self.values.get("general.architecture")
+        if not isinstance(found, str):
+            raise self._impossible("general.architecture", "a name", found)
+        return found
+
+    def numbers(self, key: str, default: Any = None, *, least: int = 0, most: int = 2**31 - 1) -> int | list[int]:
+        """A whole number of the architecture, or a list with one per layer.
+
+        Raises:
+            RegroupError: it is missing, not whole or out of range.
+        """
+        value = self.values.get(f"{self.architecture}.{key}", default)
+        value = value.tolist() if isinstance(value, np.ndarray) else value
+        listed = value if isinstance(value, list) else [value]
+        if not listed or not all(type(number) is int and least <= number <= most for number in listed):
+            raise self.impossible(key, f"a whole number from {least} to {most}", value)
+        return value
+
+    def number(self, key: str, default: Any = None, *, least: int = 0, most: int = 2**31 - 1) -> int:
+        """A whole number of the architecture that holds for all layers; see ``numbers``."""
+        value = self.numbers(key, default, least=least, most=most)
+        if isinstance(value, list):
+            raise self.impossible(key, "one number for all layers", value)
+        return value
+
+    def impossible(self, key: str, expected: object, got: object) -> RegroupError:
+        """The error for a value of the architecture that is missing or impossible."""
+        return self._impossible(f"{self.architecture}.{key}", expected, got)
+
+    def _impossible(self, key: str, expected: object, got: object) -> RegroupError:
+        return RegroupError(
+            "the GGUF header lacks a value that is needed, or has an impossible one",
+            file=self.path,
+            expected=f"{key}: {expected}",
+            got=str(got)[:80],
+        )
+
     def dtype_of(self, name: str) -> torch.dtype | None:
         """The dtype of a tensor; None where it is quantised."""
         from .dtypes import TORCH_DTYPES
@@ -109,7 +153,7 @@ class GGUFFile:
             values = dequantize(rows, GGMLQuantizationType[tensor.kind])
         except NotImplementedError as error:
             raise RegroupError(
-                "tensors that are stored in this way are not unpacked here",
+                "tensors of this type cannot be dequantised",
                 file=self.path,
                 tensor=name,
                 got=tensor.kind,
@@ -157,7 +201,9 @@ def read_gguf(path: Path) -> GGUFFile:
         status = regular(path)
         with path.open("rb") as file:
             if status.st_size < 24 or file.read(4) != _MAGIC:
-                raise RegroupError("this is no GGUF file, or one cut short", file=path, expected="a file with a header")
+                raise RegroupError(
+                    "this is not a GGUF file, or it is truncated", file=path, expected="a file with a header"
+                )
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 found = _Header(path, data).read()
     except OSError as error:
@@ -295,9 +341,9 @@ class _Header:
         return self.data[start:end]
 
     def check_count(self, what: str, count: int, least: int, most: int) -> None:
-        room = min(most, (len(self.data) - self.position) // least)
-        if count > room:
-            raise self.damaged(f"more {what} than the file holds", f"at most {room}", count)
+        limit = min(most, (len(self.data) - self.position) // least)
+        if count > limit:
+            raise self.damaged(f"more {what} than the file holds", f"at most {limit}", count)
 
     def damaged(self, what: str, expected: object, got: object) -> RegroupError:
         return RegroupError(
@@ -305,7 +351,7 @@ class _Header:
             file=self.path,
             expected=expected,
             got=got if isinstance(got, int) else str(got)[:200],
-            remedy="download it again, or make it anew",
+            remedy="download or create it again",
         )
 
 

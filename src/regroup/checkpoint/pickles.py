@@ -1,4 +1,4 @@
-"""Pickled weights, for those who insist: one copy as safetensors, made with torch's restricted unpickler."""
+"""Copy pickled weights to safetensors, with torch's restricted unpickler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..errors import RegroupError
 from .companions import companion_files
 from .header import missing_shard, refuse_pointer
-from .reader import INDEX_FILE, SINGLE_FILE, read_json
+from .reader import INDEX_FILE, SINGLE_FILE, indexed_files, read_json
 from .writer import save_tensors
 
 if TYPE_CHECKING:
@@ -34,19 +34,7 @@ def pickled_files(folder: Path) -> list[Path]:
     if (folder / SINGLE_FILE).exists() or (folder / INDEX_FILE).exists():
         return []
     if (folder / _INDEX).exists():
-        weight_map = read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise RegroupError("an index file has no weight map", file=folder / _INDEX)
-        for tensor, name in weight_map.items():
-            if not isinstance(name, str) or name != Path(name).name or not name or "\0" in name:
-                raise RegroupError(
-                    "an index file points outside its folder",
-                    file=folder / _INDEX,
-                    tensor=tensor,
-                    expected="the plain name of a file in the same folder",
-                    got=repr(name)[:200],
-                )
-        return [folder / name for name in sorted(set(weight_map.values()))]
+        return [folder / name for name in indexed_files(folder / _INDEX, read_json(folder / _INDEX), suffix="")]
     return [folder / _SINGLE] if (folder / _SINGLE).exists() else []
 
 
@@ -94,7 +82,7 @@ def unpickle(folder: Path, copy: Path, tied: Sequence[tuple[str, str]] = ()) -> 
         # The names that other tools look for.
         name = SINGLE_FILE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         save_tensors(tensors, copy / name, {"format": "pt"})
-        # The copy is as old as what it was made of, so that a conversion can be gone on with.
+        # The copy has the original's time of change, so that a conversion can be resumed.
         status = path.stat()
         os.utime(copy / name, ns=(status.st_atime_ns, status.st_mtime_ns))
         weight_map |= dict.fromkeys(tensors, name)

@@ -1,4 +1,4 @@
-"""A checkpoint folder: its config, where each tensor lies, and the files that travel with the weights."""
+"""A checkpoint folder: its config, the place of each tensor, and the files that are copied with the weights."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Checkpoint:
         """
         file = self._file_of[tensor]
         entry = self.shards[file][tensor]
-        buffer = _room(entry.nbytes, self.folder / file, tensor)
+        buffer = _allocate(entry.nbytes, self.folder / file, tensor)
         view = buffer.numpy().data
         with unreadable(self.folder / file, tensor), (self.folder / file).open("rb", buffering=0) as stream:
             done = 0
@@ -148,7 +148,7 @@ class Checkpoint:
             )
 
     def companions(self) -> Iterator[Path]:
-        """The files that belong to the child too (see ``companion_files``)."""
+        """The files that are copied to a converted model (see ``companion_files``)."""
         return companion_files(self.folder)
 
 
@@ -207,7 +207,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     named = config.get("transformers_weights")
     if named not in (None, SINGLE_FILE, INDEX_FILE):
         raise RegroupError(
-            "the config names a weights file of its own, which transformers alone would read",
+            "the config names a weights file of its own, which only transformers would read",
             file=folder / "config.json",
             expected=f"{SINGLE_FILE} or {INDEX_FILE}",
             got=f"transformers_weights: {named!r}"[:200],
@@ -216,10 +216,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     single, index_path = folder / SINGLE_FILE, folder / INDEX_FILE
     index = read_json(index_path) if index_path.exists() else None
     if index is not None:
-        files = _indexed_files(index_path, index)
+        files = indexed_files(index_path, index)
         if single.exists() and files != [SINGLE_FILE]:
             raise RegroupError(
-                "the folder holds two sets of weights, and transformers reads the one, other tools the other",
+                "the folder holds two sets of weights, and programs differ in which one they read",
                 file=single,
                 expected=f"{SINGLE_FILE} or {INDEX_FILE}, not both",
                 got=f"{SINGLE_FILE}, and an index of {', '.join(files[:3])}",
@@ -250,7 +250,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _room(nbytes: int, file: Path, tensor: str) -> torch.Tensor:
+def _allocate(nbytes: int, file: Path, tensor: str) -> torch.Tensor:
     """Memory for a tensor. A header can announce more than a machine has, in a file that is mostly a hole."""
     import torch
 
@@ -270,18 +270,23 @@ def _room(nbytes: int, file: Path, tensor: str) -> torch.Tensor:
         ) from error
 
 
-def _indexed_files(path: Path, index: dict[str, Any]) -> list[str]:
+def indexed_files(path: Path, index: dict[str, Any], suffix: str = ".safetensors") -> list[str]:
+    """The names of the files of an index.
+
+    Raises:
+        RegroupError: it has no weight map, or names a file outside its folder or without the suffix.
+    """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise RegroupError("an index file has no weight map", file=path, expected='{"weight_map": {tensor: file}}')
     for tensor, name in weight_map.items():
-        plain = isinstance(name, str) and name == Path(name).name and not name.startswith(".")
-        if not plain or not name.endswith(".safetensors"):
+        plain = isinstance(name, str) and name == Path(name).name and not name.startswith(".") and "\0" not in name
+        if not plain or not name or not name.endswith(suffix):
             raise RegroupError(
                 "an index file points outside its folder or at a file of another kind",
                 file=path,
                 tensor=tensor,
-                expected="the plain name of a .safetensors file in the same folder",
+                expected=f"the plain name of a file in the same folder{f', ending in {suffix}' if suffix else ''}",
                 got=repr(name)[:200],
                 remedy="correct the index, or download the checkpoint again",
             )

@@ -132,7 +132,7 @@ def _unreachable(source: str, error: Exception) -> RegroupError:
 def fingerprint(folder: Path) -> str:
     """Tells checkpoints apart: config, and of each weight file its header and both ends of every tensor.
 
-    Two conversions of one parent may differ in tensors in the middle of a file alone.
+    Two conversions of one model may differ only in tensors in the middle of a file.
 
     Raises:
         RegroupError: a file cannot be read.

@@ -1,8 +1,7 @@
-"""Hidden folders: one that becomes the destination when it is complete, and scratch that does not outlive its use.
+"""Hidden folders: one that becomes the destination when it is complete, and temporary ones.
 
-Whoever works on a hidden folder holds a lock on it, which the system lets go of when a process dies, however it dies:
-a folder without a lock was left by a run that was killed outright. Folders of other users are left alone: what is in
-them is theirs to change.
+A run locks its hidden folder, and the system releases the lock when the process ends in any way: a folder without a
+lock was left by a run that was killed. Folders of other users are left alone.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ def staged_folder(
     adopt: Callable[[Path], bool] | None = None,
     keep: Callable[[], bool] | None = None,
 ) -> Iterator[Path]:
-    """A hidden folder beside ``destination`` that becomes it, by one rename, when the block ends well.
+    """A hidden folder next to ``destination`` that is renamed to it when the block succeeds.
 
-    Whatever goes wrong, Ctrl-C included, removes it, unless it is worth keeping. A run that was killed outright leaves
-    the hidden folder behind; the next run to the same destination resumes in it or removes it.
+    Any error, Ctrl-C included, removes it, unless ``keep`` says otherwise. A run that was killed leaves the hidden
+    folder behind; the next run to the same destination resumes in it or removes it.
 
     Args:
         destination: does not exist yet.
-        adopt: asked about each folder that a killed run left, until it says True: that one is the stage then, with
-            whatever ``adopt`` left in it.
-        keep: asked on Ctrl-C whether what is in the folder is worth keeping for the next run.
+        adopt: called with each folder that a killed run left, until it returns True: that folder is used, with what
+            ``adopt`` left in it.
+        keep: called on Ctrl-C: True keeps the folder for the next run.
 
     Raises:
         RegroupError: the disk is full, or the system refuses to read or to write.
@@ -79,7 +78,7 @@ def staged_folder(
 
 @contextlib.contextmanager
 def staged_file(destination: Path) -> Iterator[Path]:
-    """A file in a hidden folder beside ``destination`` that becomes it when the block ends well (``staged_folder``).
+    """A file in a hidden folder next to ``destination`` that becomes it when the block succeeds (``staged_folder``).
 
     Raises:
         RegroupError: the destination appeared meanwhile, the disk is full, or the system refuses to read or to write.
@@ -96,7 +95,7 @@ def staged_file(destination: Path) -> Iterator[Path]:
 
 
 def _place(made: Path, destination: Path) -> None:
-    """Give a file its name, which nothing may have yet."""
+    """Rename a file to a name that does not exist yet."""
     try:
         os.link(made, destination)  # unlike a rename, it replaces nothing
     except OSError as error:
@@ -126,7 +125,7 @@ def _confirm(destination: Path) -> None:
 
 @contextlib.contextmanager
 def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A hidden folder for what a run needs while it lasts; those that killed runs left beside it go first.
+    """A hidden temporary folder for one run; those that killed runs left next to it are removed first.
 
     Args:
         parent: on a disk with enough room; made for as long if it is not there.
@@ -250,7 +249,7 @@ def _refusal(error: OSError, destination: Path) -> RegroupError:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Let a second, impatient Ctrl-C, SIGTERM or SIGHUP wait: half a clean-up is what it would leave behind."""
+    """Ignore a second Ctrl-C, SIGTERM or SIGHUP, which would interrupt the clean-up."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -200,7 +200,7 @@ def check_destination(destination: Path, source: Path | None, nbytes: int) -> No
                 "the destination lies inside the source",
                 file=destination,
                 expected=f"a folder outside {source}",
-                remedy="choose a destination beside the source",
+                remedy="choose a destination next to the source",
             )
     parent = existing_parent(destination)
     if not os.access(parent, os.W_OK):

@@ -57,4 +57,4 @@ def export(
     if done.checked is not None:
         err.label("checked", "green", f"with {done.checked}")
     else:
-        err.label("not checked:", "yellow", done.unchecked or "")
+        err.label("not checked:", "yellow", "--no-check")

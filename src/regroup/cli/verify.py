@@ -53,12 +53,12 @@ def verify(
         listener=ConsoleListener(),
     )
     marks = {True: ("✓", "green"), False: ("✗", "red"), None: ("–", "")}
-    for check in record["results"]["promises"]:
-        out.label(*marks[check["held"]], f"{check['name']}: {check['detail']}")
+    for check in record["results"]["checks"]:
+        out.label(*marks[check["passed"]], f"{check['name']}: {check['detail']}")
     if output is not None:
         write_record(output, record)
         err.print(f"wrote {output}")
-    passed = record["results"]["verdict"] == "kept"
+    passed = record["results"]["verdict"] == "passed"
     out.label(*(("all checks passed", "bold green") if passed else ("a check failed", "bold red")))
     if not passed:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Whether what was exported answers as its source does: both are loaded, one after the other, and compared."""
+"""Compare the logits of an export with its source's; one model is loaded at a time."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from ..opening import Source
 from ..solver.rewrite import Change
 
 ROWS, LENGTH = 2, 16
-# Of the largest logit. Float32 sums in another order differ by about 1e-6 of it; one head in a wrong place by 1e-1.
+# Relative to the largest logit: float32 sums in another order differ by about 1e-6, a misplaced head by 1e-1.
 TOLERANCE = 1e-3
 
 
 def check_memory(source: Path, parameters: int, vocabulary: int, listener: Listener) -> None:
-    """Say what a comparison takes, and refuse one that would not fit, before anything is written.
+    """Report the memory of a comparison, and refuse one that would not fit, before anything is written.
 
     Args:
         source: what is exported, for the message.
         parameters: of the source or of the result, whichever has more.
-        vocabulary: as many logits does each of ``ROWS`` · ``LENGTH`` positions have.
-        listener: told of the bytes that it takes: one model in float32, and three times its logits.
+        vocabulary: number of logits at each of ``ROWS`` · ``LENGTH`` positions.
+        listener: gets the bytes that it takes: one model in float32, and three times its logits.
 
     Raises:
         RegroupError: it needs more than is free.
@@ -47,12 +47,12 @@ def check_memory(source: Path, parameters: int, vocabulary: int, listener: Liste
 
 
 def check_length(opened: Source) -> int:
-    """Positions that a check runs over: at most a window's, so that engines without windows answer alike."""
+    """Length of the compared sequences: at most a window, so that engines without windows compute the same."""
     return min([LENGTH, *(layer.window for layer in opened.layout.layers if layer.window is not None)])
 
 
 def expect_memory(opened: Source, changed: Mapping[str, Change], listener: Listener) -> None:
-    """Say what memory the check at the end takes, from the headers (see ``check_memory``)."""
+    """Report the memory of the comparison at the end, from headers (see ``check_memory``)."""
     tensors = opened.checkpoint.tensors
     parameters = sum(math.prod((changed.get(name) or entry).shape) for name, entry in tensors.items())
     check_memory(opened.folder, parameters, opened.checkpoint.config.get("vocab_size", 0), listener)
@@ -60,14 +60,14 @@ def expect_memory(opened: Source, changed: Mapping[str, Change], listener: Liste
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared, and how far apart it was.
+    """The result of a comparison of logits.
 
     Attributes:
         loader: what loaded the result, with its version.
         positions: how many positions' logits were compared.
         largest: the largest difference between two logits.
         scale: the largest logit of the source.
-        text: what was compared beside logits, for people; empty for nothing.
+        text: what else was compared, in words; may be empty.
     """
 
     loader: str
@@ -130,10 +130,10 @@ def compare(source: Tensor, made: Tensor, loader: str, *, tolerance: float = TOL
     """
     difference = (source - made).abs()
     largest, scale = float(difference.max()), float(source.abs().max())
-    # Written so that numbers that are none fail.
+    # In this form NaN fails.
     if not largest <= tolerance * scale:
         raise RegroupError(
-            "the exported model does not answer as its source does; nothing was written",
+            "the exported model's output differs from its source's; nothing was written",
             expected=f"logits within {tolerance:g} of the largest, {scale:.4g}",
             got=f"{largest:.4g} apart, loaded with {loader}",
             remedy="please report it with the checkpoint's config.json",

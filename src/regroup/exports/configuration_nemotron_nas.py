@@ -1,7 +1,7 @@
 """The config class that a checkpoint in the Nemotron-NAS layout carries, so that ``AutoConfig`` reads its blocks.
 
 Serving engines reach into them by attribute (``config.block_configs[i].attention.n_heads_in_group``). This file is
-copied beside the weights and imports nothing of regroup.
+copied next to the weights and imports nothing of regroup.
 """
 
 from __future__ import annotations

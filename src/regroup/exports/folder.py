@@ -1,4 +1,4 @@
-"""A checkpoint folder in another form: same shards and files, another config, some tensors made anew."""
+"""A checkpoint folder in another form: same shards and files, another config, some tensors rewritten."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from ..writer.preview import OWN_RECORDS
 from ..writer.shards import ShardWriter, Spec, converted_index
 
 CONFIGURATION_FILE = Path(__file__).with_name("configuration_nemotron_nas.py")
-# They describe the conversion, and no longer what lies beside them once heads are repeated.
 
 
 def write_folder(
@@ -35,13 +34,13 @@ def write_folder(
     Args:
         checkpoint: that is exported.
         stage: the folder, to be renamed by the caller when everything is in it.
-        config: the new config.json; the code that it asks for (``auto_map``) is put beside it.
+        config: the new config.json; the code that it asks for (``auto_map``) is copied too.
         changed: how to make the tensors that change; the others are copied byte for byte.
         note: one sentence for the end of the model card.
         progress: called with the number of bytes just written.
     """
     for path in checkpoint.companions():
-        if changed and path.as_posix() in OWN_RECORDS:
+        if changed and path.as_posix() in OWN_RECORDS:  # they would describe other heads than these
             continue
         copy_file(checkpoint.folder / path, stage / path)
     shards = {
@@ -60,7 +59,7 @@ def write_folder(
         text = card.read_text(encoding="utf-8") if card.exists() else ""
     except UnicodeDecodeError as error:
         raise RegroupError(
-            "the parent's model card cannot be read",
+            "the source's model card cannot be read",
             file=checkpoint.folder / card.name,
             expected="UTF-8",
             got=str(error),

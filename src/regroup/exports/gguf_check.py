@@ -1,4 +1,4 @@
-"""Whether a GGUF file answers as its source does: in llama.cpp where that works, else by what can be read back."""
+"""Compare a GGUF file with its source: in llama.cpp where that works, else by reading it back."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import read_gguf
+from ..checkpoint import GGUFFile, read_gguf
 from ..errors import RegroupError
 from ..modeling import load, load_tokenizer
 from ..opening import Source
 from . import llama_cpp
 from .check import Comparison, check_length, compare, logits, model_inputs
-from .gguf_foreign import stand_in
+from .gguf_foreign import loader_logits
 from .gguf_structure import check_file
 from .gguf_texts import check_same, ids_of, texts_for
 from .gguf_tokenizer import Vocabulary
@@ -38,70 +38,58 @@ def check_gguf(
         config: the transformers config of the source.
         dtype: of the file's matrices.
         vocab: the source's tokenizer as the file has it, or None.
-        request: told of each model that has advance, and of what was not compared.
+        request: gets notes of what was not compared.
 
     Returns:
         What was compared.
 
     Raises:
-        RegroupError: the answers differ, or llama.cpp does not load the file.
+        RegroupError: the outputs differ, or llama.cpp does not load the file.
     """
     inputs = model_inputs(config, length=check_length(opened))
     tokenizer = load_tokenizer(opened.folder) if vocab is not None else None
-    texts = texts_for(tokenizer) if tokenizer is not None else []
     header = read_gguf(file)
     reason = llama_cpp.unsupported_reason(tensor.kind for tensor in header.tensors.values())
     with request.listener.comparing() as advance:
         if reason is None:
             windows = [layer.window for layer in opened.layout.layers if layer.window is not None]
             longest = min([config.max_position_embeddings, *windows])
-            said = str(_llama_cpp(opened, file, tokenizer, inputs["input_ids"], dtype, longest, advance))
-            if vocab is not None:
-                found = llama_cpp.ask(file, {"texts": texts})["ids"]
-                said += f", {_check_ids(tokenizer, vocab, texts, found, llama_cpp.version(), request)}"
-            return said
-        request.notes.append(f"logits were not compared with llama.cpp: {reason}")
-        checkpoint = opened.checkpoint
-        said = check_file(file, opened.layout, config, checkpoint.tensors, checkpoint.read, dtype)
-        if vocab is not None:
-            works = llama_cpp.unsupported_reason(()) is None
-            other = llama_cpp.version() if works else "the tokenizer that regroup makes of the file"
-            found = llama_cpp.ask(file, {"texts": texts})["ids"] if works else ids_of(tokenizer_of(header), texts)
-            said += f"; {_check_ids(tokenizer, vocab, texts, found, other, request)}, with {other}"
-        kind = config.rope_parameters.get("rope_type", "default")
-        made = stand_in(header, kind, torch.float32)
-        if made is not None:
-            found = logits(made, inputs)
-            del made  # one model at a time
-            advance(1)
-            wanted = logits(_rounded_source(opened, dtype), inputs)
-            loader = f"transformers {importlib.metadata.version('transformers')}'s GGUF loader"
-            said = f"{compare(wanted, found, loader)}; {said}"
+            compared = [str(_llama_cpp(opened, file, tokenizer, inputs["input_ids"], dtype, longest, advance))]
         else:
-            request.notes.append(
-                "logits were not compared otherwise either: nothing else here reads all of such a file"
-            )
+            request.notes.append(f"logits were not compared with llama.cpp: {reason}")
+            checkpoint = opened.checkpoint
+            compared = [check_file(file, opened.layout, config, checkpoint.tensors, checkpoint.read, dtype)]
+            found = loader_logits(header, config, torch.float32, inputs, request.notes)
             advance(1)
-        advance(1)
-    return said
+            if found is not None:
+                wanted = logits(_rounded_source(opened, dtype), inputs)
+                loader = f"transformers {importlib.metadata.version('transformers')}'s GGUF loader"
+                compared.insert(0, str(compare(wanted, found, loader)))
+            advance(1)
+    if vocab is not None:
+        compared.append(_check_ids(tokenizer, vocab, file, header, request))
+    return "; ".join(compared)
 
 
-def _check_ids(
-    tokenizer: Any, vocab: Vocabulary, texts: list[str], found: list[list[int]], other: str, request: Request
-) -> str:
-    """Token ids of texts, against what llama.cpp should make of them, where that is known to differ from the source."""
-    if not vocab.differences:
-        return check_same(texts, ids_of(tokenizer, texts), found, other)
-    made = vocab.predicted(tokenizer)
-    wanted = [made.encode(text).ids for text in texts]
-    said = check_same(texts, wanted, found, other)
+def _check_ids(tokenizer: Any, vocab: Vocabulary, file: Path, header: GGUFFile, request: Request) -> str:
+    """Token ids of texts, compared with llama.cpp's, but for differences that are known and noted."""
+    texts = texts_for(tokenizer)
+    if llama_cpp.unsupported_reason(()) is None:
+        found, other = llama_cpp.ask(file, {"texts": texts})["ids"], llama_cpp.version()
+    else:
+        found, other = ids_of(tokenizer_of(header), texts), "the tokenizer that regroup makes of the file"
     own = ids_of(tokenizer, texts)
+    if not vocab.differences:
+        return f"{check_same(texts, own, found, other)}, with {other}"
+    predicted = vocab.predicted(tokenizer)
+    wanted = [predicted.encode(text).ids for text in texts]
+    same = check_same(texts, wanted, found, other)
     differing = [text for text, a, b in zip(texts, own, wanted, strict=True) if a != b]
     request.notes.append(
         f"{len(differing)} of {len(texts)} texts get other token ids in llama.cpp than from this tokenizer"
         + (f", such as {min(differing, key=len)[:60]!r}" if differing else "")
     )
-    return f"{said}, but for the differences that are noted"
+    return f"{same}, but for the differences that are noted, with {other}"
 
 
 def _rounded_source(opened: Source, dtype: torch.dtype) -> Any:
@@ -167,7 +155,7 @@ def greedy_agreement(model: Any, prompt: list[int], made: list[int], loader: str
 def _same(what: str, wanted: object, found: object, loader: str) -> None:
     if wanted != found:
         raise RegroupError(
-            "the exported model does not answer as its source does; nothing was written",
+            "the exported model's output differs from its source's; nothing was written",
             expected=f"{what}: {str(wanted)[:200]}",
             got=f"{str(found)[:200]}, with {loader}",
             remedy="please report it with the checkpoint's config.json and tokenizer.json",

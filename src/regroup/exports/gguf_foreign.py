@@ -1,4 +1,4 @@
-"""GGUF files of other architectures, through transformers' own loader, and refused where that passes something over."""
+"""GGUF files of other architectures, by transformers' own loader; refused where that ignores a part of the file."""
 
 from __future__ import annotations
 
@@ -8,44 +8,27 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..checkpoint import GGUFFile
 from ..devices import check_fits
 from ..errors import RegroupError
-from ..modeling.silence import without_bars
+from ..modeling.silence import quiet
 from .check import logits
-from .gguf_models import FREQUENCIES
+from .gguf_models import FREQUENCIES, Model
 
-# Architectures that the loader reads right, with the biases that it takes.
-_STAND_IN: dict[str, set[str]] = {"llama": set(), "qwen2": {"attn_q", "attn_k", "attn_v"}}
-# Keys that change what attention does, and that it passes over.
+# Architectures that the loader reads correctly, with the biases that it loads.
+_LOADED_BIASES: dict[str, set[str]] = {"llama": set(), "qwen2": {"attn_q", "attn_k", "attn_v"}}
+# Keys that change attention, and that it ignores.
 _LOST_KEYS = (".rope.scaling.", ".attention.sliding_window")
 
 
-class ForeignModel:
-    """A file that transformers' loader has read as a whole."""
-
-    def __init__(self, file: GGUFFile, model: Any) -> None:
-        self.file, self.model = file, model
-        self.config: Any = model.config
-
-    def write(self, stage: Path) -> None:
-        """Save the weights; the config is written by whoever has completed it."""
-        self.model.save_pretrained(stage)
-
-    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What the loader's model answers, in float32 from here on."""
-        return logits(self.model.float(), inputs)
-
-
-def foreign_model(file: GGUFFile, dtype: torch.dtype) -> ForeignModel:
+def foreign_model(file: GGUFFile, dtype: torch.dtype) -> Model:
     """Read a file with transformers' loader.
 
     Raises:
-        RegroupError: it does not know the architecture, passes over a key or a tensor, or misses one.
+        RegroupError: it does not know the architecture, ignores a key or a tensor, or finds one missing.
     """
     _check_header(file)
     check_fits(
@@ -58,7 +41,7 @@ def foreign_model(file: GGUFFile, dtype: torch.dtype) -> ForeignModel:
     )
     try:
         model, missed = load_gguf(file.path, dtype)
-    # The loader reports what it does not like by whatever its code runs into.
+    # The loader reports problems by any error.
     except Exception as error:
         raise RegroupError(
             "transformers cannot load the GGUF file",
@@ -72,7 +55,7 @@ def foreign_model(file: GGUFFile, dtype: torch.dtype) -> ForeignModel:
     taken = sum(parameter.numel() for parameter in model.parameters())
     if taken != file.parameters:
         raise _lost(file, f"{taken} of {file.parameters} weights")
-    return ForeignModel(file, model)
+    return Model(file, model.config, {}, model)
 
 
 def _check_header(file: GGUFFile) -> None:
@@ -88,20 +71,14 @@ def _check_header(file: GGUFFile) -> None:
             remedy="start from the checkpoint that the file was made of",
         )
     for key in ("block_count", "attention.head_count", "attention.head_count_kv", "embedding_length"):
-        value = file.values.get(f"{arch}.{key}")
-        numbers = value.tolist() if isinstance(value, np.ndarray) else [value]
-        if value is not None and not all(type(n) is int and 0 < n < 2**31 for n in numbers):
-            raise RegroupError(
-                "the GGUF header has an impossible number",
-                file=file.path,
-                expected=f"{arch}.{key}: positive",
-                got=str(value)[:80],
-            )
-        if len(set(numbers)) > 1:
+        if f"{arch}.{key}" not in file.values:
+            continue
+        found = file.numbers(key, least=1)
+        if isinstance(found, list) and len(set(found)) > 1:
             raise RegroupError(
                 f"transformers reads one number for all layers from a GGUF file: {key}",
                 file=file.path,
-                got=", ".join(map(str, numbers))[:200],
+                got=", ".join(map(str, found))[:200],
                 remedy="start from the checkpoint that the file was made of",
             )
     blocks = file.values.get(f"{arch}.block_count", 0)
@@ -123,35 +100,38 @@ def _check_header(file: GGUFFile) -> None:
 
 def _lost(file: GGUFFile, what: str) -> RegroupError:
     return RegroupError(
-        "transformers does not take everything from this GGUF file",
+        "transformers ignores a part of this GGUF file",
         file=file.path,
         got=what,
         remedy="start from the checkpoint that the file was made of",
     )
 
 
-def stand_in(file: GGUFFile, rope: str, dtype: torch.dtype) -> Any:
-    """The model of a file of Llama's kind by transformers' loader; None where that passes something over.
+def loader_logits(
+    file: GGUFFile, config: Any, dtype: torch.dtype, inputs: Mapping[str, Tensor], notes: list[str]
+) -> Tensor | None:
+    """Logits of a file of Llama's kind in float32, by transformers' own loader; None where that ignores something.
 
     Args:
         file: the file's header.
-        rope: transformers' ``rope_type``.
-        dtype: of the model.
+        config: the transformers config of the model.
+        dtype: that the weights are loaded in.
+        inputs: arguments of the model.
+        notes: gets a line where the result is None.
     """
     arch = file.values["general.architecture"]
     # Without this key there are as many KV heads as query heads, and the loader leaves the file's order of rows.
     ordered = f"{arch}.attention.head_count_kv" in file.values
+    scaled = config.rope_parameters.get("rope_type", "default") != "default" or FREQUENCIES in file.tensors
     biases = {name.split(".")[-2] for name in file.tensors if name.endswith(".bias")}
-    if rope != "default" or FREQUENCIES in file.tensors or arch not in _STAND_IN or not biases <= _STAND_IN[arch]:
-        return None
-    if not ordered:
-        return None
-    try:
-        model, missed = load_gguf(file.path, dtype)
-    # A gap of the loader's is no fault of the file's, and it reports one by whatever its code runs into.
-    except Exception:
-        return None
-    return None if missed else model
+    if ordered and not scaled and arch in _LOADED_BIASES and biases <= _LOADED_BIASES[arch]:
+        # The loader reports a gap of its own, which is no fault of the file's, by any error.
+        with contextlib.suppress(Exception):
+            model, missing = load_gguf(file.path, dtype)
+            if not missing:
+                return logits(model.float(), inputs)
+    notes.append("logits were not compared otherwise either: nothing else here reads all of such a file")
+    return None
 
 
 def load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, set[str]]:
@@ -165,7 +145,7 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, set[str]]:
     # Releases before 5.20 or so unpack in any case, and have no class to say so with.
     packed = getattr(transformers, "GgufConfig", None)
     options = {} if packed is None else {"quantization_config": packed(dequantize=True)}
-    with _in_silence():
+    with quiet(), _without_bar():
         loads: Any = transformers.AutoModelForCausalLM.from_pretrained
         model, loaded = loads(
             file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options
@@ -177,19 +157,14 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, set[str]]:
 
 
 @contextlib.contextmanager
-def _in_silence() -> Iterator[None]:
-    """The loader draws a bar that its switch for bars does not reach, and warns of what is checked here."""
+def _without_bar() -> Iterator[None]:
+    """The loader draws a bar that transformers' switch for bars does not reach."""
     from transformers import modeling_gguf_pytorch_utils as loader
-    from transformers.utils import logging
 
     module: Any = loader
     bar = module.tqdm
     module.tqdm = functools.partial(bar, disable=True)
-    loudness = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        with without_bars():
-            yield
+        yield
     finally:
-        logging.set_verbosity(loudness)
         module.tqdm = bar

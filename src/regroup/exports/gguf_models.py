@@ -51,12 +51,14 @@ class Model:
     Attributes:
         file: the file.
         config: of the class.
-        names: of a tensor of the checkpoint, to the tensor of the file that it is made of.
+        names: of a tensor of the checkpoint, to the tensor of the file that it is made of; empty with
+        loaded: the model, where transformers' loader has read the whole file.
     """
 
     file: GGUFFile
     config: Any
     names: dict[str, str]
+    loaded: Any = None
 
     def read(self, name: str) -> Tensor:
         """A tensor of the checkpoint, as the file stores it or unpacked to float32."""
@@ -132,35 +134,25 @@ class _Facts:
 
     def whole(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
         """A positive number, that a list may repeat for each layer."""
-        value = self.file.values.get(f"{self.arch}.{key}", default)
-        numbers = value.tolist() if isinstance(value, np.ndarray) else [value]
-        if len(set(numbers)) > 1:
+        found = self.file.numbers(key, default, least=1, most=most)
+        if isinstance(found, int):
+            return found
+        if len(set(found)) > 1:
             raise RegroupError(
-                f"the layers of this GGUF file differ in {key}, which no stock class holds",
+                f"the layers of this GGUF file differ in {key}, which no stock class supports",
                 file=self.file.path,
-                got=", ".join(map(str, numbers))[:200],
+                got=", ".join(map(str, found))[:200],
                 remedy="start from the checkpoint that the file was made of",
             )
-        number = numbers[0] if numbers else None
-        if type(number) is not int or not 1 <= number <= most:
-            raise self.wrong(key, f"a whole number from 1 to {most}", value)
-        return number
+        return found[0]
 
     def real(self, key: str, default: float | None = None) -> float:
         value = self.file.values.get(f"{self.arch}.{key}", default)
         if type(value) not in (int, float) or not np.isfinite(value) or value <= 0:
-            raise self.wrong(key, "a positive number", value)
+            raise self.file.impossible(key, "a positive number", value)
         # As somebody wrote it: 1e-05, and not the float32 nearest to it with all its digits.
         short = float(str(np.float32(value)))
         return short if np.float32(short) == value else float(value)
-
-    def wrong(self, key: str, expected: object, got: object) -> RegroupError:
-        return RegroupError(
-            "the GGUF header lacks a value that is needed, or has an impossible one",
-            file=self.file.path,
-            expected=f"{self.arch}.{key}: {expected}",
-            got=str(got)[:80],
-        )
 
 
 def target_of(name: str) -> str | None:
@@ -202,13 +194,13 @@ def _config(facts: _Facts, names: dict[str, str]) -> Any:
     hidden, heads = facts.whole("embedding_length", most=_MOST), facts.whole("attention.head_count", most=_MOST_HEADS)
     groups = facts.whole("attention.head_count_kv", heads, most=_MOST_HEADS)
     if heads % groups:
-        raise facts.wrong("attention.head_count_kv", f"a number that divides {heads}", groups)
+        raise facts.file.impossible("attention.head_count_kv", f"a number that divides {heads}", groups)
     head_dim = facts.whole("attention.key_length", hidden // heads, most=_MOST_HEADS)
     for key in ("attention.value_length", "rope.dimension_count"):
         if facts.whole(key, head_dim) != head_dim:
-            raise facts.wrong(key, f"{head_dim}, as wide as keys", facts.whole(key))
+            raise facts.file.impossible(key, f"{head_dim}, as wide as keys", facts.whole(key))
     if head_dim % 2:
-        raise facts.wrong("attention.key_length", "an even number", head_dim)
+        raise facts.file.impossible("attention.key_length", "an even number", head_dim)
     settings: dict[str, Any] = {
         "hidden_size": hidden,
         "num_hidden_layers": facts.whole("block_count", most=_MOST_HEADS),
@@ -225,7 +217,7 @@ def _config(facts: _Facts, names: dict[str, str]) -> Any:
     }
     # A huge count would take long to build; the file is too small for it.
     if settings["num_hidden_layers"] > len(file.tensors):
-        raise facts.wrong("block_count", f"no more layers than there are tensors ({len(file.tensors)})",
+        raise facts.file.impossible("block_count", f"no more layers than there are tensors ({len(file.tensors)})",
                           settings["num_hidden_layers"])  # fmt: skip
     if arch == "llama":
         settings["attention_bias"] = any(name.endswith("_proj.bias") and "self_attn" in name for name in names)
@@ -256,10 +248,10 @@ def _rope(facts: _Facts, head_dim: int) -> dict[str, Any]:
     factor = values.get(f"{facts.arch}.rope.scaling.factor", values.get(f"{facts.arch}.rope.scale_linear", 0.0))
     scaled = kind != "none" and factor not in (0, 1)
     if kind not in ("none", "linear"):
-        raise facts.wrong("rope.scaling.type", "none or linear", kind)
+        raise facts.file.impossible("rope.scaling.type", "none or linear", kind)
     if FREQUENCIES in facts.file.tensors:
         if scaled or facts.arch != "llama":
-            raise facts.wrong("rope.scaling.type", f"none for {facts.arch}, beside {FREQUENCIES}", kind)
+            raise facts.file.impossible("rope.scaling.type", f"none for {facts.arch} with {FREQUENCIES}", kind)
         return _slowed(facts, theta, head_dim)
     if scaled:
         return {"rope_type": "linear", "rope_theta": theta, "factor": facts.real("rope.scaling.factor", float(factor))}
@@ -363,7 +355,7 @@ def _missing(file: GGUFFile, name: str) -> RegroupError:
         "this GGUF file lacks a tensor that its model needs",
         file=file.path,
         tensor=name,
-        remedy="download it again, or make it anew",
+        remedy="download or create it again",
     )
 
 

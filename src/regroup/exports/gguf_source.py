@@ -1,4 +1,4 @@
-"""A GGUF file as a source: a stock checkpoint comes of it, tensor by tensor."""
+"""From a GGUF file to a stock checkpoint, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..checkpoint import GGUFFile, ShardFile, read_gguf, staged_folder
 from ..checkpoint.dtypes import TORCH_DTYPES
@@ -16,7 +15,7 @@ from ..devices import check_fits
 from ..errors import RegroupError
 from . import llama_cpp
 from .check import TOLERANCE, check_memory, compare, folder_logits, logits, model_inputs
-from .gguf_foreign import ForeignModel, foreign_model, stand_in
+from .gguf_foreign import foreign_model, loader_logits
 from .gguf_models import CLASSES, Model, model_of, rounded
 from .gguf_structure import check_folder
 from .gguf_texts import check_against_llama_cpp, check_reloaded
@@ -34,7 +33,7 @@ def export_from_gguf(file: Path, destination: Path, request: Request) -> Exporte
     """
     if request.to != "hf" or request.expand or request.tensor_parallel is not None:
         raise RegroupError(
-            "a GGUF file is exported to a plain checkpoint alone",
+            "a GGUF file can only be exported to a plain checkpoint",
             file=file,
             expected="--to hf, without --expand or --tensor-parallel",
             got=f"--to {request.to}",
@@ -66,7 +65,7 @@ def export_from_gguf(file: Path, destination: Path, request: Request) -> Exporte
     form = f"a checkpoint of the stock {model.config.model_type} class of transformers, {str(dtype)[6:]}"
     if tokenizer is not None:
         form += f", with the file's tokenizer ({described(found)})"
-    return Exported(destination, form, checked, None if checked else "--no-check", tuple(request.notes))
+    return Exported(destination, form, checked, tuple(request.notes))
 
 
 def _check_largest(file: GGUFFile) -> None:
@@ -97,15 +96,15 @@ def _check_vocabulary(file: GGUFFile, tokenizer: Any, rows: int) -> None:
         )
 
 
-def _write(model: Model | ForeignModel, dtype: torch.dtype, stage: Path, request: Request) -> None:
-    """Weights, config and settings of generation; one tensor is in memory at a time, if the file is read here."""
+def _write(model: Model, dtype: torch.dtype, stage: Path, request: Request) -> None:
+    """Weights, config and generation settings; one tensor is in memory at a time, unless transformers read the file."""
     import transformers
 
     model.config.dtype = dtype
     model.config.save_pretrained(stage)
     transformers.GenerationConfig.from_model_config(model.config).save_pretrained(stage)
-    if isinstance(model, ForeignModel):
-        model.write(stage)
+    if model.loaded is not None:
+        model.loaded.save_pretrained(stage)
         return
     tensors = model.file.tensors
     specs = {name: (_SPELLED[dtype], tensors[source].shape) for name, source in model.names.items()}
@@ -119,50 +118,32 @@ def _write(model: Model | ForeignModel, dtype: torch.dtype, stage: Path, request
         written.close()
 
 
-def _compare(model: Model | ForeignModel, dtype: torch.dtype, stage: Path, tokenizer: Any, request: Request) -> str:
-    """Against llama.cpp where it works, which reads the file by code of its own; else what the file says, anew."""
-    file = model.file
-    inputs = model_inputs(model.config)
+def _compare(model: Model, dtype: torch.dtype, stage: Path, tokenizer: Any, request: Request) -> str:
+    """Compare with llama.cpp, which reads the file with its own code; without it, with what the file holds."""
+    file, inputs = model.file, model_inputs(model.config)
+    compared = []
     reason = llama_cpp.unsupported_reason(tensor.kind for tensor in file.tensors.values())
     with request.listener.comparing() as advance:
         if reason is None:
-            asked = {"rows": inputs["input_ids"].tolist()}
-            answer: Tensor = llama_cpp.ask(file.path, asked)["logits"]
-            advance(1)
-            found = folder_logits(stage, None)
-            advance(1)
-            loader = f"transformers {importlib.metadata.version('transformers')}, against {llama_cpp.version()}"
+            wanted = llama_cpp.ask(file.path, {"rows": inputs["input_ids"].tolist()})["logits"]
             # Whatever the file's blocks are.
-            said = str(compare(answer, found, loader, tolerance=llama_cpp.TOLERANCES[torch.bfloat16]))
-            if tokenizer is not None:
-                said += f", {check_against_llama_cpp(file.path, tokenizer)}"
-            return said
-        request.notes.append(f"logits were not compared with llama.cpp: {reason}")
-        if isinstance(model, ForeignModel):
-            wanted = model.logits(inputs)
-            advance(1)
-            found = folder_logits(stage, None)
-            advance(1)
-            loader = f"transformers {importlib.metadata.version('transformers')}, against its GGUF loader"
-            return str(compare(wanted, found, loader, tolerance=TOLERANCE))
-        said = check_folder(file.path, stage, dtype)
-        if tokenizer is not None and llama_cpp.unsupported_reason(()) is None:
-            said += f", {check_against_llama_cpp(file.path, tokenizer)}"
-        elif tokenizer is not None:
-            request.notes.append("token ids were not compared: nothing else that works here reads the file's tokenizer")
-        kind = model.config.rope_parameters["rope_type"]
-        other = stand_in(file, kind, dtype)
-        if other is not None:
-            wanted = logits(other.float(), inputs)
-            del other  # one model at a time
-            advance(1)
-            loader = f"transformers {importlib.metadata.version('transformers')}, against its GGUF loader"
-            said = f"{compare(wanted, folder_logits(stage, None), loader, tolerance=TOLERANCE)}; {said}"
+            other, tolerance = llama_cpp.version(), llama_cpp.TOLERANCES[torch.bfloat16]
         else:
-            request.notes.append(
-                "logits were not compared otherwise either: nothing else here reads all of such a file"
-            )
-            advance(1)
-            folder_logits(stage, None)
+            request.notes.append(f"logits were not compared with llama.cpp: {reason}")
+            other, tolerance = "its GGUF loader", TOLERANCE
+            if model.loaded is not None:
+                wanted = logits(model.loaded.float(), inputs)
+            else:
+                compared.append(check_folder(file.path, stage, dtype))
+                wanted = loader_logits(file, model.config, dtype, inputs, request.notes)
         advance(1)
-    return said
+        found = folder_logits(stage, None)
+        advance(1)
+    if wanted is not None:
+        loader = f"transformers {importlib.metadata.version('transformers')}, against {other}"
+        compared.insert(0, str(compare(wanted, found, loader, tolerance=tolerance)))
+    if tokenizer is not None and llama_cpp.unsupported_reason(()) is None:
+        compared.append(check_against_llama_cpp(file.path, tokenizer))
+    elif tokenizer is not None:
+        request.notes.append("token ids were not compared: nothing else that works here reads the file's tokenizer")
+    return "; ".join(compared)

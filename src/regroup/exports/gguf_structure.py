@@ -1,6 +1,6 @@
-"""What a GGUF file must hold, computed by another way than it was written: tensor by tensor and key by key.
+"""Compare a GGUF file with a checkpoint tensor by tensor and key by key, by other code than wrote it.
 
-It is read with the format's own library, rows are put in order one by one instead of by reshaping, and names are
+The file is read with the format's own library, rows are ordered one by one instead of by reshaping, and names are
 mapped by the table that the direction under test does not use.
 """
 
@@ -57,7 +57,7 @@ def _same(name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
     """Bit for bit, but for which zero and which NaN it is."""
     if found.shape != wanted.shape or found.dtype != wanted.dtype or not found.equal(wanted):
         raise RegroupError(
-            "a tensor of the result is not what its source has; nothing was written",
+            "a tensor of the result differs from its source's; nothing was written",
             tensor=name,
             expected=f"{str(wanted.dtype)[6:]} {tuple(wanted.shape)}",
             got=f"{str(found.dtype)[6:]} {tuple(found.shape)}" if found.shape != wanted.shape else "other values",
@@ -210,7 +210,7 @@ def _check_keys(
             said = [said] * count
         if said != spelled:
             raise RegroupError(
-                "the result says something else than its source; nothing was written",
+                "a setting of the result differs from its source's; nothing was written",
                 expected=f"{arch}.{key} = {value}",
                 got=said,
                 remedy="please report it with the checkpoint's config.json",

@@ -1,4 +1,4 @@
-"""llama.cpp's file: one GGUF with the weights under its names, what they are, and the tokenizer."""
+"""Write a GGUF file for llama.cpp: weights under its names, metadata and tokenizer."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 
 def export_gguf(opened: Source, destination: Path, request: Request) -> Exported:
-    """Write a checkpoint as a GGUF file and compare what llama.cpp answers with it (see ``export``).
+    """Write a checkpoint as a GGUF file and compare it with its source (see ``export``).
 
     Raises:
-        RegroupError: llama.cpp has no such layers, no such rotation or no such tokenizer, a number does not fit the
-            dtype, or the file answers otherwise than the source.
+        RegroupError: llama.cpp lacks the layers, the rotary scaling or the tokenizer, a number does not fit the dtype,
+            or the file's logits differ from the source's.
     """
     checkpoint, layout = opened.checkpoint, opened.layout
     heads = wanted_heads(opened, request)
@@ -61,7 +61,7 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
                 sorted({family.stock_type for family in FAMILIES.values() if family.gguf is not None})
             ),
             got=layout.family,
-            remedy="where the child is stock, llama.cpp's own converter may know it: export it with --to hf first",
+            remedy="export it with --to hf and try llama.cpp's own converter, if a stock class holds it",
         )
     require_head(opened.checkpoint.folder)  # llama.cpp would take the embedding for one that is not there
     uniform = len(set(heads)) == 1
@@ -72,7 +72,7 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
         raise RegroupError("GGUF has no such dtype", got=str(dtype), remedy="choose one with --dtype")
     if not destination.suffix:
         raise RegroupError(
-            "a GGUF file needs a name that says so", got=destination, remedy=f"call it {destination.name}.gguf"
+            "the name of a GGUF file needs a suffix", got=destination, remedy=f"call it {destination.name}.gguf"
         )
     changed = {} if heads == heads_of(layout) else repeated(layout, heads[0], checkpoint.tensors)
     vocab = _vocabulary(opened, config.vocab_size, request)
@@ -100,7 +100,7 @@ def export_gguf(opened: Source, destination: Path, request: Request) -> Exported
     form = f"GGUF, architecture {arch}, {str(dtype).removeprefix('torch.')}, KV heads: {_spelled(heads)}"
     if vocab is not None:
         form += f", tokenizer {vocab.model}" + (f" (pre-tokenizer {vocab.pre})" if vocab.model == "gpt2" else "")
-    return Exported(destination, form, checked, None if checked else "--no-check", tuple(request.notes))
+    return Exported(destination, form, checked, tuple(request.notes))
 
 
 def _spelled(heads: tuple[int, ...]) -> str:
@@ -121,7 +121,7 @@ def _config(opened: Source) -> Any:
     kind = config.rope_parameters.get("rope_type", "default")
     for what, expected, got in (
         ("activation", ("silu",), getattr(config, "hidden_act", "silu")),
-        ("rotation", ("default", "linear", "llama3"), kind),
+        ("rotary scaling", ("default", "linear", "llama3"), kind),
         ("rotated dimensions", (layer.head_dim,), layer.rotary.dim if layer.rotary else 0),
     ):
         if got not in expected:
@@ -191,7 +191,7 @@ def _write_tensors(
     if factors is not None:
         if arch == "qwen2":
             raise RegroupError(
-                "this model's rotation cannot be written as GGUF here",
+                "this model's rotary scaling cannot be written as GGUF here",
                 expected="default or linear for qwen2",
                 got=config.rope_parameters["rope_type"],
             )

@@ -1,4 +1,4 @@
-"""Whether two tokenizers give the same ids for text as people and programs write it."""
+"""Compare the token ids that two tokenizers give for prose, code and many scripts."""
 
 from __future__ import annotations
 

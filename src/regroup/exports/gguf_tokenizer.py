@@ -1,4 +1,4 @@
-"""A tokenizer in GGUF's terms. llama.cpp has its own tokenizers and picks one by name, so what it lacks is refused."""
+"""A tokenizer in GGUF's terms. llama.cpp picks one of its own tokenizers by name; what it lacks is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Vocabulary:
         special: such as ``{"bos": 1}``.
         add_bos, add_eos, add_space_prefix: what an encoded text begins and ends with.
         chat_template: or None.
-        differences: in what llama.cpp's tokenizer of this name is known to differ, for people.
+        differences: in what llama.cpp's tokenizer of this name is known to differ, in words.
     """
 
     model: str
@@ -234,7 +234,7 @@ def _pre(data: dict[str, Any], backend: Any) -> tuple[str, bool]:
 
 
 def _described(steps: list[dict[str, Any]]) -> str:
-    """A pre-tokenizer for people."""
+    """A pre-tokenizer in words."""
 
     def one(step: dict[str, Any]) -> str:
         pattern = step.get("pattern")

@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file describes, made anew with the tokenizers library so that it cuts as llama.cpp does."""
+"""The tokenizer that a GGUF file describes, rebuilt with the tokenizers library to split text as llama.cpp does."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tokenizer_of(file: GGUFFile) -> Any:
         A fast tokenizer; None where the file has none.
 
     Raises:
-        RegroupError: its kind, its pre-tokenizer or its vocabulary cannot be made anew; named.
+        RegroupError: its kind, its pre-tokenizer or its vocabulary cannot be rebuilt; named.
     """
     import transformers
 
@@ -65,7 +65,7 @@ def tokenizer_of(file: GGUFFile) -> Any:
 
 
 def described(file: GGUFFile) -> str:
-    """What a file says of its tokenizer, for people."""
+    """The kind of a file's tokenizer, in words."""
     kind, pre = (file.values.get(f"{_KEY}{key}") for key in ("model", "pre"))
     return f"{kind}, pre-tokenizer {pre}" if kind in _BPE and pre else str(kind)
 
@@ -208,7 +208,7 @@ def _add_ends(
 
 def _refused(file: GGUFFile, key: str, expected: str, got: object) -> RegroupError:
     return RegroupError(
-        "the tokenizer of this GGUF file cannot be made anew",
+        "the tokenizer of this GGUF file cannot be rebuilt",
         file=file.path,
         expected=f"{key}: {expected}",
         got=str(got)[:200],

@@ -1,9 +1,10 @@
-"""What an engine can be given of a checkpoint's KV heads: which forms hold them, and how heads are repeated."""
+"""Which export formats hold a checkpoint's KV heads, and how heads are repeated for the others."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .request import Request
 LLAMA_LAYERS = tuple(sorted({family.stock_type for family in FAMILIES.values() if family.gguf == "llama"}))
 
 
-# What a stock class holds, by ``Layout.native_kv_heads``.
+# What a stock class supports, by ``Layout.native_kv_heads``.
 _HELD = {
     "any": "the same number in every layer",
     "mqa": "1 in every layer, or as many as query heads",
@@ -46,15 +47,6 @@ def plan_of(layout: Layout, heads: Sequence[int], *, tensor_parallel: int = 1) -
     return Plan(layout.family, layout.fingerprint(), tuple(layers), tensor_parallel=tensor_parallel)
 
 
-def check_devices(layout: Layout, devices: int) -> None:
-    """Refuse KV heads that cannot be divided or copied over so many tensor-parallel devices.
-
-    Raises:
-        RegroupError: naming the layer and the remedy.
-    """
-    plan_of(layout, heads_of(layout), tensor_parallel=devices).check(layout)
-
-
 def check_served(config: Mapping[str, Any], layout: Layout) -> None:
     """Refuse what vLLM would run as another model than transformers does.
 
@@ -63,7 +55,7 @@ def check_served(config: Mapping[str, Any], layout: Layout) -> None:
     """
     if FAMILIES[layout.family].vllm == "embedding" and not layout.tied_embeddings:
         raise RegroupError(
-            "vLLM would answer otherwise than transformers: it leaves out this family's stored head",
+            "vLLM would compute other logits than transformers: it leaves out this family's stored head",
             file="config.json",
             expected="the embedding as output head",
             got=f"a {layout.family} with a head of its own",
@@ -71,7 +63,7 @@ def check_served(config: Mapping[str, Any], layout: Layout) -> None:
         )
     if slow_output(config, family_for(config)):
         raise RegroupError(
-            "vLLM would answer otherwise than transformers: it adds the output biases, which this switch leaves out",
+            "vLLM would compute other logits than transformers: it adds output biases that this switch leaves out",
             file="config.json",
             got=f"slow_but_exact with pretraining_tp {config['pretraining_tp']}",
             remedy="export it with --to hf; or set slow_but_exact to false, which is another model: with the biases",
@@ -79,7 +71,7 @@ def check_served(config: Mapping[str, Any], layout: Layout) -> None:
 
 
 def holds(layout: Layout, heads: Sequence[int]) -> bool:
-    """Whether the family's stock transformers class holds these KV heads."""
+    """Whether the family's stock transformers class supports these KV heads."""
     return is_stock(layout, plan_of(layout, heads))
 
 
@@ -97,12 +89,12 @@ def wanted_heads(opened: Source, request: Request) -> tuple[int, ...]:
     """The KV heads of each layer afterwards.
 
     Raises:
-        RegroupError: the target holds no such heads, or they cannot be spread over the devices.
+        RegroupError: the target does not support these heads, or they cannot be divided over the devices.
     """
     layout, devices = opened.layout, request.tensor_parallel
     heads = heads_of(layout)
     if devices is not None:
-        check_devices(layout, devices)
+        plan_of(layout, heads, tensor_parallel=devices).check(layout)
     stock = holds(layout, heads)
     if request.expand and not stock:
         heads = (stock_heads(layout),) * len(heads)
@@ -112,12 +104,12 @@ def wanted_heads(opened: Source, request: Request) -> tuple[int, ...]:
     elif request.to == "hf" and not stock and opened.checkpoint.config.get("model_type") == layout.family:
         engines = "export it with --to vllm or --to gguf, " if layout.family in LLAMA_LAYERS else ""
         raise RegroupError(
-            "no stock class of transformers holds these KV heads",
+            "no stock class of transformers supports these KV heads",
             file=opened.folder,
             expected=_HELD[layout.native_kv_heads],
             got=spell(layout),
             remedy=f"load it as it is with trust_remote_code=True, {engines}or repeat KV heads until a stock class "
-            "holds them: --expand",
+            "supports them: --expand",
         )
     if devices is not None and min(heads) < devices:
         few = f"{min(heads)} KV heads for {devices} devices"
@@ -146,9 +138,9 @@ def stock_heads(layout: Layout) -> int:
 
 
 def repeated(layout: Layout, heads: int, tensors: Mapping[str, TensorInfo]) -> dict[str, Change]:
-    """How to make every tensor that changes when each KV head stands ``heads / G`` times in a row.
+    """How to make every tensor that changes when each KV head is repeated ``heads / G`` times.
 
-    A query head finds the same keys and values as before, so the model answers as before; it caches more.
+    Every query head reads the same keys and values as before, so the logits are the same; the cache is larger.
 
     Args:
         layout, tensors: of the checkpoint.
@@ -162,29 +154,25 @@ def repeated(layout: Layout, heads: int, tensors: Mapping[str, TensorInfo]) -> d
         before = layer.num_key_value_heads
         if before == heads:
             continue
-        child = layer.with_kv_heads(heads)
+        expanded = layer.with_kv_heads(heads)
         sources = tuple((head * before // heads,) for head in range(heads))
         own = tuple((head,) for head in range(layer.num_attention_heads))
-        pairs = [(old, new, sources) for part in ("key", "value") for old, new in _slots(layer, child, part)]
+        parts = [(layer.key, expanded.key, sources), (layer.value, expanded.value, sources)]
         if layer.packing != "separate":
-            pairs += [(old, new, own) for old, new in _slots(layer, child, "query") if old not in layer.query.extras]
+            parts.append((replace(layer.query, extras=()), replace(expanded.query, extras=()), own))
         moves: dict[str, list[Move]] = {}
-        for old, new, where in pairs:
+        slots = [(*pair, where) for old, new, where in parts for pair in zip(old.slots(), new.slots(), strict=True)]
+        for old, new, where in slots:
             if "{head}" in old.tensor:
                 raise RegroupError(
                     "the KV heads of this layer cannot be repeated: each has a tensor of its own",
                     layer=layer.name,
                     got=old.tensor.format(head=0),
-                    remedy="convert the parent to the same number of KV heads in every layer instead",
+                    remedy="convert the original model to the same number of KV heads in every layer instead",
                 )
             moves.setdefault(new.tensor, []).append(Move(old, new, where, _never))
-        changed |= {name: rewrite_of(name, parts, tensors) for name, parts in moves.items()}
+        changed |= {name: rewrite_of(name, made_of, tensors) for name, made_of in moves.items()}
     return changed
-
-
-def _slots(layer: Any, child: Any, part: str) -> list[tuple[Any, Any]]:
-    pairs = zip(getattr(layer, part).slots(), getattr(child, part).slots(), strict=True)
-    return list(pairs)
 
 
 def _never(heads: torch.Tensor, head: int) -> torch.Tensor:
@@ -202,7 +190,7 @@ def block_config(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     windowed = [layer.name for layer in layout.layers if layer.window is not None]
     if layout.family not in LLAMA_LAYERS or windowed or plain.get("hidden_act", "silu") != "silu":
         raise RegroupError(
-            "the layers have different numbers of KV heads, and no engine's layout for that holds this family",
+            "the layers have different numbers of KV heads, and no engine's layout for that supports this family",
             layer=windowed[0] if windowed else None,
             expected=f"{' or '.join(LLAMA_LAYERS)}, without an attention window",
             got=f"{layout.family}, {spell(layout)}",
@@ -212,7 +200,7 @@ def block_config(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
 
 
 def spell(layout: Layout) -> str:
-    """The KV heads of the layers for people: ``"4 in layers 0-3, 2 in layer 4"``."""
+    """The KV heads of the layers in words: ``"4 in layers 0-3, 2 in layer 4"``."""
     runs: list[tuple[int, list[int]]] = []
     for layer in layout.layers:
         if not runs or runs[-1][0] != layer.num_key_value_heads:

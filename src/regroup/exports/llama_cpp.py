@@ -1,4 +1,4 @@
-"""llama.cpp, through llama-cpp-python where that works: what it answers of a GGUF file."""
+"""Run llama.cpp on a GGUF file, through llama-cpp-python where that works."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from ..errors import RegroupError
 
-# Of the largest logit. It multiplies matrices of 16 bits by activations rounded to as many, and the models that it is
+# Relative to the largest logit. llama.cpp rounds activations to the 16 bits of its matrices; the models that it is
 # compared with compute in float32.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_PATIENCE = 120  # seconds, for a file that takes a fraction of one
+_TIMEOUT = 120  # seconds; the file takes a fraction of one
 
 
 def installed() -> bool:
@@ -34,7 +34,7 @@ def installed() -> bool:
 
 
 def version() -> str:
-    """Name and release, for people."""
+    """Name and release."""
     try:
         return f"llama-cpp-python {importlib.metadata.version('llama_cpp_python')}"
     except importlib.metadata.PackageNotFoundError:
@@ -42,9 +42,9 @@ def version() -> str:
 
 
 def unsupported_reason(kinds: Iterable[str]) -> str | None:
-    """Why llama.cpp cannot be asked here; None where it answers for a file that is known to be good.
+    """Why llama.cpp cannot be used here; None where it works for a file that is known to be good.
 
-    An installation that does not even do that says nothing about other files.
+    An installation that fails there says nothing about other files.
 
     Args:
         kinds: ggml's names of how the tensors of the file in question are stored, such as ``"F16"``: code for some of
@@ -62,7 +62,7 @@ def _unsupported_reason(kinds: frozenset[str]) -> str | None:
             decoded = {"rows": [list(range(1, 17))], "prompt": "a", "new_tokens": 1} if kinds else {}
             known = f"a {kind} file that is known to be good"
             try:
-                answer = _run(file, {"texts": ["ab  12"], **decoded}, timeout=_PATIENCE)
+                answer = _run(file, {"texts": ["ab  12"], **decoded}, timeout=_TIMEOUT)
             except (_DiedError, subprocess.TimeoutExpired, OSError) as error:
                 return f"{version()} does not work here, not even for {known} ({error})"
             # Six bytes, six tokens: the one merge of this vocabulary is of others.
@@ -118,11 +118,11 @@ def write_control(file: Path, kind: str) -> None:
 
 
 class _DiedError(Exception):
-    """The process ended badly; what it said last."""
+    """The process failed; its last lines."""
 
 
 def ask(file: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Run llama.cpp on a file in a process of its own: where it does not like a file it ends the process.
+    """Run llama.cpp on a file in a separate process: it ends the process at files that it does not accept.
 
     Args:
         file: the GGUF file.
@@ -134,7 +134,7 @@ def ask(file: Path, asked: dict[str, Any]) -> dict[str, Any]:
         vocabulary), float32; with a prompt also ``prompt_ids``, ``greedy_ids`` and ``greedy_text``.
 
     Raises:
-        RegroupError: it ended badly, where it answers for a good file (see ``unsupported_reason``).
+        RegroupError: it failed, where it works for a good file (see ``unsupported_reason``).
     """
     try:
         return _run(file, asked)
@@ -148,7 +148,7 @@ def ask(file: Path, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _last_words(status: int, said: str) -> str:
-    """What a process ended by, and its last lines that are no mere warning."""
+    """The signal that ended a process, and its last lines that are not mere warnings."""
     lines = [line.strip() for line in said.splitlines() if line.strip() and "training context" not in line]
     if status < 0:
         with contextlib.suppress(ValueError):

@@ -1,7 +1,7 @@
-"""How byte-pair tokenizers cut text into words first, by the names that GGUF files have for it.
+"""Pre-tokenizers: how byte-pair tokenizers split text into words, by their names in GGUF files.
 
-A GGUF file names its pre-tokenizer (``tokenizer.ggml.pre``) and llama.cpp knows the rest by heart. The table below says
-what it does for each name. Source: ggml-org/llama.cpp, src/llama-vocab.cpp (names, regular expressions, merges and
+A GGUF file names its pre-tokenizer (``tokenizer.ggml.pre``) and llama.cpp implements each name. The table below says
+what it does for each. Source: ggml-org/llama.cpp, src/llama-vocab.cpp (names, regular expressions, merges and
 begin of sequence) and src/unicode.cpp (splitters written by hand, which replace some of the expressions), as released
 in llama-cpp-python 0.3.36. The expressions here are written for Oniguruma, the engine of the tokenizers library, and
 cut where llama.cpp does; that is not always where the tokenizer cuts that the name was given for (``original``).

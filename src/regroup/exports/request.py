@@ -1,4 +1,4 @@
-"""What is asked of an export, and what it answers."""
+"""The options of an export, and its result."""
 
 from __future__ import annotations
 
@@ -17,22 +17,20 @@ class Exported:
 
     Attributes:
         destination: the folder, or the GGUF file.
-        form: what it is, for people.
-        checked: what was compared with the source and how far apart it was; None where nothing was.
-        unchecked: why nothing was compared; None where something was.
+        form: what it is, in words.
+        checked: the result of the comparison with the source; None with ``check=False``.
         notes: what the user should know of it.
     """
 
     destination: Path
     form: str
     checked: str | None
-    unchecked: str | None
     notes: tuple[str, ...] = ()
 
 
 @dataclass
 class Request:
-    """What is asked of an export, beside source and destination (see ``export_checkpoint``)."""
+    """The options of an export (see ``exports.run.export``)."""
 
     to: str
     expand: bool = False

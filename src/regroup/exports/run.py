@@ -1,4 +1,4 @@
-"""From a checkpoint to a form that an engine reads: ``export``, behind `regroup export`."""
+"""Export a checkpoint to the form that an engine reads."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ def export(
         destination: what is made, and must not exist yet: a folder, for ``"gguf"`` a file.
         to: ``"hf"``, a checkpoint of a stock transformers class; ``"vllm"``, that or, where layers differ in their KV
             heads, the Nemotron-NAS layout; ``"gguf"``, llama.cpp's file.
-        expand: repeat KV heads until a stock class holds them: same answers, larger cache.
+        expand: repeat KV heads until a stock class supports them: same logits, larger cache.
         tensor_parallel: devices that will share each layer. KV heads fewer than that are repeated where the reader does
             not do so itself.
         dtype: of the matrices of a GGUF file, or of a checkpoint made from one; the source's by default.
         check: load the result and compare its logits with the source's, in float32, one model at a time.
         revision, allow_pickle: see ``open_source``.
-        listener: told of progress.
+        listener: callbacks for progress.
 
     Raises:
-        RegroupError: the target holds no such model, memory holds no comparison, or what was made does not answer as
-            its source does; nothing is left behind.
+        RegroupError: the target cannot hold this model, the comparison does not fit into memory, or the result's
+            logits differ from the source's; nothing is left behind.
     """
     if to not in TARGETS:
         raise RegroupError("this export target is not known", expected=" or ".join(TARGETS), got=to)
     if dtype is not None and dtype not in DTYPES:
-        raise RegroupError("this dtype is not known here", expected=" or ".join(DTYPES), got=dtype)
+        raise RegroupError("this dtype is not supported", expected=" or ".join(DTYPES), got=dtype)
     request = Request(to, expand, tensor_parallel, dtype, check, listener or Listener())
     file, target = as_named(source), as_named(destination)
     if to == "gguf" or is_gguf(file):
@@ -117,7 +117,7 @@ def _export_folder(opened: Source, destination: Path, request: Request) -> Expor
         config = block_config(checkpoint.config, layout)
         config["auto_map"] = {"AutoConfig": f"{CONFIGURATION_FILE.stem}.NemotronNASConfig"}
         form, blocks = "the Nemotron-NAS layout (DeciLMForCausalLM): block_configs with KV heads by layer", True
-        request.notes.append("engines read the blocks through the config class beside it: --trust-remote-code")
+        request.notes.append("engines read the blocks through the config class in the folder: --trust-remote-code")
         if any("ffn_mult" not in block["ffn"] for block in config["block_configs"]):
             request.notes.append(
                 "the feed-forward width is not a multiple of 256, so blocks name intermediate_size instead of "
@@ -139,7 +139,7 @@ def _export_folder(opened: Source, destination: Path, request: Request) -> Expor
         checked = _compare(opened, stage, request.listener) if request.check else None
     if blocks:
         request.notes.append("the check ran transformers' Llama layers on these blocks, not vLLM")
-    return Exported(destination, form, checked, None if checked else "--no-check", tuple(request.notes))
+    return Exported(destination, form, checked, tuple(request.notes))
 
 
 def _compare(opened: Source, stage: Path, listener: Listener) -> str:

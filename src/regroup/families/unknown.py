@@ -1,7 +1,7 @@
-"""What a model is whose family has no row here, as data; and what can be done with it.
+"""What kind of model a config of an unknown family describes, and what can be done with it.
 
-A model_type that merely is not described is told from one that grouping key/value heads can do nothing for. Facts were
-read from the transformers classes of the same ``model_type``; types that it does not have, from their makers' configs.
+A ``model_type`` that has no row yet is distinguished from one for which grouping KV heads does nothing. Facts were read
+from the transformers classes of the same ``model_type``; types that it does not have, from their makers' configs.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-# Bytes per element, by safetensors name and by the name that people use.
+# Bytes per element, by safetensors name and by common name.
 DTYPE_BYTES = {
     "F32": 4,
     "F16": 2,
@@ -18,7 +18,7 @@ DTYPE_BYTES = {
     "float64": 8,
 }
 
-# Safetensors names of what a cache is kept in, by the name that people use.
+# Common names of the dtypes of a cache, by safetensors name.
 _CACHE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 

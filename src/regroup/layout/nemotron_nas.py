@@ -19,7 +19,7 @@ ARCHITECTURE = "DeciLMForCausalLM"
 WIDTH_MULTIPLE = 256
 MULTIPLIER_DECIMALS = 6
 
-# What a block may ask for beside grouped attention and a gated feed-forward layer. None of it is Llama's.
+# What a block may ask for besides grouped attention and a gated feed-forward layer. None of it is Llama's.
 _ATTENTION_EXTRAS = (
     "no_op",
     "replace_with_linear",

@@ -1,4 +1,4 @@
-"""Configs that say the same in other words: read as those that transformers knows, or refused where they disagree.
+"""Configs with older names of types, keys and classes: rewritten to transformers' names, refused where they disagree.
 
 Falcon was published before transformers had it, by code of its own whose config had other names (``RefinedWebModel``
 for what became Falcon's first decoder architecture, ``RefinedWeb`` for the one with grouped heads). transformers
@@ -28,7 +28,7 @@ _CLASSES = {
 
 
 def as_known(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config in the words of the family that transformers knows; any other as it is.
+    """A config with the names that transformers knows; any other as it is.
 
     Nothing is changed in place, and a config that needs no change comes back as the same object.
 
@@ -80,7 +80,7 @@ def _as_falcon(config: Mapping[str, Any]) -> Mapping[str, Any]:
             file="config.json",
             expected="apply_residual_connection_post_layernorm: false",
             got=True,
-            remedy="none: this model runs with the code that it was published with alone",
+            remedy="none: this model runs only with the code that it was published with",
         )
     found = {key: value for key, value in config.items() if key not in _FALCON}
     for old, new in _FALCON.items():

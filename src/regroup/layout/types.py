@@ -1,6 +1,6 @@
-"""The vocabulary: layout, attention layer, projection, head slot.
+"""The data model: layout, attention layer, projection, head slot.
 
-Dimensions: H query heads, G key/value heads, n = H / G query heads a group, D head_dim.
+Dimensions: H query heads, G key/value heads, n = H / G query heads per group, D head_dim.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class HeadSlot:
         tensor: its name; ``{head}`` in it stands for the head's number where every head has a tensor of its own.
         axis: the axis along which heads lie.
         heads: how many there are.
-        size: indices a head (head_dim, or 1 where the heads have an axis of their own).
+        size: indices per head (head_dim, or 1 where heads have an axis to themselves).
         offset, per_block, block: see above, in indices.
     """
 
@@ -117,7 +117,7 @@ class AttentionLayer:
         key_obstacle, value_obstacle: what keeps a linear map from passing through the keys or values (a norm, a clip),
             or None.
         residual_scale: factor with which the output projection's result is added to the residual stream; None where it
-            is normalised first, or where the stream beside it is not at hand (cross-attention).
+            is normalised first, or in cross-attention, where the residual stream is not available.
     """
 
     name: str

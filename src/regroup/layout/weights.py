@@ -1,4 +1,4 @@
-"""A checkpoint's tensors held against its config: every slot fits its tensor, and no parameter is unaccounted for."""
+"""Compare a checkpoint's tensors with its config: every slot fits its tensor, and every parameter is accounted for."""
 
 from __future__ import annotations
 

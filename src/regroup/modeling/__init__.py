@@ -16,7 +16,7 @@ from .spelled import stock_architecture
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["MODELING_FILE", "grouped_config", "load", "load_tokenizer", "without_bars"]
+__all__ = ["MODELING_FILE", "grouped_config", "load", "load_tokenizer"]
 
 MODELING_FILE = Path(__file__).with_name("modeling_regroup.py")
 
@@ -24,9 +24,9 @@ MODELING_FILE = Path(__file__).with_name("modeling_regroup.py")
 def grouped_config(config: dict[str, Any], num_key_value_heads: dict[str, int]) -> dict[str, Any]:
     """The ``config.json`` of a checkpoint whose attention modules have these numbers of key/value heads.
 
-    ``config`` is the parent's, stock or itself grouped by regroup; it is not changed. ``num_key_value_heads`` maps the
-    path of each converted attention module, relative to ``model.base_model``, to its G. The result names a
-    ``Regroup…`` architecture, and the ``auto_map`` by which the Auto classes find it in ``modeling_regroup.py``.
+    ``config`` is the original model's, stock or itself grouped by regroup; it is not changed. ``num_key_value_heads``
+    maps the path of each converted attention module, relative to ``model.base_model``, to its number. The result names
+    a ``Regroup…`` architecture, and the ``auto_map`` by which the Auto classes find it in ``modeling_regroup.py``.
 
     Raises RegroupError where the configuration has no architecture or one that `transformers` does not map for its
     ``model_type``.
@@ -46,7 +46,7 @@ def grouped_config(config: dict[str, Any], num_key_value_heads: dict[str, int]) 
             remedy="correct architectures or model_type, or install the transformers release that knows them",
         )
     grouped = dict(config)
-    # The stock class is built first, so it needs room for the layer that keeps the most heads.
+    # The stock class is built first, so it needs the size of the layer with the most heads.
     if isinstance(config.get("num_key_value_heads"), int):
         grouped["num_key_value_heads"] = max(num_key_value_heads.values(), default=config["num_key_value_heads"])
     grouped["architectures"] = [f"{modeling_regroup.PREFIX}{architecture}"]
@@ -61,7 +61,7 @@ def load(
     """Load a checkpoint folder, grouped by regroup or stock, as the class that its config.json names.
 
     Code in the folder is never run: the classes come from the installed regroup and transformers. Every tensor that the
-    class needs must be there, and no other (see ``models.expected``).
+    class needs must be there, and no other (see ``modeling.expected``).
 
     Args:
         path: the folder; no hub id.
@@ -112,8 +112,8 @@ def load(
             # Pickles are never read here; ``regroup convert --allow-pickle`` makes safetensors of them. Code of the
             # folder, for generation say, would otherwise be run by whoever answers transformers' question with yes.
             return cls.from_pretrained(path, **{"use_safetensors": True, **kwargs}, trust_remote_code=False)
-    # Damage in a file that transformers reads by itself shows in all kinds of ways. The last is safetensors' own, of
-    # which it is a matter too that a name is not UTF-8.
+    # A damaged file that transformers reads itself raises all kinds of errors. The last is safetensors' own, also for
+    # names that are not UTF-8.
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise RegroupError(
             "transformers cannot load the checkpoint",

@@ -13,7 +13,6 @@ import importlib
 import json
 import logging
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import RegroupError
-from .silence import without_bars
+from .silence import quiet
 from .spelled import runnable, stock_architecture
 
 if TYPE_CHECKING:
@@ -160,9 +159,9 @@ def check_generation_config(folder: Path) -> None:
         return
     values = read_json(file)
     try:
-        with _quiet():
+        with quiet():
             GenerationConfig.from_dict(values)
-    # As for configs: data of strangers.
+    # As for configs: untrusted data.
     except Exception as error:
         raise RegroupError(
             "transformers cannot read the checkpoint's settings for generation",
@@ -253,7 +252,7 @@ def _loaded(cls: Any, config: Mapping[str, Any], tensors: Mapping[str, TensorInf
 
     state = {name: torch.empty(entry.shape, device="meta") for name, entry in tensors.items()}
     try:
-        with _quiet(), _one_device():
+        with quiet(), _one_device():
             return cls.from_pretrained(
                 None,
                 config=cls.config_class.from_dict(dict(config)),
@@ -263,7 +262,7 @@ def _loaded(cls: Any, config: Mapping[str, Any], tensors: Mapping[str, TensorInf
                 output_loading_info=True,
                 trust_remote_code=False,
             )
-    # Configs are data of strangers: a class that is built from one may fail in any way.
+    # Configs are untrusted: a class that is built from one may fail in any way.
     except Exception as error:
         raise _UnbuildableError(f"{type(error).__name__}: {error}".strip()) from error
 
@@ -281,7 +280,7 @@ def _one_device() -> Iterator[None]:
 
 
 class _Comparison:
-    """The tensors of a checkpoint, held against what the model's class saves."""
+    """Compares the tensors of a checkpoint with those that the model's class saves."""
 
     def __init__(self, expected: _Expected, tensors: Mapping[str, TensorInfo], where: str) -> None:
         self.expected, self.tensors, self.where = expected, tensors, where
@@ -298,7 +297,7 @@ class _Comparison:
         return not self.extra and all(self.expected.tied.get(name) in self.found for name in self.absent)
 
     def check_known_names(self) -> None:
-        """Refuse what can be told from the names that the class saves.
+        """Refuse what the names that the class saves are enough to find.
 
         Raises:
             RegroupError: see ``check_loadable``.
@@ -393,18 +392,3 @@ def _form(name: str) -> str:
 def _count(names: Sequence[str], what: str) -> str:
     rest = len(names) - _NAMED
     return f"{len(names)} {what}: {', '.join(names[:_NAMED])}" + (f" and {rest} more" if rest > 0 else "")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' report, which names what it would fill with random numbers: it is refused here."""
-    import transformers
-
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        with without_bars(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(level)

@@ -1,4 +1,4 @@
-"""A checkpoint's config in the words that transformers reads, and without what this machine cannot run."""
+"""A checkpoint's config with the names that transformers reads, and without settings that this machine cannot run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OUTPUTS = ("return_dict", "output_attentions", "output_hidden_states")
 
 
 def spelled(config: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The config as transformers can read it here, and whether it said something else.
+    """The config as transformers can read it here, and whether that differs from the given one.
 
     Raises:
         RegroupError: it contradicts itself (see ``layout.spelling``).
@@ -24,11 +24,11 @@ def spelled(config: dict[str, Any]) -> tuple[dict[str, Any], bool]:
 
 
 def runnable(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config without what keeps its model from running here and is no matter of its weights.
+    """The config without settings that keep its model from running here and do not concern its weights.
 
-    That is a choice of FlashAttention that is not installed, for which transformers would refuse the model or download
-    a kernel and run it, and what a call returns by default. A config that needs no change comes back as the same
-    object; none is changed in place.
+    These are a choice of FlashAttention that is not installed, for which transformers would refuse the model or
+    download a kernel and run it, and the default outputs of a call. A config that needs no change comes back as
+    the same object; none is changed in place.
     """
     left_out = {key for key in _OUTPUTS if config.get(key) is not None}
     left_out |= {key for key in _KERNELS if isinstance(config.get(key), str) and not _installed(config[key])}
@@ -47,7 +47,7 @@ def _installed(implementation: str) -> bool:
 
 
 def stock_architecture(config: Mapping[str, Any], where: str) -> str:
-    """The name of the transformers class that a config asks for, also where regroup's class stands in its place."""
+    """The name of the transformers class that a config asks for, also where it names regroup's class."""
     names = config.get("architectures") or []
     if not names or not isinstance(names, list) or not isinstance(names[0], str):
         raise RegroupError(
