@@ -31,6 +31,7 @@ from .settings import Settings
 from .sweep import LayerVisit, sweep
 
 K = TypeVar("K", bound=Hashable)
+_POSITIONS = 64  # whose divergence is computed at a time
 
 
 @dataclass(frozen=True)
@@ -255,5 +256,9 @@ def divergences(
 
 def _divergence(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
     """KL divergence (T,) in nats of logits (T, V) from those that are expected."""
-    log_p, log_q = expected.log_softmax(-1), got.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    parts = []
+    # A few positions at a time: over a large vocabulary each term is as large as the logits.
+    for logits in zip(expected.split(_POSITIONS), got.split(_POSITIONS), strict=True):
+        log_p, log_q = (each.log_softmax(-1) for each in logits)
+        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(parts)
