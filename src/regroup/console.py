@@ -15,12 +15,13 @@ from .layout import Layout
 from .layout.kv_cache import DTYPE_BYTES, cache_dtype
 from .listener import Listener
 from .opening import Source
-from .plans import Plan
+from .plans import LayerPlan, Plan
 from .progress import Progress, duration, stage
 from .screen import Screen
 
 if TYPE_CHECKING:
     from .calibration.calibrate import Calibrated
+    from .layout.types import AttentionLayer
     from .solver.similarity import LayerSimilarity
     from .writer.estimate import Estimate
     from .writer.preview import Preview
@@ -132,7 +133,7 @@ def show_plan(plan: Plan, layout: Layout) -> None:
             want.original_num_key_value_heads,
             want.num_key_value_heads,
             *want.methods,
-            ("searched" if want.query_order else "in order") if want.changes else "–",
+            _order(plan, want, layer),
         )
         rows.setdefault(key, []).append(layer.index)
     for key, indices in rows.items():
@@ -159,6 +160,16 @@ def show_plan(plan: Plan, layout: Layout) -> None:
                     f"{number} layers have {count} KV heads for {plan.tensor_parallel} devices: "
                     "each is copied to several devices, so this saves no memory over one per device (section 2.2)",
                 )
+
+
+def _order(plan: Plan, want: LayerPlan, layer: AttentionLayer) -> str:
+    """How the query heads of a layer are ordered."""
+    if not want.changes:
+        return "–"
+    if want.query_order is not None:
+        return "searched"
+    free = layer.fixed_order is None and layer.order_group is None and want.num_key_value_heads > 1
+    return "by text" if free and plan.grouping == "search" and plan.calibration is not None else "in order"
 
 
 def show_preview(ahead: Preview) -> None:

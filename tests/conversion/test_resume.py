@@ -237,6 +237,9 @@ def test_a_plan_reproduces_its_result(tmp_path: Path) -> None:
     status, _, err = run("convert", PARENT, tmp_path / "second", *again)
     assert status == 0, err
     assert digests(tmp_path / "second") == digests(tmp_path / "first")
+    message = refused("convert", PARENT, tmp_path / "third", *again, "--calibration-tokens", 4096)
+    assert "different calibration tokens" in message
+    assert "2048" in message
     (moved / "moved.txt").write_text("Other words. " * 4000)
     assert "not the calibration text of the plan" in refused("convert", PARENT, tmp_path / "third", *again)
     # Next to its text a plan needs no more.

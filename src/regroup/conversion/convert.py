@@ -151,7 +151,11 @@ def carry_out(
             listener.notice("the layers that are solved are kept, and the same command resumes after them")
         return kept
 
-    check_destination(destination, opened.folder, prepared.nbytes + prepared.solved_bytes)
+    # Next to the result: solved layers, and the hidden states of both models while new ones take the place of old ones.
+    tokens = (next(batch[name] for name in ("decoder_input_ids", "input_ids") if name in batch) for batch in batches)
+    positions = sum(ids.numel() for ids in tokens)
+    states = 2 * 2 * 4 * opened.layout.hidden_size * positions if processes.size == 1 else 0
+    check_destination(destination, opened.folder, prepared.nbytes + prepared.solved_bytes + states)
     with staged_folder(destination, adopt=journal.adopt, keep=worth_keeping) as stage:
         journal.begin(stage)
         if journal.found is None:

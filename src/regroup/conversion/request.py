@@ -134,6 +134,15 @@ def grouped(opened: Source, plan: Plan, listener: Listener) -> Plan:
 def _found_text(wanted: CalibrationText, given: CalibrationText | None, plan: object) -> CalibrationText:
     """The text that a plan names: where the user says it is, next to the plan, or where its name leads."""
     if given is not None:
+        usual = CalibrationText(given.data)
+        for name in ("tokens", "window", "batch", "document_starts", "seed"):
+            if getattr(given, name) not in (getattr(wanted, name), getattr(usual, name)):
+                raise RegroupError(
+                    f"the plan and the options name different calibration {name.replace('_', ' ')}",
+                    expected=str(getattr(wanted, name)),
+                    got=str(getattr(given, name)),
+                    remedy="leave the option out, or change the plan",
+                )
         return replace(wanted, data=given.data).hashed()
     neighbour = Path(str(plan)).parent / str(wanted.data) if not isinstance(plan, Plan) else None
     if neighbour is not None and neighbour.is_file():

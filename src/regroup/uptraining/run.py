@@ -247,7 +247,7 @@ def _note(job: Job, results: Mapping[str, Any]) -> str:
     lines = [
         "## Uptraining",
         "",
-        f"Uptrained by [regroup](https://pypi.org/project/regroup-gqa/) on {results['tokens']:,} tokens{share}, {how}: "
+        f"Uptrained by regroup (`regroup-gqa`) on {results['tokens']:,} tokens{share}, {how}: "
         f"{results['steps']:,} steps of {budget.tokens_per_step:,} tokens, {recipe.optimizer}, {recipe.schedule} rate "
         f"{recipe.learning_rate:g}, seed {recipe.seed}. Recipe: `{job.digest}`.",
     ]

@@ -55,9 +55,9 @@ def model_card(source: str, prepared: Prepared, result: Result) -> str:
 
 # {name if _PLAIN.fullmatch(name) else code_span(name)} with grouped-query attention
 
-Converted from {code_span(name)} by [regroup](https://pypi.org/project/regroup-gqa/): key and value heads were merged
-within groups (Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints",
-EMNLP 2023). **Merging alone costs quality; continue training before use.**
+Converted from {code_span(name)} by regroup (`regroup-gqa`): key and value heads were merged within groups
+(Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints", EMNLP 2023).
+**Merging alone costs quality; continue training before use.**
 
 | attention layers | KV heads before | KV heads now | keys by | values by |
 | --- | --- | --- | --- | --- |
