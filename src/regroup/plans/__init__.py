@@ -4,8 +4,9 @@ from .budget import allocate, layer_units, parse_budget, token_bytes
 from .calibration import CalibrationText
 from .check import allowed_kv_heads
 from .grouping import group_members, key_value_sources
+from .layer import LayerPlan
 from .make import make_plan, parse_layers, spelled_out
-from .plan import ASKED_METHODS, DEFAULT_REPAIR, REPAIRS, LayerPlan, Plan
+from .plan import ASKED_METHODS, DEFAULT_REPAIR, REPAIRS, Plan
 from .result import PLAN_FILE, RESULT_FILE, Result, found_plan
 from .search import query_order, search_groups
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING
 
 from ..errors import RegroupError
 from ..layout.types import AttentionLayer
 from ..merge.registry import METHODS
-
-if TYPE_CHECKING:
-    from .plan import LayerPlan
+from .layer import LayerPlan
 
 
 def check_layers(

@@ -10,7 +10,8 @@ from ..errors import RegroupError
 from ..layout.types import AttentionLayer, Layout
 from ..merge.registry import METHODS
 from .calibration import CalibrationText
-from .plan import DEFAULT_REPAIR, LayerPlan, Plan
+from .layer import LayerPlan
+from .plan import DEFAULT_REPAIR, Plan
 
 
 def make_plan(
