@@ -122,7 +122,7 @@ def test_a_dry_run_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["--kv-heads", "3"], ("divided into", "divisor of 32")),
         (["--kv-heads", "0"], ("must be at least 1",)),
         (["--context", "0"], ("must be at least 1",)),
-        (["--batch", "x"], ("cannot be read",)),
+        (["--batch", "x"], ("not a list of integers",)),
         (["--dtype", "int8"], ("unknown dtype",)),
         (["--minutes", "1"], ("needs a file", "--work")),
         (["--device", "abacus"], ("device cannot be used",)),

@@ -121,7 +121,7 @@ def test_a_dry_run_measures_nothing(config: Path, tmp_path: Path, monkeypatch: p
     ("options", "words"),
     [
         (["--kv-heads", "4"], ("divided into", "divisor of 6")),
-        (["--kv-heads", "six"], ("cannot be read",)),
+        (["--kv-heads", "six"], ("not a list of integers",)),
         (["--kv-heads", "0"], ("divided into",)),
         (["--prompt", "0"], ("--prompt", "1 or more", "got:")),
         (["--new", "1"], ("--new", "2 or more")),
