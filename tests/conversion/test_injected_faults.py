@@ -139,7 +139,9 @@ def test_killed_before_any_change_of_the_disk(
 ) -> None:
     """Then run again: the same bytes, nothing left over, and finished files are not made again."""
     resumed: list[int] = []
-    for folder in kill(sharded, tmp_path, range(0, 1000, stride), method=method):
+    # After a fork, two threads that start to use torch at the same time can break its own pool of threads.
+    workers = 1 if method == "lowrank" else 2
+    for folder in kill(sharded, tmp_path, range(0, 1000, stride), method=method, workers=workers):
         target = folder / "new" / "child"
         if not target.parent.exists():
             continue
