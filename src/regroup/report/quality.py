@@ -86,7 +86,7 @@ def _methods(record: Record) -> Figure:
     drawn = bars(rows, name="name", value="excess", title=title, tooltip=tip, color="KV heads", low="low", high="high")
     cells = [(row["name"], number(row["excess"], 3, sign=True), row["interval"]) for row in rows]
     table = Table(("way", title, "95% interval"), cells)
-    parent = record.configuration.get("parent", "the demonstration's parent")
+    parent = record.configuration.get("parent", "the demonstration's model")
     return Figure(f"Ways to convert {parent}, before and after uptraining", record.conditions, drawn, table)
 
 
