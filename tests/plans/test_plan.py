@@ -135,14 +135,16 @@ def test_keywords_that_are_misspelt_or_of_another_type_are_errors(
     asked: dict[str, Any], saved: Saved, tmp_path: Path
 ) -> None:
     """Otherwise a conversion without text would take the place of one with text."""
+    more: dict[str, Any] = {"kv_heads": 2} | asked
     for function in (regroup.plan, lambda *_, **more: regroup.convert(saved("llama"), tmp_path / "converted", **more)):
         with pytest.raises(TypeError, match=next(iter(asked))):
-            function(saved("llama"), **{"kv_heads": 2} | asked)
+            function(saved("llama"), **more)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_repair_without_text_is_refused(saved: Saved, tmp_path: Path) -> None:
-    for asked in ({"kv_heads": 2}, {"plan": make_plan(layout_of(saved("llama")), 2)}):
+    requests: tuple[dict[str, Any], ...] = ({"kv_heads": 2}, {"plan": make_plan(layout_of(saved("llama")), 2)})
+    for asked in requests:
         with pytest.raises(RegroupError, match="no calibration text"):
             regroup.convert(saved("llama"), tmp_path / "converted", repair="distill", **asked)
 
