@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from safetensors.torch import load_file, save_file
 import runs
 import tiny
 from helpers import copy, refused, run
+from regroup.errors import RegroupError
 from regroup.opening import open_layout
+from regroup.plans import PLAN_FILE, RESULT_FILE, Plan, Result, found_plan
 from regroup.verification import verify
 
 Saved = Callable[[str], Path]
@@ -148,6 +151,34 @@ def test_a_plan_that_does_not_fit_cannot_be_checked(pair: tuple[Path, Path], sav
     (converted / "regroup_plan.json").unlink()
     assert "regroup_plan.json" in refused("verify", pair[0], converted)
     assert "not a folder" in refused("verify", pair[0], tmp_path / "nothing")
+
+
+def test_a_result_answers_its_plan_and_no_other(saved: Saved, tmp_path: Path) -> None:
+    """What a search found is what is compared, for every plan that it carries out; never in the place of another."""
+    converted, asked = tmp_path / "converted", tmp_path / "asked.json"
+    status, _, message = run("convert", saved("llama"), converted, "--kv-heads", 2)
+    assert status == 0, message
+    own, found = converted / PLAN_FILE, Result.load(converted / RESULT_FILE).plan
+    request = Plan.load(own)
+    assert request != found
+    for same in (request, found):
+        asked.write_text(same.dumps())
+        assert found_plan(converted, asked) == (found, False)
+        assert verdict(saved("llama"), converted, plan=asked) == ("passed", "")
+    for other in (
+        replace(request, seed=1),
+        replace(request, layers=(replace(request.layers[0], num_key_value_heads=3), *request.layers[1:])),
+        replace(request, layers=(replace(request.layers[0], value_method="mean"), *request.layers[1:])),
+    ):
+        asked.write_text(other.dumps())
+        assert found_plan(converted, asked) == (other, False)
+        own.write_text(other.dumps())
+        with pytest.raises(RegroupError, match="not one of the plan next to it"):
+            found_plan(converted)
+    # A request that was kept elsewhere is enough.
+    own.unlink()
+    asked.write_text(request.dumps())
+    assert verdict(saved("llama"), converted, plan=asked) == ("passed", "")
 
 
 def test_solved_tensors_are_checked_and_loss_is_compared_with_the_prediction(tmp_path: Path) -> None:

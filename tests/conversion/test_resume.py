@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import faults
 import regroup
@@ -21,7 +22,8 @@ from regroup.calibration.layer_converter import LayerConverter
 from regroup.calibration.settings import Settings
 from regroup.checkpoint import open_checkpoint
 from regroup.listener import Listener
-from regroup.plans import Plan, make_plan
+from regroup.plans import LayerPlan, Plan, make_plan
+from regroup.solver.solve import LayerSolution
 from regroup.solver.store import SolutionStore
 from regroup.writer.journal import JOURNAL_FILE, SOLVED_FOLDER
 from teams import batches
@@ -186,6 +188,77 @@ def test_the_command_resumes_at_the_layer_where_it_stopped(
     assert status == 0, err
     assert "it had another plan, so it starts anew" in err
     assert solved == names
+
+
+def cut(path: Path, length: int) -> None:
+    path.write_bytes(path.read_bytes()[:length])
+
+
+def relabelled(path: Path, source: Path, said: object) -> None:
+    """Valid safetensors with what another file holds."""
+    save_file(load_file(source), path, {"regroup": json.dumps(said)})
+
+
+FIRST, SECOND = (f"model.layers.{number}.self_attn" for number in (0, 1))
+DAMAGES: list[Callable[[Callable[[str], Path]], object]] = [
+    lambda of: cut(of(FIRST), 0),
+    lambda of: cut(of(FIRST), 100),
+    lambda of: cut(of(FIRST), -1),
+    lambda of: shutil.copy(of(SECOND), of(FIRST)),
+    lambda of: relabelled(of(FIRST), of(FIRST), {"want": {"name": FIRST}, "outcome": None}),
+    lambda of: save_file({}, of(FIRST)),
+]
+
+
+def test_damaged_solutions_are_discarded_and_others_kept(tmp_path: Path) -> None:
+    store, solution = SolutionStore(tmp_path), {FIRST: torch.ones(2, 4), SECOND: torch.ones(3)}
+    specs = {FIRST: ("F32", (2, 4)), SECOND: ("F32", (3,))}
+    for damage in DAMAGES:
+        for name, tensor in solution.items():
+            store.keep(name, LayerSolution(LayerPlan(name, 4, 4, 2), {name: tensor}, None))
+        store.discard_damaged(specs)
+        assert store.names() == [FIRST, SECOND]
+        damage(store.path)
+        store.discard_damaged(specs)
+        assert store.names() == [SECOND]
+    store.discard_damaged(specs | {SECOND: ("F32", (4,))})
+    assert store.names() == []
+
+
+def test_hidden_states_of_other_batches_are_not_used(tmp_path: Path) -> None:
+    store, states = SolutionStore(tmp_path), [torch.ones(2, 3), torch.ones(1, 3)]
+    store.keep_states(1, states, states)
+    kept = store.load_states(states)
+    assert kept is not None
+    assert kept[0] == 1
+    assert all(map(torch.equal, [*kept[1], *kept[2]], states * 2))
+    assert store.load_states(states[:1]) is None
+    assert store.load_states([torch.ones(2, 3), torch.ones(1, 4)]) is None
+    cut(store.path("states"), 100)
+    store.discard_damaged({})
+    assert store.load_states(states) is None
+
+
+def test_what_a_faulty_disk_damaged_is_solved_again(
+    tmp_path: Path, solved: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*WORDS, "--calibration", text_file(tmp_path))
+    status, _, err = run("convert", PARENT, tmp_path / "expected", *words)
+    assert status == 0, err
+    killed(tmp_path / "converted", words, 3, monkeypatch)
+    (folder,) = tmp_path.glob(f".converted.*/{SOLVED_FOLDER}")
+    store = SolutionStore(folder)
+    shutil.copy(store.path(SECOND), store.path(FIRST))
+    cut(store.path("states"), 1000)
+    (journal,) = tmp_path.glob(f".converted.*/{JOURNAL_FILE}")
+    journal.write_text(json.dumps({**json.loads(journal.read_text()), "finished": [{}, [], 1]}))
+    solved.clear()
+    status, _, err = run("convert", PARENT, tmp_path / "converted", *words)
+    assert status == 0, err
+    assert "2 attention layers are solved and 0 of 1 weight files are finished" in err
+    assert FIRST in solved
+    assert digests(tmp_path / "converted") == digests(tmp_path / "expected")
+    assert faults.below(tmp_path) == ["converted", "expected", "text.txt"]
 
 
 def test_ctrl_c_keeps_what_is_solved(tmp_path: Path, solved: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,45 @@ def test_layers_that_cannot_be(text: str, words: str, llama: Layout) -> None:
         parse_layers(text, llama)
 
 
+def test_a_layer_that_does_not_exist_is_refused(llama: Layout) -> None:
+    with pytest.raises(RegroupError, match="a layer that does not exist"):
+        make_plan(llama, layers={"model.layers.3.self_attn": 2})
+    assert counts(make_plan(llama, layers={"model.layers.2.self_attn": 2})) == [6, 6, 2]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"calibrate": "text.txt"}, {"calibration": "text.txt"}, {"kv_heads": "2"}, {"kv_heads": True}, {"plan": {}}],
+)
+def test_keywords_that_are_misspelt_or_of_another_type_are_errors(
+    asked: dict[str, Any], saved: Saved, tmp_path: Path
+) -> None:
+    """Otherwise a conversion without text would take the place of one with text."""
+    more: dict[str, Any] = {"kv_heads": 2} | asked
+    for function in (regroup.plan, lambda *_, **more: regroup.convert(saved("llama"), tmp_path / "converted", **more)):
+        with pytest.raises(TypeError, match=next(iter(asked))):
+            function(saved("llama"), **more)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_repair_without_text_is_refused(saved: Saved, tmp_path: Path) -> None:
+    requests: tuple[dict[str, Any], ...] = ({"kv_heads": 2}, {"plan": make_plan(layout_of(saved("llama")), 2)})
+    for asked in requests:
+        with pytest.raises(RegroupError, match="no calibration text"):
+            regroup.convert(saved("llama"), tmp_path / "converted", repair="distill", **asked)
+
+
+@pytest.mark.parametrize(
+    "size", [{"tokens": 0}, {"window": 1}, {"window": 0}, {"batch": 0}, {"batch": -1}, {"tokens": 2**63}]
+)
+def test_sizes_of_calibration_text_out_of_range_are_refused(size: dict[str, int], llama: Layout) -> None:
+    """A plan that was edited by hand can name any."""
+    text = regroup.CalibrationText("text.txt", tokens=1, window=2, batch=1)
+    make_plan(llama, 2, calibration=text).check(llama)
+    with pytest.raises(RegroupError, match="out of range"):
+        make_plan(llama, 2, calibration=replace(text, **size))
+
+
 def edited(plan: Plan, index: int = 1, **changes: Any) -> Plan:
     layers = tuple(replace(x, **changes) if i == index else x for i, x in enumerate(plan.layers))
     return replace(plan, layers=layers)

@@ -170,7 +170,7 @@ class _Run:
         todo = [layer.index for layer in self.runner.layout.layers if self.wanted(layer) and layer.name not in names]
         stop = min(todo, default=len(self.runner))
         if self.store is not None and self.processes.size == 1:
-            kept = self.store.load_states(len(self.original))
+            kept = self.store.load_states(self.original)
             if kept is not None and kept[0] <= stop:
                 self.done, self.original, self.converted = kept
                 before = [layer.name for layer in self.runner.layout.layers if layer.index < self.done]

@@ -46,13 +46,32 @@ class Asked(TypedDict, total=False):
     repair: str | None
 
 
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "kv_heads": int,
+    "layers": (str, Mapping),
+    "method": str,
+    "grouping": str,
+    "tensor_parallel": int,
+    "seed": int,
+    "plan": (Plan, str, Path),
+    "calibration": CalibrationText,
+    "repair": str,
+}
+
+
 def check_asked(asked: Asked, device: str | None, processes: ProcessGroup) -> None:
     """Refuse what contradicts itself or cannot be, before anything is read.
 
     Raises:
+        TypeError: a keyword that ``Asked`` does not have, or a value of another type.
         RegroupError: an unknown grouping, a plan and its parts, a device that is not there, or several processes and no
             text for them.
     """
+    for name, value in asked.items():
+        if name not in _TYPES:
+            raise TypeError(f"unexpected keyword argument {name!r}; there are {', '.join(_TYPES)}")
+        if value is not None and (not isinstance(value, _TYPES[name]) or isinstance(value, bool)):
+            raise TypeError(f"{name} is not {_TYPES[name]}: {value!r}")
     grouping, plan = asked.get("grouping"), asked.get("plan")
     if grouping not in (None, *GROUPINGS):
         raise RegroupError("the grouping is not known", expected=" or ".join(GROUPINGS), got=grouping)
@@ -83,9 +102,12 @@ def asked_plan(layout: Layout, asked: Asked, processes: ProcessGroup) -> tuple[P
         The plan, and the calibration text where it is now: a plan that was given names it as it was called then.
 
     Raises:
-        RegroupError: the file is no plan, the layout does not allow it, or the text is not the plan's.
+        RegroupError: the file is no plan, the layout does not allow it, the text is not the plan's, or there is a
+            repair and no text.
     """
     given, text, repair = asked.get("plan"), asked.get("calibration"), asked.get("repair")
+    if repair is not None and given is None and text is None:
+        raise _nothing_to_repair(repair)
     if given is None:
         method, grouping = asked.get("method") or "auto", asked.get("grouping")
         search = method == "auto" if grouping is None else grouping == "search"
@@ -110,6 +132,8 @@ def asked_plan(layout: Layout, asked: Asked, processes: ProcessGroup) -> tuple[P
     elif text is not None:
         text = text.hashed()
         plan = replace(plan, calibration=text, repair=repair or DEFAULT_REPAIR)
+    elif repair is not None:
+        raise _nothing_to_repair(repair)
     elif processes.size > 1:
         raise _needless(processes)
     plan.check(layout)
@@ -155,6 +179,12 @@ def _found_text(wanted: CalibrationText, given: CalibrationText | None, plan: ob
             remedy="pass it by --calibration FILE, with the plan",
         )
     return wanted.hashed()
+
+
+def _nothing_to_repair(repair: str) -> RegroupError:
+    return RegroupError(
+        "a repair was given, and no calibration text", got=repair, remedy="give the text, or leave the repair out"
+    )
 
 
 def _needless(processes: ProcessGroup) -> RegroupError:

@@ -57,6 +57,13 @@ def make_plan(
             remedy="mean is the paper's",
         )
     chosen = parse_layers(layers, layout) if isinstance(layers, str) else dict(layers or {})
+    strangers = sorted(chosen.keys() - {layer.name for layer in layout.layers})
+    if strangers:
+        raise RegroupError(
+            "a number of KV heads is for a layer that does not exist",
+            layer=str(strangers[0]),
+            expected=f"attention layers such as {layout.layers[0].name}",
+        )
     on_text = method == "auto" and calibration is not None
     plan = Plan(
         family=layout.family,

@@ -141,6 +141,17 @@ class Plan:
                     expected=" or ".join("null" if choice is None else repr(choice) for choice in allowed),
                     got=repr(value),
                 )
+        text = self.calibration
+        sizes = (
+            () if text is None else (("tokens", text.tokens, 1), ("window", text.window, 2), ("batch", text.batch, 1))
+        )
+        for name, size, least in sizes:
+            if not least <= size < 2**63:
+                raise RegroupError(
+                    "a size of the calibration text is out of range",
+                    expected=f"{name} of at least {least}, as an int64",
+                    got=size,
+                )
         if (self.repair is None) != (self.calibration is None):
             raise RegroupError(
                 "calibration and repair of the plan do not go together",

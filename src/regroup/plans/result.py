@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,42 @@ def found_plan(folder: Path, given: Path | None = None) -> tuple[Plan, bool]:
 
     Args:
         folder: of the converted model.
-        given: another plan than the one in the folder. Where it is the same request, what was found for it counts.
+        given: another plan than the one in the folder. If what was found is an answer to it, that counts.
 
     Raises:
-        RegroupError: the folder has neither a result nor a plan, or they cannot be read.
+        RegroupError: the plan or the result cannot be read, or the folder's own do not belong together.
     """
-    result = Result.load(folder / RESULT_FILE) if (folder / RESULT_FILE).exists() else None
+    path = folder / RESULT_FILE
+    result = Result.load(path) if path.exists() else None
     asked = Plan.load(folder / PLAN_FILE if given is None else given)
     # Older releases wrote what they found into the plan, and what calibration measured into a file of its own.
     calibrated = (folder / "regroup_calibration.json").exists() if result is None else result.calibration is not None
-    if result is not None and (given is None or asked.digest() == Plan.load(folder / PLAN_FILE).digest()):
+    if result is not None and _answers(result.plan, asked):
         return result.plan, calibrated
+    if result is not None and given is None:
+        raise RegroupError(
+            "the result is not one of the plan next to it",
+            file=path,
+            expected=f"what {PLAN_FILE} asks for: heads, methods, orders and seed",
+            remedy="restore the two files, or pass the plan by --plan",
+        )
     return asked, calibrated or asked.calibration is not None
+
+
+def _answers(found: Plan, asked: Plan) -> bool:
+    """Whether what was found is what was asked for, in everything that the request did not leave open."""
+    # Predictions are measured, and not asked for.
+    settled = {"grouping": None, "calibration": None, "repair": None, "predicted_kl": found.predicted_kl}
+    if replace(found, layers=()) != replace(asked, layers=(), **settled):
+        return False
+    return len(found.layers) == len(asked.layers) and all(
+        one
+        == replace(
+            want,
+            key_method=one.key_method if want.key_method == "auto" else want.key_method,
+            value_method=one.value_method if want.value_method == "auto" else want.value_method,
+            query_order=one.query_order if want.query_order is None else want.query_order,
+            predicted_kl=one.predicted_kl,
+        )
+        for one, want in zip(found.layers, asked.layers, strict=True)
+    )

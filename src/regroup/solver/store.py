@@ -7,17 +7,19 @@ hand (``writer.journal``).
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from ..checkpoint import ShardFile
+from ..checkpoint import ShardFile, read_header
 from ..checkpoint.dtypes import TORCH_DTYPES
 from ..checkpoint.stage import sync
+from ..errors import RegroupError
 from ..plans import LayerPlan
 from .solve import LayerOutcome, LayerSolution
 
@@ -42,6 +44,22 @@ class SolutionStore:
     def path(self, name: str) -> Path:
         """The safetensors file with the tensors of a layer."""
         return self.folder / f"{name}.safetensors"
+
+    def discard_damaged(self, specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        """Remove what a fault of the disk damaged, so that it is solved again.
+
+        Args:
+            specs: dtype and shape of every tensor of the converted model.
+        """
+        for path in self.folder.glob("*.safetensors"):
+            try:
+                entries, _ = read_header(path)
+                same = all(specs.get(key) in (None, (entry.dtype, entry.shape)) for key, entry in entries.items())
+                whole = path.stem == _STATES or (same and self.facts(path.stem).want.name == path.stem)
+            except (RegroupError, SafetensorError, LookupError, TypeError, ValueError):
+                whole = False
+            if not whole:
+                path.unlink()
 
     def keep(self, name: str, solution: LayerSolution) -> None:
         """Write a solution, or write it anew.
@@ -71,16 +89,24 @@ class SolutionStore:
         tensors |= {f"converted.{batch}": states for batch, states in enumerate(converted)}
         self._write(_STATES, tensors, {"done": done})
 
-    def load_states(self, batches: int) -> tuple[int, list[torch.Tensor], list[torch.Tensor]] | None:
-        """The hidden states that were kept last: after how many decoder layers, original and converted."""
+    def load_states(self, like: Sequence[torch.Tensor]) -> tuple[int, list[torch.Tensor], list[torch.Tensor]] | None:
+        """The hidden states that were kept last: after how many decoder layers, original and converted.
+
+        Args:
+            like: hidden states of each batch after another layer; None is returned where those kept are not like them.
+        """
         if not self.path(_STATES).exists():
             return None
+        tensors = load_file(self.path(_STATES))
         with safe_open(self.path(_STATES), "pt") as file:
-            done = json.loads(file.metadata()["regroup"])["done"]
-            original, converted = (
-                [file.get_tensor(f"{model}.{batch}") for batch in range(batches)] for model in ("original", "converted")
-            )
-        return done, original, converted
+            said = (file.metadata() or {}).get("regroup")
+        shapes = {f"{model}.{b}": state.shape for b, state in enumerate(like) for model in ("original", "converted")}
+        if said is None or {name: state.shape for name, state in tensors.items()} != shapes:
+            return None
+        original, converted = (
+            [tensors[f"{model}.{batch}"] for batch in range(len(like))] for model in ("original", "converted")
+        )
+        return json.loads(said)["done"], original, converted
 
     def _write(self, name: str, tensors: dict[str, torch.Tensor], said: dict[str, Any]) -> None:
         part = self.folder / f"{name}.part"

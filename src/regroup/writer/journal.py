@@ -90,12 +90,14 @@ class Journal:
         self.found = earlier
         names = found.get("finished")
         listed = names if isinstance(names, list) else []
-        self.finished = [name for name in listed if name in self._shards and self._whole(stage, name)]
+        self.finished = [name for name in self._shards if name in listed and self._whole(stage, name)]
         for path in stage.iterdir():
             if path.name not in (*self.finished, JOURNAL_FILE, SOLVED_FOLDER):
                 with contextlib.suppress(OSError):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        solved = len(SolutionStore(stage / SOLVED_FOLDER).names())
+        store = SolutionStore(stage / SOLVED_FOLDER)
+        store.discard_damaged({name: spec for specs in self._shards.values() for name, spec in specs.items()})
+        solved = len(store.names())
         layers = f"{solved} attention layers are solved and " if solved else ""
         count = f"{len(self.finished)} of {len(self._shards)} weight files are finished"
         self._notice(f"a conversion to this destination was cut short; {layers}{count}, and it resumes from there")
