@@ -188,7 +188,7 @@ def run_demo(output: Path, *, windows: int) -> dict[str, Any]:
     _table(rows)
     out.print(
         "",
-        "mean, first and random are the paper's merge rules. auto shares heads by linear maps that queries and",
+        "mean, first and random are the paper's merge methods. auto shares heads by linear maps that queries and",
         f"outputs absorb, from the weights alone or on {CALIBRATION_TOKENS:,} tokens of training text. Nothing was",
         "trained so far.",
         "",
@@ -241,7 +241,7 @@ def _table(rows: list[dict[str, Any]]) -> None:
         last = row["num_key_value_heads"]
         table.add_row(
             str(row["num_key_value_heads"]),
-            row["method"],
+            "original" if row["method"] == "parent" else row["method"],
             human_bytes(row["kv_bytes_per_token"]),
             f"{row['nats_per_token']:.3f}",
             f"{row['excess_nats_per_token']:+.3f}" if row["method"] != "parent" else "–",

@@ -73,6 +73,10 @@ def found_plan(folder: Path, given: Path | None = None) -> tuple[Plan, bool]:
     """
     path = folder / RESULT_FILE
     result = Result.load(path) if path.exists() else None
+    if given is None and not (folder / PLAN_FILE).exists():
+        raise RegroupError(
+            "the folder holds no plan to compare it with", file=folder / PLAN_FILE, remedy="pass the plan by --plan"
+        )
     asked = Plan.load(folder / PLAN_FILE if given is None else given)
     # Older releases wrote what they found into the plan, and what calibration measured into a file of its own.
     calibrated = (folder / "regroup_calibration.json").exists() if result is None else result.calibration is not None
