@@ -69,7 +69,8 @@ RULES: dict[str, tuple[list[str], set[str]]] = {
     "uptraining/*": (
         [
             *("checkpoint*", "families*", "layout*", "plans*", "calibration*", "conversion*", "data*"),
-            *("modeling*", "evaluation*", "uptraining*", "listener", "opening", "processes", "screen", *COMMON),
+            *("modeling*", "evaluation*", "uptraining*", "writer*", "listener", "opening", "processes", "screen"),
+            *COMMON,
         ],
         NETWORK,
     ),

@@ -142,13 +142,6 @@ def test_keywords_that_are_misspelt_or_of_another_type_are_errors(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_repair_without_text_is_refused(saved: Saved, tmp_path: Path) -> None:
-    requests: tuple[dict[str, Any], ...] = ({"kv_heads": 2}, {"plan": make_plan(layout_of(saved("llama")), 2)})
-    for asked in requests:
-        with pytest.raises(RegroupError, match="no calibration text"):
-            regroup.convert(saved("llama"), tmp_path / "converted", repair="distill", **asked)
-
-
 @pytest.mark.parametrize(
     "size", [{"tokens": 0}, {"window": 1}, {"window": 0}, {"batch": 0}, {"batch": -1}, {"tokens": 2**63}]
 )

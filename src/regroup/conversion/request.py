@@ -102,12 +102,9 @@ def asked_plan(layout: Layout, asked: Asked, processes: ProcessGroup) -> tuple[P
         The plan, and the calibration text where it is now: a plan that was given names it as it was called then.
 
     Raises:
-        RegroupError: the file is no plan, the layout does not allow it, the text is not the plan's, or there is a
-            repair and no text.
+        RegroupError: the file is no plan, the layout does not allow it, or the text is not the plan's.
     """
     given, text, repair = asked.get("plan"), asked.get("calibration"), asked.get("repair")
-    if repair is not None and given is None and text is None:
-        raise _nothing_to_repair(repair)
     if given is None:
         method, grouping = asked.get("method") or "auto", asked.get("grouping")
         search = method == "auto" if grouping is None else grouping == "search"
@@ -132,8 +129,6 @@ def asked_plan(layout: Layout, asked: Asked, processes: ProcessGroup) -> tuple[P
     elif text is not None:
         text = text.hashed()
         plan = replace(plan, calibration=text, repair=repair or DEFAULT_REPAIR)
-    elif repair is not None:
-        raise _nothing_to_repair(repair)
     elif processes.size > 1:
         raise _needless(processes)
     plan.check(layout)
@@ -179,12 +174,6 @@ def _found_text(wanted: CalibrationText, given: CalibrationText | None, plan: ob
             remedy="pass it by --calibration FILE, with the plan",
         )
     return wanted.hashed()
-
-
-def _nothing_to_repair(repair: str) -> RegroupError:
-    return RegroupError(
-        "a repair was given, and no calibration text", got=repair, remedy="give the text, or leave the repair out"
-    )
 
 
 def _needless(processes: ProcessGroup) -> RegroupError:

@@ -23,6 +23,7 @@ from ..checkpoint.writer import copy_file, write_text
 from ..errors import RegroupError
 from ..modeling import MODELING_FILE
 from ..modeling.expected import computed_tables
+from ..writer.model_card import TRAIN_FIRST
 
 
 def stored_names(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -155,7 +156,7 @@ def _add_note(card: Path, note: str) -> None:
         return
     text = card.read_text(encoding="utf-8") if card.exists() else ""
     # The converter's warning no longer holds.
-    text = text.replace(" **Merging alone costs quality; continue training before use.**", "")
+    text = re.sub(rf"\s{re.escape(TRAIN_FIRST)}", "", text)
     write_text(card, f"{text.rstrip()}\n\n{note}".lstrip())
 
 

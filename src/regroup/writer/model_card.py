@@ -15,6 +15,8 @@ from .preview import Prepared
 
 # Names that Markdown shows as they are.
 _PLAIN = re.compile(r"[A-Za-z0-9]([\w./ -]*[A-Za-z0-9])?", re.ASCII)
+# What the card says of a model that was not trained since, and no more after uptraining.
+TRAIN_FIRST = "**Merging alone costs quality; continue training before use.**"
 _KEPT = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 
 
@@ -57,7 +59,7 @@ def model_card(source: str, prepared: Prepared, result: Result) -> str:
 
 Converted from {code_span(name)} by regroup (`regroup-gqa`): key and value heads were merged within groups
 (Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints", EMNLP 2023).
-**Merging alone costs quality; continue training before use.**
+{TRAIN_FIRST}
 
 | attention layers | KV heads before | KV heads now | keys by | values by |
 | --- | --- | --- | --- | --- |
