@@ -292,6 +292,27 @@ def test_ctrl_c_keeps_what_is_solved(tmp_path: Path, solved: list[str], monkeypa
     assert faults.below(tmp_path) == ["converted", "expected"]
 
 
+@pytest.mark.parametrize("method", ["lowrank", "text"])
+def test_a_solved_layer_is_complete(method: str, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing of a layer is not made up by other means."""
+    folder, keep = saved("llama"), SolutionStore.keep
+    plan = make_plan(layout_of(folder), 2, method="lowrank")
+    plan, data = (on_text(plan), batches("llama", 4)) if method == "text" else (plan, [])
+    lost = layout_of(folder).layers[1].key.weight.tensor
+
+    def without(self: SolutionStore, layer: str, solution: Any) -> None:
+        tensors = {name: value for name, value in solution.tensors.items() if name != lost}
+        keep(self, layer, replace(solution, tensors=tensors))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SolutionStore, "keep", without)
+        with pytest.raises(regroup.RegroupError, match="lacks a tensor") as error:
+            carried_out(folder, plan, tmp_path / "converted", data, device="cpu")
+    assert lost in str(error.value)
+    assert faults.below(tmp_path) == []
+    carried_out(folder, plan, tmp_path / "converted", data, device="cpu")  # the control
+
+
 def test_a_plan_reproduces_its_result(tmp_path: Path) -> None:
     """The plan in a converted model leads to the same bits, with the text wherever it is now, and with no other."""
     text = text_file(tmp_path)

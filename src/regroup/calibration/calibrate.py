@@ -121,12 +121,8 @@ class _Run:
     """
 
     def __init__(self, converter: LayerConverter, plan: Plan, store: SolutionStore | None) -> None:
-        self.converter, self.runner, self.processes, self.store = (
-            converter,
-            converter.runner,
-            converter.processes,
-            store,
-        )
+        self.converter, self.store = converter, store
+        self.runner, self.processes = converter.runner, converter.processes
         self.plans = {want.name: want for want in plan.layers}
         self.solved: dict[str, LayerSolution] = {}
         self.done = 0

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ..checkpoint.reader import INDEX_FILE
 from ..checkpoint.writer import copy_file, write_text
+from ..errors import RegroupError
 from ..modeling import MODELING_FILE
 from ..plans import PLAN_FILE, RESULT_FILE, Result
-from .changes import planned_changes, stored_tensors
+from .changes import SolvedTensor, planned_changes, stored_tensors
 from .journal import Journal
 from .model_card import model_card
 from .preview import Prepared
@@ -39,16 +40,28 @@ def write(
         progress: called from any thread with the number of bytes just written.
 
     Raises:
-        RegroupError: a source that changes, or a system that refuses.
+        RegroupError: a solved layer that is not complete, a source that changes, or a system that refuses.
     """
     checkpoint, ahead = prepared.checkpoint, prepared.preview
     for path in prepared.companions:
         copy_file(checkpoint.folder / path, stage / path)
-    changed, _ = planned_changes(checkpoint, prepared.layout, result.plan)
+    planned, _ = planned_changes(checkpoint, prepared.layout, result.plan)
+    changed = planned | stored_tensors(journal.store, prepared.solved)
+    # Solved from the weights as it is written, it would not belong to the rest of its layer.
+    lacking = [(how.layer, name) for name, how in changed.items() if isinstance(how, SolvedTensor)]
+    if lacking:
+        layer, name = lacking[0]
+        raise RegroupError(
+            "a solved layer lacks a tensor",
+            file=journal.store.path(layer),
+            layer=layer,
+            tensor=name,
+            remedy="give the same command again: it starts anew",
+        )
     writer = ShardWriter(
         checkpoint,
         ahead.shards,
-        changed | stored_tensors(journal.store, prepared.solved),
+        changed,
         stage,
         finished=journal.finished,
         done=journal.finish,
