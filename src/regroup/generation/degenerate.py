@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from ..errors import RegroupError
+from ..errors import DegenerateTextError
 
 # Texts have far more distinct n-grams than that, whatever their alphabet: 16 characters hardly ever come twice.
 _DISTINCT = 0.25
 _NGRAM = 16
 _ENDS = 0.5
-
-
-class DegenerateTextError(RegroupError):
-    """What a model writes is of no use: numbers that are not finite, ends alone, or endless repeats."""
 
 
 def degenerate(texts: Sequence[Sequence[int]], ends: Collection[int]) -> str | None:
