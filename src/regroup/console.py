@@ -211,7 +211,7 @@ def show_outcomes(solved: Calibrated) -> None:
         stand = "searched" if orders[outcome.name] else "in order"
         table.add_row(outcome.name, outcome.key_method, outcome.value_method, stand, f"{outcome.error:.1%}")
     err.print(table)
-    expected = "" if solved.plan.predicted_kl is None else f" (the plan expected {solved.plan.predicted_kl:.3f})"
+    expected = "" if solved.plan.predicted_kl is None else f" (predicted by the plan: {solved.plan.predicted_kl:.3f})"
     err.print(
         f"KL divergence from the original model on held-out calibration text: {solved.kl:.3f} nats per token{expected}"
     )

@@ -168,17 +168,25 @@ def split_batches(batches: Sequence[Inputs]) -> tuple[list[Inputs], list[Inputs]
 
 
 def first_tokens(batches: Sequence[Inputs], tokens: int) -> list[Inputs]:
-    """The first rows of batches that hold this many tokens at most, at least one row."""
+    """The first rows of batches that hold this many tokens at most, and at least one row."""
     found: list[Inputs] = []
     for batch in batches:
-        ids = batch["decoder_input_ids"] if "decoder_input_ids" in batch else batch["input_ids"]
-        rows = min(len(ids), tokens // ids.shape[1])
+        length = token_count([_rows(batch, slice(0, 1))])
+        rows = min(len(next(iter(batch.values()))), tokens // length)
         if rows > 0 or not found:
             found.append(_rows(batch, slice(0, max(rows, 1))))
-        tokens -= max(rows, 1) * ids.shape[1]
-        if tokens <= 0:
+        tokens -= rows * length
+        if tokens < length:
             break
     return found
+
+
+def token_count(batches: Sequence[Inputs]) -> int:
+    """Positions of the decoder in these batches."""
+    return sum(
+        (batch["decoder_input_ids"] if "decoder_input_ids" in batch else batch["input_ids"]).numel()
+        for batch in batches
+    )
 
 
 def _rows(batch: Inputs, rows: slice) -> Inputs:
