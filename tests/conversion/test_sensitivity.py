@@ -19,7 +19,7 @@ from torch import Tensor
 import regroup
 import texts
 import tiny
-from helpers import carried_out, config_of, copy, everything, layout_of, on_text, refused, run
+from helpers import assembled, carried_out, config_of, copy, divergence, everything, layout_of, on_text, refused, run
 from regroup.calibration import budgeted, sensitivity
 from regroup.calibration import text as text_module
 from regroup.calibration.budgeted import Budgeted
@@ -82,25 +82,6 @@ def alone(folder: Path, chosen: Measured) -> Plan:
     """A plan that changes one layer, as it was measured."""
     plan = make_plan(layout_of(folder), layers={})
     return replace(plan, layers=tuple(chosen.want if x.name == chosen.want.name else x for x in plan.layers))
-
-
-@torch.no_grad()
-def divergence(parent: Path, child: Path, batches: list[dict[str, Tensor]]) -> float:
-    """Σ p (log p - log q) of whole models in float64, a mean over the tokens that are text."""
-    total, count = 0.0, 0
-    both: list[Any] = [
-        regroup.load(folder, dtype=torch.float32, attn_implementation="eager", progress=False).eval()
-        for folder in (parent, child)
-    ]
-    for inputs in batches:
-        p, q = (model(**inputs, use_cache=False).logits.double().log_softmax(-1) for model in both)
-        mask = inputs.get("decoder_attention_mask")
-        for row in range(p.shape[0]):
-            for place in range(p.shape[1]):
-                if mask is None or mask[row, place]:
-                    total += float((p[row, place].exp() * (p[row, place] - q[row, place])).sum())
-                    count += 1
-    return total / count
 
 
 @pytest.mark.parametrize("name", sorted(tiny.FAMILIES))
@@ -244,11 +225,10 @@ class Whole:
         if key not in self.known:
             shape = self.place / "-".join(map(str, heads))
             if not shape.exists():
-                regroup.convert(self.folder, shape, layers=dict(zip(self.names, heads, strict=True)), method="first")
                 state = dict(self.rest)
                 for one in zip(self.names, heads, strict=True):
                     state |= self.tensors[one]
-                save_file(state, shape / "model.safetensors", {"format": "pt"})
+                assembled(self.folder, shape, dict(zip(self.names, heads, strict=True)), state)
             self.known[key] = divergence(self.folder, shape, self.reporting if reported else self.choosing)
         return self.known[key]
 

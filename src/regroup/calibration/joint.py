@@ -168,16 +168,20 @@ def split_batches(batches: Sequence[Inputs]) -> tuple[list[Inputs], list[Inputs]
 
 
 def first_tokens(batches: Sequence[Inputs], tokens: int) -> list[Inputs]:
-    """The first rows of batches that hold this many tokens at most, and at least one row."""
+    """The first rows of batches that hold so many tokens at most; or the beginning of a row, where it may be cut."""
     found: list[Inputs] = []
     for batch in batches:
         length = token_count([_rows(batch, slice(0, 1))])
         rows = min(len(next(iter(batch.values()))), tokens // length)
-        if rows > 0 or not found:
-            found.append(_rows(batch, slice(0, max(rows, 1))))
+        if rows > 0:
+            found.append(_rows(batch, slice(0, rows)))
         tokens -= rows * length
         if tokens < length:
             break
+    if not found and batches and tokens > 0:
+        first = _rows(batches[0], slice(0, 1))
+        # Sources and targets belong together.
+        found = [first if "decoder_input_ids" in first else {name: ids[:, :tokens] for name, ids in first.items()}]
     return found
 
 

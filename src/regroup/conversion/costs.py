@@ -26,7 +26,7 @@ def layers_compared(
     device: str | None,
     processes: ProcessGroup,
 ) -> dict[str, Any]:
-    """Restore each layer of a converted model in turn, and tell the user of those that ruin the rest.
+    """Find out which layers the loss of a converted model comes from, and tell the user of those that ruin the rest.
 
     Args:
         opened: the original model.
@@ -40,17 +40,14 @@ def layers_compared(
     Returns:
         For the record; empty where the comparison would have cost too much.
     """
-    from ..calibration.joint import token_count
-    from ..calibration.layer_costs import affordable_tokens, layer_costs, warning
+    from ..calibration.layer_costs import layer_costs, warning
     from ..devices import device_named
     from .assist import run_alongside
 
     narrowed = sum(want.num_key_value_heads != want.original_num_key_value_heads for want in plan.layers)
-    held_out = list(batches[-settings.held_out_batches(len(batches), token_count(batches[:1])) :])
-    given = plan, held_out, affordable_tokens(token_count(batches), narrowed)
-    folder, place = opened.checkpoint.folder, device_named(processes.device(device))
-    processes.call(run_alongside, folder, device, layer_costs, *given, None)
-    with listener.stage("restoring each layer in turn", narrowed + 1, "models") as count:
+    given, place = (plan, batches, settings), device_named(processes.device(device))
+    processes.call(run_alongside, opened.checkpoint.folder, device, layer_costs, *given, None)
+    with listener.stage("looking for layers that ruin the rest", narrowed, "layers") as count:
         costs = layer_costs(
             opened.checkpoint, opened.layout, *given, store, device=place, progress=count, processes=processes
         )
