@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+import regroup
 import tiny
 from regroup.checkpoint import open_checkpoint
 from regroup.cli import app
@@ -242,3 +243,29 @@ def load_recipe(name: str, patch: pytest.MonkeyPatch) -> ModuleType:
     patch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     return module
+
+
+@torch.no_grad()
+def divergence(parent: Path, child: Path, batches: list[dict[str, Tensor]]) -> float:
+    """Σ p (log p - log q) of whole models in float64, a mean over the tokens that are text."""
+    total, count = 0.0, 0
+    both: list[Any] = [
+        regroup.load(folder, dtype=torch.float32, attn_implementation="eager", progress=False).eval()
+        for folder in (parent, child)
+    ]
+    for inputs in batches:
+        p, q = (model(**inputs, use_cache=False).logits.double().log_softmax(-1) for model in both)
+        mask = inputs.get("decoder_attention_mask")
+        for row in range(p.shape[0]):
+            for place in range(p.shape[1]):
+                if mask is None or mask[row, place]:
+                    total += float((p[row, place].exp() * (p[row, place] - q[row, place])).sum())
+                    count += 1
+    return total / count
+
+
+def assembled(folder: Path, destination: Path, heads: Mapping[str, int], state: dict[str, Tensor]) -> Path:
+    """A converted model with these KV heads by layer, and weights that come from elsewhere."""
+    regroup.convert(folder, destination, layers=heads, method="first")
+    save_file(state, destination / "model.safetensors", {"format": "pt"})
+    return destination

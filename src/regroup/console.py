@@ -20,6 +20,7 @@ from .progress import Progress, duration, stage
 from .screen import Screen
 
 if TYPE_CHECKING:
+    from .calibration.budgeted import Budgeted
     from .calibration.calibrate import Calibrated
     from .calibration.own_time import OwnTextAhead
     from .layout.types import AttentionLayer
@@ -149,8 +150,7 @@ def show_plan(plan: Plan, layout: Layout) -> None:
         else:
             err.print(
                 f"KV budget {plan.kv_budget}: expect a KL divergence from the original model of "
-                f"{plan.predicted_kl:.3f} nats per token or more, the sum over layers, when converting with "
-                "--calibration on such text"
+                f"{plan.predicted_kl:.3f} nats per token when converting with --calibration on such text"
             )
     if plan.tensor_parallel > 1:
         for count, number in Counter(layer.num_key_value_heads for layer in plan.layers).items():
@@ -227,10 +227,22 @@ def show_outcomes(solved: Calibrated) -> None:
         stand = "searched" if orders[outcome.name] else "in order"
         table.add_row(outcome.name, outcome.key_method, outcome.value_method, stand, f"{outcome.error:.1%}")
     err.print(table)
-    expected = "" if solved.plan.predicted_kl is None else f" (the plan expected {solved.plan.predicted_kl:.3f})"
+    expected = "" if solved.plan.predicted_kl is None else f" (predicted by the plan: {solved.plan.predicted_kl:.3f})"
     err.print(
         f"KL divergence from the original model on held-out calibration text: {solved.kl:.3f} nats per token{expected}"
     )
+
+
+def show_choice(found: Budgeted) -> None:
+    """How a plan was found for a KV budget."""
+    refined = found.refined
+    err.print(
+        f"compared {refined.trials} plans by the KL divergence of the whole model on held-out text: {refined.loss:.3f} "
+        f"nats per token, where the sum over single layers is {found.summed:.3f} and the plan of the least sum has "
+        f"{refined.start_loss:.3f}"
+    )
+    rest = "no exchange of KV heads between two layers lowers it" if refined.settled else "not all exchanges were tried"
+    err.print(f"on other held-out text: {found.kl:.3f} ({found.start_kl:.3f} for the plan of the least sum); {rest}")
 
 
 class ConsoleListener(Listener):
@@ -262,6 +274,9 @@ class ConsoleListener(Listener):
 
     def calibrated(self, solved: Calibrated) -> None:
         show_outcomes(solved)
+
+    def chosen(self, found: Budgeted) -> None:
+        show_choice(found)
 
     def writing(self, nbytes: int) -> AbstractContextManager[Progress]:
         return stage(self.title, nbytes, unit="bytes")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from .progress import Progress
 
 if TYPE_CHECKING:
+    from .calibration.budgeted import Budgeted
     from .calibration.calibrate import Calibrated
     from .calibration.own_time import OwnTextAhead
     from .opening import Source
@@ -45,6 +46,9 @@ class Listener:
 
     def calibrated(self, solved: Calibrated) -> None:
         """The result of calibration."""
+
+    def chosen(self, found: Budgeted) -> None:
+        """The plan that was found for a KV budget on text."""
 
     def writing(self, nbytes: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         """Called, from any thread, with the number of bytes just written."""

@@ -10,21 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from ..checkpoint import Checkpoint
-from ..checkpoint.dtypes import TORCH_DTYPES
 from ..errors import RegroupError
 from ..layout.types import AttentionLayer, Layout
 from ..plans import LayerPlan, Plan
 from ..processes import SINGLE_PROCESS, ProcessGroup
-from ..solver.heads import load_into, projection_tensors
 from ..solver.solve import LayerOutcome, LayerSolution
 from ..solver.store import SolutionStore
 from .decoder_layer import DecoderLayer
-from .install import install
+from .install import install, stored_tensors
 from .layer_converter import LayerConverter
 from .layer_runner import LayerRunner
 from .settings import Settings
@@ -148,7 +146,7 @@ class _Run:
             chosen, outcome = self.converter.convert(
                 student, visit.layers[: number + 1], solvers, targets, self.converted
             )
-            solution = LayerSolution(chosen, self._stored(student, layer), outcome)
+            solution = LayerSolution(chosen, stored_tensors(student, layer, self.converter.checkpoint), outcome)
             if self.store is not None:
                 self.store.keep(layer.name, solution)
             self.solved[layer.name] = replace(solution, tensors={})
@@ -199,17 +197,6 @@ class _Run:
         if keep and self.store is not None and self.processes.size == 1:
             self.store.keep_states(self.done, self.original, self.converted)
 
-    def _stored(self, student: DecoderLayer, layer: AttentionLayer) -> dict[str, torch.Tensor]:
-        """The converted tensors in the dtypes that are stored; the student gets the same values."""
-        attention = student.attention(layer)
-        infos = self.converter.checkpoint.tensors
-        tensors = {}
-        for name in projection_tensors(layer):
-            value = attention.get_parameter(name.removeprefix(layer.name + ".")).detach().cpu()
-            tensors[name] = value.to(TORCH_DTYPES[infos[name].dtype]).contiguous()
-        load_into(attention, layer, {name: value.float() for name, value in tensors.items()})
-        return tensors
-
 
 def add_residual_gap(
     layer: AttentionLayer, outputs: list[torch.Tensor], original: list[torch.Tensor], converted: list[torch.Tensor]
@@ -221,13 +208,27 @@ def add_residual_gap(
             output += (o - c) / layer.residual_scale
 
 
+class HeldOut(Protocol):
+    """The original model on held-out text.
+
+    Attributes:
+        runner: its layers on this process's text.
+        held_out: numbers of this process's batches that are judged on.
+        processes: those that share the text.
+    """
+
+    runner: LayerRunner
+    held_out: range
+    processes: ProcessGroup
+
+
 def divergences(
-    converter: LayerConverter, original: list[torch.Tensor], converted: Mapping[K, list[torch.Tensor]]
+    converter: HeldOut, original: list[torch.Tensor], converted: Mapping[K, list[torch.Tensor]]
 ) -> dict[K, float]:
     """Mean KL divergence from the original model's predictions on held-out text, in nats per token.
 
     Args:
-        converter: of the original model on its text.
+        converter: the original model on its text.
         original: its hidden states after the last layer, for each batch.
         converted: those of converted models, for each held-out batch.
     """

@@ -13,7 +13,7 @@ from ..checkpoint.dtypes import TORCH_DTYPES
 from ..layout.types import AttentionLayer
 from ..modeling.modeling_regroup import regroup_attention
 from ..plans import LayerPlan
-from ..solver.heads import load_into
+from ..solver.heads import load_into, projection_tensors
 from ..solver.rewrite import rewrites
 from .decoder_layer import DecoderLayer
 
@@ -48,3 +48,13 @@ def install(
     load_into(module, layer, rounded)
     parent_path, _, name = student.caller.path_of(layer).rpartition(".")
     setattr(student.module.get_submodule(parent_path), name, module)
+
+
+def stored_tensors(student: DecoderLayer, layer: AttentionLayer, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The projections of a converted attention layer in the dtypes that are stored; the layer gets the same values."""
+    attention, tensors = student.attention(layer), {}
+    for name in projection_tensors(layer):
+        value = attention.get_parameter(name.removeprefix(layer.name + ".")).detach().cpu()
+        tensors[name] = value.to(TORCH_DTYPES[checkpoint.tensors[name].dtype]).contiguous()
+    load_into(attention, layer, {name: value.float() for name, value in tensors.items()})
+    return tensors

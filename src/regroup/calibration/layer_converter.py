@@ -42,7 +42,7 @@ class LayerConverter:
         self.checkpoint, self.runner, self.settings, self.processes = checkpoint, runner, settings, processes
         count = sum(processes.all_gather(len(runner.batches)))
         size = processes.all_gather(max(1, runner.hidden[0].shape[0] * runner.hidden[0].shape[1]))[0]
-        kept = max(1, min(round(count * settings.held_out), settings.held_out_tokens // size))
+        kept = settings.held_out_batches(count, size)
         self.fit, self.held_out = processes.local_indices(0, count - kept), processes.local_indices(count - kept, count)
         self.judging = processes.local_indices(0, min(count - kept, max(1, settings.judged_on // size)))
 

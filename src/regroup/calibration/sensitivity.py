@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -11,9 +13,11 @@ from ..checkpoint import Checkpoint
 from ..layout.types import AttentionLayer, Layout
 from ..plans import LayerPlan, Plan
 from ..processes import SINGLE_PROCESS, ProcessGroup
-from .calibrate import divergences
+from ..solver.solve import LayerSolution
+from .install import stored_tensors
+from .joint import Heads, JointModel, KeptSolutions
 from .layer_converter import LayerConverter
-from .layer_runner import LayerRunner
+from .layer_runner import Inputs, LayerRunner
 from .settings import Settings
 from .sweep import sweep
 
@@ -32,24 +36,19 @@ class Measured:
     kl: float
 
 
-@torch.no_grad()
 def measure(
     checkpoint: Checkpoint,
     layout: Layout,
     plan: Plan,
     choices: Mapping[str, Sequence[int]],
-    batches: Sequence[dict[str, torch.Tensor]],
+    batches: Sequence[Inputs],
     settings: Settings,
     *,
     device: str = "cpu",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, dict[int, Measured]]:
     """Convert every layer to every number of KV heads, each alone, and see what it does to the model's predictions.
-
-    In one sweep over the layers, what was converted before a layer goes through the original layer along with the
-    original hidden states. Those of the held-out text are kept for every choice, (layers × choices × tokens × hidden)
-    in float32.
 
     Args:
         checkpoint, layout: of the original model.
@@ -61,6 +60,48 @@ def measure(
         progress: called with 1 after each decoder layer.
         processes: those that do this together, each on its share of the batches; all get the same answer.
     """
+    with tempfile.TemporaryDirectory(prefix="regroup-") as folder:
+        kept = KeptSolutions(Path(folder) if processes.rank == 0 else None)
+        wants, held_out = solve_alone(
+            checkpoint,
+            layout,
+            plan,
+            choices,
+            batches,
+            settings,
+            kept,
+            device=device,
+            progress=progress,
+            processes=processes,
+        )
+        model = JointModel(checkpoint, layout, held_out, kept.load, device=device, processes=processes)
+        return costs_alone(model, wants)
+
+
+@torch.no_grad()
+def solve_alone(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    plan: Plan,
+    choices: Mapping[str, Sequence[int]],
+    batches: Sequence[Inputs],
+    settings: Settings,
+    kept: KeptSolutions,
+    *,
+    device: str = "cpu",
+    progress: Callable[[int], object] | None = None,
+    processes: ProcessGroup = SINGLE_PROCESS,
+) -> tuple[dict[str, dict[int, LayerPlan]], list[Inputs]]:
+    """Convert every layer to every number of KV heads, on the hidden states of the original model, in one sweep.
+
+    Args:
+        kept: where the solutions are kept.
+        checkpoint, layout, plan, choices, batches, settings, device, progress, processes: see ``measure``.
+
+    Returns:
+        For each layer by name and each number of KV heads its plan with the methods and the order that were chosen; and
+        the batches that were held out.
+    """
     runner = LayerRunner(checkpoint.folder, layout, processes.shard(batches), device=device)
     converter = LayerConverter(checkpoint, runner, settings, processes)
     plans = {want.name: want for want in plan.layers}
@@ -69,34 +110,47 @@ def measure(
         narrower = (heads for heads in choices[layer.name] if heads != layer.num_key_value_heads)
         return [replace(plans[layer.name], num_key_value_heads=heads) for heads in narrower]
 
-    original = list(runner.hidden)
-    converted: dict[tuple[str, int], list[torch.Tensor]] = {}
-    found: dict[tuple[str, int], LayerPlan] = {}
-    for visit in sweep(converter, wanted, original):
-        for states in converted.values():
-            for place, batch in enumerate(converter.held_out):
-                states[place] = visit.teacher.forward(batch, states[place]).cpu()
+    found = {
+        layer.name: {heads: replace(plans[layer.name], num_key_value_heads=heads) for heads in choices[layer.name]}
+        for layer in layout.layers
+    }
+    for visit in sweep(converter, wanted, list(runner.hidden)):
         for number, layer in enumerate(visit.layers):
             grouping = visit.groupings.get(layer.name)
             for want in grouping.wants if grouping is not None else ():
                 heads, student = want.num_key_value_heads, visit.teacher.copy()
                 solvers = visit.groupings[layer.name].solvers(heads)
-                found[layer.name, heads], _ = converter.convert(
+                chosen, outcome = converter.convert(
                     student, visit.layers[: number + 1], solvers, visit.outputs[layer.name], visit.before
                 )
-                converted[layer.name, heads] = [
-                    student.forward(batch, visit.before[batch]).cpu() for batch in converter.held_out
-                ]
-        original = visit.after
+                tensors = stored_tensors(student, layer, checkpoint)
+                kept.keep(layer.name, LayerSolution(chosen, tensors, outcome))
+                found[layer.name][heads] = chosen
         if progress is not None:
             progress(1)
-    costs = divergences(converter, original, converted)
+    count = sum(processes.all_gather(len(converter.held_out)))
+    return found, list(batches[len(batches) - count :])
+
+
+def costs_alone(
+    model: JointModel, wants: Mapping[str, Mapping[int, LayerPlan]], *, progress: Callable[[int], object] | None = None
+) -> dict[str, dict[int, Measured]]:
+    """What each layer costs at each number of KV heads while all other layers are the original model's.
+
+    Args:
+        model: with the solutions of these layers.
+        wants: as ``solve_alone`` gives them.
+        progress: called with how many were just measured.
+    """
+    original = model.original
+    variants: dict[tuple[str, int], Heads] = {
+        (layer.name, heads): (*original[:place], heads, *original[place + 1 :])
+        for place, layer in enumerate(model.layout.layers)
+        for heads in wants[layer.name]
+        if heads != layer.num_key_value_heads
+    }
+    costs = dict(zip(variants, model.divergences(list(variants.values()), progress=progress), strict=True))
     return {
-        layer.name: {
-            heads: Measured(found[layer.name, heads], costs[layer.name, heads])
-            if heads != layer.num_key_value_heads
-            else Measured(replace(plans[layer.name], num_key_value_heads=heads), 0.0)
-            for heads in choices[layer.name]
-        }
-        for layer in layout.layers
+        name: {heads: Measured(want, costs.get((name, heads), 0.0)) for heads, want in by_heads.items()}
+        for name, by_heads in wants.items()
     }

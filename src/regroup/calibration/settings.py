@@ -51,6 +51,10 @@ class Settings:
     distillation: DistillSettings = field(default_factory=DistillSettings)
     seed: int = 0
 
+    def held_out_batches(self, count: int, tokens: int) -> int:
+        """How many batches of so many tokens are held out, of ``count``."""
+        return max(1, min(round(count * self.held_out), self.held_out_tokens // tokens))
+
     @classmethod
     def of(cls, plan: Plan) -> Settings:
         """The settings that a plan asks for."""

@@ -24,6 +24,7 @@ from ..writer.estimate import Estimate, estimate
 from ..writer.journal import Journal
 from ..writer.preview import Prepared, Preview, prepare
 from ..writer.write import write
+from .costs import layers_compared
 from .request import Asked, asked_plan, check_asked, grouped, usual_calibration, weights_alone
 from .text import Pending, ready
 
@@ -223,6 +224,7 @@ def carry_out(
             asked = settings or Settings.of(plan)
             solved = _calibrate(opened, journal.found, batches, journal.store, asked, listener, device, processes)
             record = {**plan.calibration.to_json(), "repair": plan.repair, **solved.to_json()}
+            record |= layers_compared(opened, solved.plan, batches, journal.store, asked, listener, device, processes)
             if pending is not None:
                 record["self_written"] = pending.describe(journal.written, stays=keep_text)
                 if keep_text:

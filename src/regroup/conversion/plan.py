@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, TypeVar, Unpack
 
 from ..errors import RegroupError
 from ..layout import Layout
@@ -18,6 +18,8 @@ from .request import Asked, asked_plan, calibration_of, check_asked, grouped
 
 if TYPE_CHECKING:
     from ..calibration.sensitivity import Measured
+
+T = TypeVar("T")
 
 
 def plan(
@@ -95,12 +97,11 @@ def _within(
         heads = allocate(costs, units, budget, full=full)
         narrowed = (replace(want, num_key_value_heads=g) for want, g in zip(start.layers, heads, strict=True))
         return grouped(opened, replace(start, layers=tuple(narrowed)), listener)
-    found = measured(opened, start, choices, listener, device=device, processes=processes)
-    costs = [{heads: one.kl for heads, one in found[layer.name].items()} for layer in layout.layers]
-    heads = allocate(costs, units, budget, full=full)
-    picked = [found[layer.name][number] for layer, number in zip(layout.layers, heads, strict=True)]
-    layers = tuple(replace(one.want, predicted_kl=one.kl) for one in picked)
-    return spelled_out(replace(start, layers=layers, predicted_kl=sum(one.kl for one in picked)), layout)
+    from ..calibration.budgeted import plan_within
+
+    found = _on_text(plan_within, opened, start, device, processes, units, budget, stage=listener.stage)
+    listener.chosen(found)
+    return spelled_out(found.plan, layout)
 
 
 def measured(
@@ -114,25 +115,28 @@ def measured(
 ) -> dict[str, dict[int, Measured]]:
     """What each layer loses at each number of KV heads, alone, on the plan's text (see ``sensitivity.measure``)."""
     from ..calibration.sensitivity import measure
+
+    with listener.calibrating(opened.layout.layers[-1].index + 1) as count:
+        return _on_text(measure, opened, start, device, processes, choices, progress=count)
+
+
+def _on_text(
+    work: Callable[..., T],
+    opened: Source,
+    start: Plan,
+    device: str | None,
+    processes: ProcessGroup,
+    *arguments: object,
+    **own: object,
+) -> T:
+    """Have all processes do some work on the plan's text; ``own`` are arguments of this process alone."""
     from ..calibration.settings import Settings
     from ..calibration.text import calibration_batches
     from ..devices import device_named
     from .assist import run_alongside
 
     assert start.calibration is not None
-    settings = Settings.of(start)
     batches = calibration_batches(start.calibration, opened.checkpoint.folder, opened.checkpoint.config)
-    place = device_named(processes.device(device))
-    processes.call(run_alongside, opened.checkpoint.folder, device, measure, start, choices, batches, settings)
-    with listener.calibrating(opened.layout.layers[-1].index + 1) as count:
-        return measure(
-            opened.checkpoint,
-            opened.layout,
-            start,
-            choices,
-            batches,
-            settings,
-            device=place,
-            progress=count,
-            processes=processes,
-        )
+    place, given = device_named(processes.device(device)), (start, *arguments, batches, Settings.of(start))
+    processes.call(run_alongside, opened.checkpoint.folder, device, work, *given)
+    return work(opened.checkpoint, opened.layout, *given, device=place, processes=processes, **own)
