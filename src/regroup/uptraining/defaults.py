@@ -35,6 +35,7 @@ DEFAULTS = {
 T5_STEPS = 1_000_000
 WEIGHT_DECAY = 0.1
 HIDDEN_WEIGHT = 10.0
+ATTENTION_RATE = 4.0
 
 
 def resolved(recipe: Recipe, family: str, encoder_decoder: bool) -> tuple[Recipe, list[str]]:
@@ -100,6 +101,8 @@ def resolved(recipe: Recipe, family: str, encoder_decoder: bool) -> tuple[Recipe
         else:
             known = DEFAULTS.get(family, _OTHERS)
             choose("learning_rate", known.learning_rate, known.source)
+    if recipe.attention_rate is None and recipe.optimizer == "muon":
+        choose("attention_rate", ATTENTION_RATE, "times the rate, for the projections of converted layers")
     if recipe.weight_decay is None:
         decays = recipe.optimizer == "adamw" and not tuning
         choose("weight_decay", WEIGHT_DECAY if decays else 0.0, "of matrices" if decays else "none")

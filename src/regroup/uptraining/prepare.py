@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .distill import aligned_targets
 from .export import check_names, freeze_tables
 from .job import Job
 from .learning import check_enough
+from .memory import fitting_rows
 from .objective import Objective, keeps_documents_apart, make_objective
 from .recipe import Recipe
 from .stream import held_out_examples, open_stream
@@ -86,6 +88,11 @@ def prepare(recipe: Recipe) -> Job:
     )
     if state is None:
         check_enough(recipe, stream, tokenizer)
+    if recipe.micro_batch is None:
+        rows = fitting_rows(recipe, source.layout, recipe.batch_size // world())
+        if rows < recipe.batch_size // world():
+            recipe = replace(recipe, micro_batch=rows)
+            choices.append(f"micro-batch: {rows} (activations of more take too much memory)")
     held_out = list(_held_out_batches(recipe, tokenizer, objective, vocab_size))
     budget = _budget(recipe, source, student, teacher_folder)
     local_steps = _local_steps(recipe, budget.steps)
@@ -113,6 +120,7 @@ def prepare(recipe: Recipe) -> Job:
         student=student,
         objective=objective,
         stream=stream,
+        converted=_converted(source, teacher_folder),
         teacher_folder=teacher_folder,
         teacher=teacher,
         held_out=held_out,
@@ -207,6 +215,17 @@ def _budget(recipe: Recipe, source: Source, student: Any, teacher_folder: Path |
         hidden=layout.layers[0].num_attention_heads * layout.layers[0].head_dim,
         teacher_parameters=teachers,
         teacher_embedding_parameters=own if teachers else None,
+    )
+
+
+def _converted(source: Source, teacher_folder: Path | None) -> tuple[str, ...]:
+    """Attention modules with other key/value heads than the teacher's; without a teacher those with shared ones."""
+    before = {layer.module: layer.num_attention_heads for layer in source.layout.layers}
+    if teacher_folder is not None:
+        with open_source(str(teacher_folder)) as teacher:
+            before |= {layer.module: layer.num_key_value_heads for layer in teacher.layout.layers}
+    return tuple(
+        layer.module for layer in source.layout.layers if layer.num_key_value_heads != before[layer.module]
     )
 
 

@@ -47,7 +47,11 @@ class Recipe:
         micro_batch: sequences of a process that are computed at once; None for all of its share.
         epochs: passes over the data at most; the budget may end the run earlier.
         learning_rate: the highest; with ``"inverse-sqrt"`` the rate of the first step. None for the family's.
-        optimizer: ``"adamw"``, ``"adafactor"``, or ``"auto"``.
+        optimizer: ``"muon"`` (with AdamW for what is no matrix, see ``optimizer.make_optimizer``), ``"adamw"``,
+            ``"adafactor"``, or ``"auto"``.
+        attention_rate: how many times ``learning_rate`` the projections of converted attention layers take (query, key,
+            value, output); None for ``ATTENTION_RATE`` with Muon, 1 without.
+        adamw_rate: how many times ``learning_rate`` AdamW takes for what Muon does not train.
         schedule: ``"cosine"``, ``"constant-decay"``, ``"constant"``, ``"inverse-sqrt"``, or ``"auto"``.
         warmup: share of the steps in which the rate rises from zero.
         decay: share of the steps in which it falls to zero at the end, for ``"constant-decay"``.
@@ -97,6 +101,8 @@ class Recipe:
     epochs: int = 1
     learning_rate: float | None = None
     optimizer: str = "auto"
+    attention_rate: float | None = None
+    adamw_rate: float = 0.5
     schedule: str = "auto"
     warmup: float = 0.05
     decay: float = 0.2

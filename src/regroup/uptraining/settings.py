@@ -16,7 +16,7 @@ from .schedule import SCHEDULES
 
 OBJECTIVES = ("causal", "span-corruption", "pairs")
 STAGES = ("local", "logit")
-OPTIMIZERS = ("adamw", "adafactor")
+OPTIMIZERS = ("muon", "adamw", "adafactor")
 DTYPES = ("float32", "bfloat16", "float16")
 
 _CHOICES = {
@@ -45,6 +45,8 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "micro_batch": (1, None),
     "epochs": (1, None),
     "learning_rate": (0, None),
+    "attention_rate": (0, None),
+    "adamw_rate": (0, None),
     "warmup": (0, 1),
     "decay": (0, 1),
     "original_steps": (1, None),
@@ -62,7 +64,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "log_every": (1, None),
     "spike_factor": (0, None),
 }
-_OPEN = {"alpha": "low", "temperature": "low", "learning_rate": "low", "dropout": "high", "betas": "high"}
+_OPEN = {"alpha": "low", "temperature": "low", "learning_rate": "low", "attention_rate": "low", "adamw_rate": "low", "dropout": "high", "betas": "high"}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
