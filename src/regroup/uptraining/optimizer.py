@@ -40,9 +40,7 @@ class MuonAdamW(Optimizer):
         # Each fills up its own groups, which are then the groups of this one.
         self._parts: dict[str, Any] = {}
         if matrices:
-            self._parts[MUON] = torch.optim.Muon(
-                matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
+            self._parts[MUON] = torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         if others:
             self._parts["adamw"] = AdamW(others, betas=betas, weight_decay=weight_decay, fused=True)
         groups = [{**group, "part": name} for name, part in self._parts.items() for group in part.param_groups]

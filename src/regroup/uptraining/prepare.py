@@ -31,6 +31,7 @@ from .objective import Objective, keeps_documents_apart, make_objective
 from .recipe import Recipe
 from .stream import held_out_examples, open_stream
 from .teacher import check_teacher, open_cache, open_teacher
+from .windows import WINDOWS, fitting_windows
 
 
 def prepare(recipe: Recipe) -> Job:
@@ -45,7 +46,11 @@ def prepare(recipe: Recipe) -> Job:
         pass
     config = source.checkpoint.config
     encoder_decoder = is_encoder_decoder(config)
-    recipe, choices = resolved(recipe, str(config.get("model_type")), encoder_decoder)
+    recipe, choices = resolved(recipe, str(config.get("model_type")), encoder_decoder, source.layout.hidden_size)
+    tokenizer = load_tokenizer(folder)
+    if recipe.windows == "documents?":
+        recipe = replace(recipe, windows=fitting_windows(recipe, tokenizer))
+        choices.append(f"windows: {recipe.windows} ({WINDOWS[recipe.windows]})")
     if recipe.batch_size % world():
         raise RegroupError(
             "the batch cannot be shared by the processes",
@@ -59,7 +64,6 @@ def prepare(recipe: Recipe) -> Job:
     found = state_of(recipe, digest, run)
     state_folder, state = found if found is not None else (None, None)
 
-    tokenizer = load_tokenizer(folder)
     local = recipe.output / states.LOCAL_FOLDER
     begun = local if (local / "config.json").is_file() else folder
     if state_folder is not None and state is not None:
@@ -144,7 +148,8 @@ def _objective(recipe: Recipe, tokenizer: Any, student: Any) -> tuple[Objective,
     causal = recipe.objective == "causal"
     isolate = False
     facts = []
-    if causal and not recipe.cross_documents and recipe.isolate is not False:
+    packed = causal and recipe.windows == "packed"
+    if packed and not recipe.cross_documents and recipe.isolate is not False:
         isolate = keeps_documents_apart(student)
         if recipe.isolate and not isolate:
             raise RegroupError(
@@ -169,6 +174,7 @@ def _objective(recipe: Recipe, tokenizer: Any, student: Any) -> tuple[Objective,
         max_target=recipe.max_target,
         cross_documents=recipe.cross_documents,
         isolate=isolate,
+        documents=causal and not packed,
     )
     return made, facts
 
@@ -224,9 +230,7 @@ def _converted(source: Source, teacher_folder: Path | None) -> tuple[str, ...]:
     if teacher_folder is not None:
         with open_source(str(teacher_folder)) as teacher:
             before |= {layer.module: layer.num_key_value_heads for layer in teacher.layout.layers}
-    return tuple(
-        layer.module for layer in source.layout.layers if layer.num_key_value_heads != before[layer.module]
-    )
+    return tuple(layer.module for layer in source.layout.layers if layer.num_key_value_heads != before[layer.module])
 
 
 def _lookups(student: Any, tied: bool) -> int:

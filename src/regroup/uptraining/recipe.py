@@ -43,8 +43,10 @@ class Recipe:
         teacher_cache: folder in which the teacher's logits are kept.
         window: tokens per sequence; of an encoder-decoder, of its input.
         max_target: tokens of a pair's target; None for ``window``.
-        batch_size: sequences in an optimizer step, over all processes.
-        micro_batch: sequences of a process that are computed at once; None for all of its share.
+        batch_size: sequences in an optimizer step, over all processes; 0 for the default.
+        micro_batch: sequences of a process that are computed at once; None for what fits (``memory.fitting_rows``).
+        windows: of causal models: ``"packed"``, ``"documents"`` (see ``objective.Causal``), or ``"auto"``: documents
+            with a teacher, where most of the text fills such windows.
         epochs: passes over the data at most; the budget may end the run earlier.
         learning_rate: the highest; with ``"inverse-sqrt"`` the rate of the first step. None for the family's.
         optimizer: ``"muon"`` (with AdamW for what is no matrix, see ``optimizer.make_optimizer``), ``"adamw"``,
@@ -96,8 +98,9 @@ class Recipe:
     teacher_cache: Path | None = None
     window: int = 512
     max_target: int | None = None
-    batch_size: int = 8
+    batch_size: int = 0
     micro_batch: int | None = None
+    windows: str = "auto"
     epochs: int = 1
     learning_rate: float | None = None
     optimizer: str = "auto"

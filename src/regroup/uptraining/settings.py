@@ -25,6 +25,7 @@ _CHOICES = {
     "optimizer": ("auto", *OPTIMIZERS),
     "schedule": ("auto", *SCHEDULES),
     "dtype": DTYPES,
+    "windows": ("auto", "packed", "documents"),
 }
 # Whole numbers are counted with in 64 bits.
 _LARGEST = 2**63 - 1
@@ -64,7 +65,10 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "log_every": (1, None),
     "spike_factor": (0, None),
 }
-_OPEN = {"alpha": "low", "temperature": "low", "learning_rate": "low", "attention_rate": "low", "adamw_rate": "low", "dropout": "high", "betas": "high"}
+_OPEN = {
+    **dict.fromkeys(("alpha", "temperature", "learning_rate", "attention_rate", "adamw_rate"), "low"),
+    **dict.fromkeys(("dropout", "betas"), "high"),
+}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
