@@ -18,7 +18,7 @@ from ..modeling import load, load_tokenizer
 from ..modeling.lm_head import require_head
 from ..opening import Source, open_source
 from ..processes import world
-from . import states
+from . import sampled, states
 from .budget import Budget, known_pretraining_tokens, plan_budget
 from .checks import check_reporting, check_room, check_sharding, dropouts, state_of
 from .defaults import resolved
@@ -28,14 +28,20 @@ from .job import Job
 from .learning import check_enough
 from .memory import fitting_rows
 from .objective import Objective, keeps_documents_apart, make_objective
+from .own_text import is_own
 from .recipe import Recipe
+from .sampled import own_text, split_sources, windows_of, with_length
 from .stream import held_out_examples, open_stream
 from .teacher import check_teacher, open_cache, open_teacher
 from .windows import WINDOWS, fitting_windows
 
 
-def prepare(recipe: Recipe) -> Job:
+def prepare(recipe: Recipe, *, dry_run: bool = False) -> Job:
     """Check a recipe against the model, the teacher, the data and the disk, and load what it needs.
+
+    Args:
+        recipe: what to do.
+        dry_run: nothing is to be sampled.
 
     Raises:
         RegroupError: whatever would keep the run from being right.
@@ -58,6 +64,7 @@ def prepare(recipe: Recipe) -> Job:
             got=recipe.batch_size,
             remedy="choose another --batch-size",
         )
+    recipe = with_length(recipe)
     check_sharding(recipe)
     check_reporting(recipe)
     digest = recipe.digest()
@@ -80,8 +87,9 @@ def prepare(recipe: Recipe) -> Job:
 
     teacher_folder = check_teacher(recipe, folder, tokenizer, student)
     objective, facts = _objective(recipe, tokenizer, student)
+    own = own_text(recipe, teacher_folder)
     stream = open_stream(
-        recipe.data,
+        split_sources(recipe)[0],
         tokenizer,
         objective,
         seed=recipe.seed,
@@ -89,15 +97,17 @@ def prepare(recipe: Recipe) -> Job:
         vocab_size=vocab_size,
         epochs=recipe.epochs,
         workers=recipe.workers,
+        own=own,
+        limit=windows_of(recipe),
     )
-    if state is None:
+    if state is None and own is None:
         check_enough(recipe, stream, tokenizer)
     if recipe.micro_batch is None:
         rows = fitting_rows(recipe, source.layout, recipe.batch_size // world())
         if rows < recipe.batch_size // world():
             recipe = replace(recipe, micro_batch=rows)
             choices.append(f"micro-batch: {rows} (activations of more take too much memory)")
-    held_out = list(_held_out_batches(recipe, tokenizer, objective, vocab_size))
+    held_out = list(_held_out_batches(recipe, tokenizer, objective, vocab_size, teacher_folder, dry_run=dry_run))
     budget = _budget(recipe, source, student, teacher_folder)
     local_steps = _local_steps(recipe, budget.steps)
     if state is not None:
@@ -179,13 +189,19 @@ def _objective(recipe: Recipe, tokenizer: Any, student: Any) -> tuple[Objective,
     return made, facts
 
 
-def _held_out_batches(recipe: Recipe, tokenizer: Any, objective: Objective, vocab_size: int) -> Iterator[Batch]:
+def _held_out_batches(
+    recipe: Recipe, tokenizer: Any, objective: Objective, vocab_size: int, teacher: Path | None, *, dry_run: bool
+) -> Iterator[Batch]:
     """Batches of the text that is evaluated on, as large as a process's share of a training batch."""
     if recipe.held_out is None:
         return
-    found = held_out_examples(
-        recipe.held_out, tokenizer, objective, limit=recipe.held_out_windows, vocab_size=vocab_size
-    )
+    if is_own(recipe.held_out):
+        assert teacher is not None
+        found = [] if dry_run else sampled.held_out_examples(recipe, teacher)
+    else:
+        found = held_out_examples(
+            recipe.held_out, tokenizer, objective, limit=recipe.held_out_windows, vocab_size=vocab_size
+        )
     size = recipe.micro_batch or max(1, recipe.batch_size // world())
     for first in range(0, len(found), size):
         batch = objective.collate(found[first : first + size])
@@ -273,6 +289,10 @@ def _skip(stream: Any, recipe: Recipe, steps: int) -> None:
 
 
 def _stream_lines(stream: Any, recipe: Recipe, budget: Budget) -> list[str]:
+    unique = windows_of(recipe)
+    if unique is not None:
+        passes = budget.tokens / (unique * recipe.window)
+        return [f"data: {unique * recipe.window:,} unique tokens, {passes:.3g} passes over them"]
     there = stream.estimated_tokens()
     if there is None:
         return []

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 
 from ..errors import RegroupError
 from ..files import as_named
+from .own_text import is_own
 from .settings import checked, read_settings, unknown_setting
 
 # Settings that do not change what is learned.
@@ -28,7 +29,9 @@ class Recipe:
     Attributes:
         model: the converted checkpoint: a folder or hub id.
         output: folder for the result, its saved states and its logs.
-        data: sources of text or pairs (see ``regroup.uptraining.stream.open_stream``).
+        data: sources of text or pairs (see ``regroup.uptraining.stream.open_stream``); ``"self"`` or ``"self:TOKENS"``
+            among them for text that the teacher writes, in turn with the rest where there is any.
+        unique_tokens: of a pass at most, the first ones of the data; None for all there are.
         alpha, pretraining_tokens, tokens, steps: how long (see ``regroup.uptraining.budget.plan_budget``).
         objective: ``"causal"``, ``"span-corruption"``, ``"pairs"``, or ``"auto"`` for what the family was trained with.
         teacher: the original model: a folder or hub id; None trains on cross-entropy alone.
@@ -69,7 +72,7 @@ class Recipe:
         isolate: keep attention, and not only loss, within documents; None does where the model can.
         shuffle_buffer: windows among which the next one is drawn.
         workers: threads that tokenise ahead.
-        held_out: a source for evaluation that is not trained on.
+        held_out: a source for evaluation that is not trained on; ``"self"`` for text that the teacher writes.
         held_out_windows: windows or pairs of it.
         eval_every, save_every: steps between; None for a tenth of the run.
         keep: saved states that are kept.
@@ -83,6 +86,7 @@ class Recipe:
     model: str
     output: Path
     data: tuple[str, ...]
+    unique_tokens: int | None = None
     alpha: float | None = None
     pretraining_tokens: int | None = None
     tokens: int | None = None
@@ -156,6 +160,9 @@ class Recipe:
             # A length on the command line replaces the file's, however that was given.
             values = {key: value for key, value in values.items() if key not in _LENGTHS}
         values |= given
+        if isinstance(values.get("data"), (str, list, tuple)):
+            names = [values["data"]] if isinstance(values["data"], str) else values["data"]
+            values["data"] = [part for name in names for part in _parted(name)]
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
@@ -174,7 +181,8 @@ class Recipe:
                 remedy="add it to the recipe file or pass it on the command line",
             )
         recipe = cls(**checked_values)
-        if recipe.held_out is not None and _same(recipe.held_out) in {_same(source) for source in recipe.data}:
+        kept = recipe.held_out is not None and not is_own(recipe.held_out)
+        if recipe.held_out is not None and kept and _same(recipe.held_out) in {_same(source) for source in recipe.data}:
             raise RegroupError(
                 "the held-out data is trained on", file=recipe.held_out, remedy="hold out a file that is not in data"
             )
@@ -194,6 +202,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _parted(name: Any) -> list[Any]:
+    """``self,FILE`` as two sources."""
+    first, comma, rest = name.partition(",") if isinstance(name, str) else ("", "", "")
+    return [first, rest] if comma and is_own(first) else [name]
 
 
 def _same(source: str) -> Path:

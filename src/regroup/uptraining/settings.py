@@ -34,6 +34,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "alpha": (0, 1),
     "pretraining_tokens": (1, None),
     "tokens": (1, None),
+    "unique_tokens": (1, None),
     "steps": (1, None),
     "local_share": (0, 1),
     "temperature": (0, None),

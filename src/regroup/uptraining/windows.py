@@ -7,6 +7,7 @@ from typing import Any
 
 from ..data.sources import find_sources
 from .objective import make_objective
+from .own_text import is_own
 from .recipe import Recipe
 
 WINDOWS = {
@@ -29,7 +30,10 @@ def fitting_windows(recipe: Recipe, tokenizer: Any) -> str:
     objective = make_objective("causal", tokenizer, window=recipe.window, documents=True)
     body = recipe.window - (0 if tokenizer.bos_token_id is None else 1)
     held = there = 0
-    for source in find_sources(recipe.data, pairs=False):
+    given = [source for source in recipe.data if not is_own(source)]
+    if not given:
+        return "documents"
+    for source in find_sources(given, pairs=False):
         for chunk in islice(source.chunks(), _CHUNKS):
             for document in objective.encode(tokenizer, chunk.documents):
                 there += len(document)
