@@ -22,6 +22,7 @@ from .screen import Screen
 if TYPE_CHECKING:
     from .calibration.budgeted import Budgeted
     from .calibration.calibrate import Calibrated
+    from .calibration.quality import Quality
     from .calibration.own_time import OwnTextAhead
     from .layout.types import AttentionLayer
     from .solver.similarity import LayerSimilarity
@@ -233,6 +234,21 @@ def show_outcomes(solved: Calibrated) -> None:
     )
 
 
+def show_quality(quality: Quality, *, pooled: bool) -> None:
+    """What a conversion cost on text that was not fitted."""
+    spread = "" if quality.kl_error is None else f" ± {quality.kl_error:.3f}"
+    apart = "that nothing was fitted or chosen on" if quality.separate else "that methods were chosen on"
+    err.print(
+        f"on {quality.tokens:,} tokens {apart}: loss {quality.loss:.3f} before, {quality.converted_loss:.3f} after; KL "
+        f"divergence from the original model {quality.kl:.3f}{spread} nats per token (mean-pooled heads: "
+        f"{quality.pooled_kl:.3f})"
+    )
+    if pooled:
+        err.label("warning:", "yellow", "mean-pooling loses less on that text, so the heads are mean-pooled")
+    elif quality.worse_than_pooling:
+        err.label("warning:", "yellow", "mean-pooling (--method mean) loses less on that text than what was asked for")
+
+
 def show_choice(found: Budgeted) -> None:
     """How a plan was found for a KV budget."""
     refined = found.refined
@@ -274,6 +290,9 @@ class ConsoleListener(Listener):
 
     def calibrated(self, solved: Calibrated) -> None:
         show_outcomes(solved)
+
+    def judged(self, quality: Quality, *, pooled: bool) -> None:
+        show_quality(quality, pooled=pooled)
 
     def chosen(self, found: Budgeted) -> None:
         show_choice(found)

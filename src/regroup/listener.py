@@ -11,6 +11,7 @@ from .progress import Progress
 if TYPE_CHECKING:
     from .calibration.budgeted import Budgeted
     from .calibration.calibrate import Calibrated
+    from .calibration.quality import Quality
     from .calibration.own_time import OwnTextAhead
     from .opening import Source
     from .plans import Plan
@@ -46,6 +47,9 @@ class Listener:
 
     def calibrated(self, solved: Calibrated) -> None:
         """The result of calibration."""
+
+    def judged(self, quality: Quality, *, pooled: bool) -> None:
+        """What the conversion cost, and whether mean-pooling took its place."""
 
     def chosen(self, found: Budgeted) -> None:
         """The plan that was found for a KV budget on text."""

@@ -8,9 +8,9 @@ fitted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 
@@ -22,14 +22,12 @@ from ..processes import SINGLE_PROCESS, ProcessGroup
 from ..solver.solve import LayerOutcome, LayerSolution
 from ..solver.store import SolutionStore
 from .decoder_layer import DecoderLayer
+from .divergence import divergences
 from .install import install, stored_tensors
 from .layer_converter import LayerConverter
 from .layer_runner import LayerRunner
 from .settings import Settings
 from .sweep import LayerVisit, sweep
-
-K = TypeVar("K", bound=Hashable)
-_POSITIONS = 64  # whose divergence is computed at a time
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ class _Run:
             want = self.plans[layer.name]
             solvers = visit.groupings[layer.name].solvers(want.num_key_value_heads)
             chosen, outcome = self.converter.convert(
-                student, visit.layers[: number + 1], solvers, targets, self.converted
+                student, visit.layers[: number + 1], solvers, targets, self.converted, visit.before
             )
             solution = LayerSolution(chosen, stored_tensors(student, layer, self.converter.checkpoint), outcome)
             if self.store is not None:
@@ -206,56 +204,3 @@ def add_residual_gap(
         for output, o, c in zip(outputs, original, converted, strict=True):
             # In units of the output projection's result.
             output += (o - c) / layer.residual_scale
-
-
-class HeldOut(Protocol):
-    """The original model on held-out text.
-
-    Attributes:
-        runner: its layers on this process's text.
-        held_out: numbers of this process's batches that are judged on.
-        processes: those that share the text.
-    """
-
-    runner: LayerRunner
-    held_out: range
-    processes: ProcessGroup
-
-
-def divergences(
-    converter: HeldOut, original: list[torch.Tensor], converted: Mapping[K, list[torch.Tensor]]
-) -> dict[K, float]:
-    """Mean KL divergence from the original model's predictions on held-out text, in nats per token.
-
-    Args:
-        converter: the original model on its text.
-        original: its hidden states after the last layer, for each batch.
-        converted: those of converted models, for each held-out batch.
-    """
-    runner, processes = converter.runner, converter.processes
-    totals = dict.fromkeys(converted, 0.0)
-    tokens = 0
-    for place, batch in enumerate(converter.held_out):
-        # With attention masks, only positions that hold text count.
-        mask, _ = runner.masks(batch, runner.layout.layers[0])
-        keep = torch.ones(original[batch].shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
-        tokens += int(keep.sum())
-        rows: dict[K, list[torch.Tensor]] = {key: [] for key in converted}
-        for row in range(len(keep)):
-            expected = runner.logits(batch, original[batch], row)
-            for key, states in converted.items():
-                rows[key].append(_divergence(expected, runner.logits(batch, states[place], row)).cpu())
-        for key, parts in rows.items():
-            totals[key] += float(torch.stack(parts)[keep].double().sum())
-    tokens = processes.sum(tokens)
-    return {key: max(processes.sum(total) / tokens, 0.0) for key, total in totals.items()}
-
-
-def _divergence(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
-    """KL divergence (T,) in nats of logits (T, V) from those that are expected."""
-    parts = []
-    # A few positions at a time: over a large vocabulary each term is as large as the logits.
-    for logits in zip(expected.split(_POSITIONS), got.split(_POSITIONS), strict=True):
-        log_p, log_q = (each.log_softmax(-1) for each in logits)
-        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(parts)

@@ -19,7 +19,7 @@ from ..layout.types import Layout
 from ..processes import SINGLE_PROCESS, ProcessGroup
 from ..solver.solve import LayerSolution
 from ..solver.store import SolutionStore
-from .calibrate import divergences
+from .divergence import divergences
 from .decoder_layer import DecoderLayer
 from .install import install
 from .layer_runner import Inputs, LayerRunner

@@ -104,6 +104,7 @@ class LayerConverter:
         solvers: Sequence[LayerSolver],
         targets: list[torch.Tensor],
         hidden: list[torch.Tensor],
+        original: list[torch.Tensor],
     ) -> tuple[LayerPlan, LayerOutcome]:
         """Convert the last of ``layers`` in the student, in place.
 
@@ -113,13 +114,15 @@ class LayerConverter:
             solvers: one for each way to group the heads, of which the best stays.
             targets: for each batch what the output projection should give, (B, T, hidden).
             hidden: the converted model's hidden states before the decoder layer, for each batch.
+            original: those of the original model.
 
         Returns:
             What was chosen, and how good it is on held-out text.
         """
         layer, repair = layers[-1], self.settings.repair
         judging, fit = (None, None) if repair == "none" else (self.judging, self.fit)
-        regression = LayerRegression(student, layers, targets, hidden, self.held_out, self.processes)
+        weights = [position_weights(states) for states in original]
+        regression = LayerRegression(student, layers, targets, hidden, self.held_out, self.processes, weights)
         candidates = Candidates(self.checkpoint, regression, solvers, judging)
         best = candidates.best()
         want, made = candidates.want(best), candidates.install(best)
@@ -136,3 +139,15 @@ class LayerConverter:
             heads = refit.weights.view_as(made.output)
             load_into(regression.attention, layer, {slot.tensor: scatter([(slot, heads)])})
         return want, LayerOutcome(layer.name, want.key_method, want.value_method, merged, refit.error)
+
+
+def position_weights(hidden: torch.Tensor) -> torch.Tensor:
+    """What the squared error of each position counts: one over the mean square of its hidden state, (B, T, 1).
+
+    What reads the residual stream divides it by its size at each position, so an error counts relative to that. Without
+    this a few positions decide everything: in many models the first token has hidden states of a hundred times the
+    usual size (Sun et al. 2024, "Massive Activations in Large Language Models").
+    """
+    squares = hidden.square().mean(-1, keepdim=True)
+    # Positions without any size count as much as usual ones.
+    return torch.where(squares > 0, 1 / squares.clamp(min=1e-30), 1 / squares.mean().clamp(min=1e-30))

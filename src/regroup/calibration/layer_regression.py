@@ -26,6 +26,7 @@ class LayerRegression:
         hidden: hidden states before the decoder layer, for each batch, (B, T, hidden).
         held_out: numbers of the batches that are judged on and never fitted.
         processes: those that do this together, each on its own batches.
+        weights: for each batch what the squared error of each position counts, (B, T, 1); None counts all alike.
     """
 
     student: DecoderLayer
@@ -34,6 +35,7 @@ class LayerRegression:
     hidden: Sequence[torch.Tensor]
     held_out: Sequence[int]
     processes: ProcessGroup = SINGLE_PROCESS
+    weights: Sequence[torch.Tensor] | None = None
 
     @property
     def layer(self) -> AttentionLayer:
@@ -53,6 +55,10 @@ class LayerRegression:
     def target(self, batch: int) -> torch.Tensor:
         """What the output projection should give where there is text, (rows, hidden)."""
         return self._rows(self.targets[batch].to(self.student.caller.device), batch)
+
+    def weighted(self, squares: torch.Tensor, batch: int) -> torch.Tensor:
+        """Squared errors (rows, hidden) where there is text, each as much as its position counts."""
+        return squares if self.weights is None else squares * self._rows(self.weights[batch].to(squares), batch)
 
     def refit(self, output: torch.Tensor, fit: Sequence[int] | None) -> tuple[Refit, torch.Tensor | None]:
         """Held-out error of the layer, with the output projection solved again where it may be.
@@ -89,11 +95,12 @@ class LayerRegression:
         Returns:
             The share of the targets' energy that held-out batches miss, before and after.
         """
-        energy = sum(float(self.target(batch).square().sum()) for batch in self.held_out)
+        energy = sum(float(self.weighted(self.target(batch).square(), batch).sum()) for batch in self.held_out)
         power = self.processes.sum(energy) / self.processes.sum(len(self.held_out))
 
         def loss_of(batch: int) -> torch.Tensor:
-            return (self._rows(self.trace(batch).output, batch) - self.target(batch)).square().sum() / power
+            gap = (self._rows(self.trace(batch).output, batch) - self.target(batch)).square()
+            return self.weighted(gap, batch).sum() / power
 
         names = [name.removeprefix(self.layer.name + ".") for name in projection_tensors(self.layer)]
         with torch.enable_grad():
@@ -135,7 +142,11 @@ class LayerRegression:
         sums = Regression()
         for batch in batches:
             mixed, target = self._rows(self.trace(batch).mixed, batch), self.target(batch)
-            sums.add(mixed, target if bias is None else target - bias)
+            target = target if bias is None else target - bias
+            if self.weights is not None:
+                root = self._rows(self.weights[batch].to(mixed), batch).sqrt()
+                mixed, target = mixed * root, target * root
+            sums.add(mixed, target)
         return sums
 
     def _rows(self, states: torch.Tensor, batch: int) -> torch.Tensor:

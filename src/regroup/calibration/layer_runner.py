@@ -84,18 +84,21 @@ class LayerRunner:
             return tuple(_to(value, self.device) for value in args), {**rest, "hidden_states": place}
         return (place, *(_to(value, self.device) for value in args[1:])), rest
 
-    def logits(self, batch: int, hidden: torch.Tensor, row: int) -> torch.Tensor:
+    def logits(
+        self, batch: int, hidden: torch.Tensor, row: int, positions: slice = slice(None)
+    ) -> torch.Tensor:
         """What the model makes of hidden states after its last layer.
 
-        One row at a time: over a large vocabulary the logits of a batch are larger than all its hidden states.
+        A part at a time: over a large vocabulary the logits of a batch are larger than all its hidden states.
 
         Args:
             batch: number of the batch.
             hidden: of the whole batch, (B, T, hidden).
             row: of the batch.
+            positions: of the row; by default all of it.
 
         Returns:
-            (T, vocabulary) in float32.
+            (positions, vocabulary) in float32.
         """
         if self._shell is None:
             # Everything but the layers, in float32; the layers' own weights are not copied.
@@ -106,8 +109,14 @@ class LayerRunner:
                 left_out[id(encoder)] = nn.Identity()
             self._shell = copy.deepcopy(self.model, left_out).to(device=self.device, dtype=torch.float32)
         rows = slice(row, row + 1)
-        self._shell.base_model.get_submodule(self._path)[0].hidden = _to(hidden[rows], self.device)
-        inputs = {name: value[rows].to(self.device) for name, value in self.batches[batch].items()}
+        self._shell.base_model.get_submodule(self._path)[0].hidden = _to(hidden[rows, positions], self.device)
+        given = self.batches[batch]
+        # What is after the last layer looks at each position alone.
+        of_decoder = [name for name in given if name.startswith("decoder_") or "decoder_input_ids" not in given]
+        inputs = {
+            name: (value[rows, positions] if name in of_decoder else value[rows]).to(self.device)
+            for name, value in given.items()
+        }
         if self.model.config.is_encoder_decoder:
             # The decoder's layers are not run, so nothing looks at what the encoder gave.
             source = inputs.pop(self.model.main_input_name)

@@ -121,7 +121,12 @@ def solve_alone(
                 heads, student = want.num_key_value_heads, visit.teacher.copy()
                 solvers = visit.groupings[layer.name].solvers(heads)
                 chosen, outcome = converter.convert(
-                    student, visit.layers[: number + 1], solvers, visit.outputs[layer.name], visit.before
+                    student,
+                    visit.layers[: number + 1],
+                    solvers,
+                    visit.outputs[layer.name],
+                    visit.before,
+                    visit.before,
                 )
                 tensors = stored_tensors(student, layer, checkpoint)
                 kept.keep(layer.name, LayerSolution(chosen, tensors, outcome))

@@ -25,6 +25,7 @@ from ..writer.journal import Journal
 from ..writer.preview import Prepared, Preview, prepare
 from ..writer.write import write
 from .costs import layers_compared
+from .judged import judged
 from .request import Asked, asked_plan, check_asked, grouped, usual_calibration, weights_alone
 from .text import Pending, ready
 
@@ -221,15 +222,21 @@ def carry_out(
         listener.planned(opened, journal.found, prepared.preview)
         result = Result(journal.found)
         if plan.calibration is not None:
+            from ..calibration.quality import set_apart
+
             asked = settings or Settings.of(plan)
+            batches, unseen, separate = set_apart(batches)
             solved = _calibrate(opened, journal.found, batches, journal.store, asked, listener, device, processes)
+            quality, best = judged(opened, plan, solved.plan, unseen, separate, journal.store, listener, device)
             record = {**plan.calibration.to_json(), "repair": plan.repair, **solved.to_json()}
-            record |= layers_compared(opened, solved.plan, batches, journal.store, asked, listener, device, processes)
+            record["quality"] = quality.to_json()
+            if best is solved.plan:
+                record |= layers_compared(opened, best, batches, journal.store, asked, listener, device, processes)
             if pending is not None:
                 record["self_written"] = pending.describe(journal.written, stays=keep_text)
                 if keep_text:
                     copy_file(journal.written, stage / OWN_TEXT_FILE)
-            result = Result(spelled_out(solved.plan, opened.layout), record)
+            result = Result(spelled_out(best, opened.layout), record)
         elif prepared.solved:
             _solve(prepared, journal.found, journal.store, listener, workers)
         with listener.writing(prepared.preview.bytes_after) as count:

@@ -83,6 +83,16 @@ def mean_sharing(grams: torch.Tensor, moments: torch.Tensor, owner: Sequence[int
     return pooled(n, moments.shape[-1] // D, D, owner)
 
 
+def first_sharing(grams: torch.Tensor, moments: torch.Tensor, owner: Sequence[int], **rotation: object) -> Sharing:
+    """Keep the head of the first query head, as the paper's ablation does, in the form of a registered method."""
+    del rotation
+    n, D, _ = grams.shape
+    eye = torch.eye(D, dtype=torch.float64)
+    reduce = torch.zeros(D, moments.shape[-1], dtype=torch.float64)
+    reduce[:, owner[0] * D : (owner[0] + 1) * D] = eye
+    return Sharing(reduce, eye.expand(n, D, D).clone())
+
+
 def best_restore(reduce: torch.Tensor, moments: torch.Tensor, owner: Sequence[int]) -> torch.Tensor:
     """The N that is optimal for a given R: least squares, whatever Γ is.
 

@@ -1,0 +1,72 @@
+"""After a conversion on text: what it cost, and mean-pooling in its place where that costs less."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..listener import Listener
+from ..opening import Source
+from ..plans import Plan
+from ..solver.store import SolutionStore
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..calibration.quality import Quality
+
+
+def judged(
+    opened: Source,
+    asked: Plan,
+    found: Plan,
+    batches: Sequence[dict[str, torch.Tensor]],
+    separate: bool,
+    store: SolutionStore,
+    listener: Listener,
+    device: str | None,
+) -> tuple[Quality, Plan]:
+    """Measure what a conversion cost; where mean-pooling costs less, and no method was asked for, take that.
+
+    Args:
+        opened: the original model.
+        asked: the plan as it was asked for.
+        found: the plan with the methods that were chosen.
+        batches, separate: text to measure on (see ``calibration.quality.set_apart``).
+        store: has the solutions; those of mean-pooling take their place where they are better.
+        listener: told of the outcome.
+        device: where the model runs.
+
+    Returns:
+        What was measured, and the plan of what is in the store now.
+    """
+    from ..calibration.quality import measure_quality, pooled_solution
+    from ..devices import device_named
+
+    checkpoint, layout = opened.checkpoint, opened.layout
+    with listener.stage("measuring the quality", layout.layers[-1].index + 1, "layers") as count:
+        quality = measure_quality(
+            checkpoint,
+            layout,
+            found,
+            batches,
+            store.load,
+            separate=separate,
+            device=device_named(device),
+            progress=count,
+        )
+    changed = {want.name for want in asked.layers if want.changes}
+    free = all("auto" in (want.key_method, want.value_method) for want in asked.layers if want.changes)
+    pooled = quality.worse_than_pooling and free
+    listener.judged(quality, pooled=pooled)
+    if not pooled:
+        return quality, found
+    layers = []
+    for layer, want in zip(layout.layers, found.layers, strict=True):
+        if layer.name in changed:
+            solution = pooled_solution(checkpoint, layer, want)
+            store.keep(layer.name, solution)
+            want = solution.want
+        layers.append(want)
+    return quality, replace(found, layers=tuple(layers))
