@@ -22,8 +22,8 @@ from .screen import Screen
 if TYPE_CHECKING:
     from .calibration.budgeted import Budgeted
     from .calibration.calibrate import Calibrated
-    from .calibration.quality import Quality
     from .calibration.own_time import OwnTextAhead
+    from .calibration.quality import Quality
     from .layout.types import AttentionLayer
     from .solver.similarity import LayerSimilarity
     from .writer.estimate import Estimate

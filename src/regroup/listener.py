@@ -11,8 +11,8 @@ from .progress import Progress
 if TYPE_CHECKING:
     from .calibration.budgeted import Budgeted
     from .calibration.calibrate import Calibrated
-    from .calibration.quality import Quality
     from .calibration.own_time import OwnTextAhead
+    from .calibration.quality import Quality
     from .opening import Source
     from .plans import Plan
     from .writer.preview import Preview

@@ -1,4 +1,4 @@
-"""How far a converted model's predictions are from the original model's, from the hidden states after the last layer."""
+"""How far a converted model's predictions are from the original's, by the hidden states after the last layer."""
 
 from __future__ import annotations
 

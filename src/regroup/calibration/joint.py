@@ -19,8 +19,8 @@ from ..layout.types import Layout
 from ..processes import SINGLE_PROCESS, ProcessGroup
 from ..solver.solve import LayerSolution
 from ..solver.store import SolutionStore
-from .divergence import divergences
 from .decoder_layer import DecoderLayer
+from .divergence import divergences
 from .install import install
 from .layer_runner import Inputs, LayerRunner
 

@@ -84,9 +84,7 @@ class LayerRunner:
             return tuple(_to(value, self.device) for value in args), {**rest, "hidden_states": place}
         return (place, *(_to(value, self.device) for value in args[1:])), rest
 
-    def logits(
-        self, batch: int, hidden: torch.Tensor, row: int, positions: slice = slice(None)
-    ) -> torch.Tensor:
+    def logits(self, batch: int, hidden: torch.Tensor, row: int, positions: slice = slice(None)) -> torch.Tensor:
         """What the model makes of hidden states after its last layer.
 
         A part at a time: over a large vocabulary the logits of a batch are larger than all its hidden states.

@@ -15,7 +15,7 @@ from ..plans import LayerPlan, Plan
 from ..solver.solve import LayerSolution, solve_by_weights
 from .decoder_layer import DecoderLayer
 from .divergence import Compared, compare
-from .install import install, stored_tensors
+from .install import install
 from .joint import token_count
 from .layer_runner import Inputs, LayerRunner
 

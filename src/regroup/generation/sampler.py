@@ -50,7 +50,7 @@ class Sampler:
         *,
         seed: int,
         stream: str,
-        start: str = "bos",
+        start: str = "document",
         temperature: float = 1.0,
         batch: int = 32,
         check: bool = True,
