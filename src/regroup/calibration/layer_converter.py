@@ -44,7 +44,9 @@ class LayerConverter:
         size = processes.all_gather(max(1, runner.hidden[0].shape[0] * runner.hidden[0].shape[1]))[0]
         kept = settings.held_out_batches(count, size)
         self.fit, self.held_out = processes.local_indices(0, count - kept), processes.local_indices(count - kept, count)
-        self.judging = processes.local_indices(0, min(count - kept, max(1, settings.judged_on // size)))
+        widest = max(layer.num_attention_heads * layer.head_dim for layer in runner.layout.layers)
+        judged = max(settings.judged_on, settings.judged_rows * widest)
+        self.judging = processes.local_indices(0, min(count - kept, max(1, judged // size)))
 
     def observe(
         self,

@@ -38,7 +38,8 @@ class Settings:
             attention).
         held_out: share of the batches that is judged on and never fitted,
         held_out_tokens: and how many tokens of them at most, at one batch at least.
-        judged_on: tokens to fit candidates on; what is chosen is fitted on all of the text.
+        judged_on: tokens to fit candidates on, at least ``judged_rows`` for each input of the output projection; what
+            is chosen is fitted on all of the text.
         distillation: see there.
         seed: of the search.
     """
@@ -47,7 +48,8 @@ class Settings:
     repair: str = DEFAULT_REPAIR
     held_out: float = 0.125
     held_out_tokens: int = 16_384
-    judged_on: int = 16_384
+    judged_on: int = 4_096
+    judged_rows: int = 4
     distillation: DistillSettings = field(default_factory=DistillSettings)
     seed: int = 0
 
