@@ -35,7 +35,8 @@ def plan(
         str | None,
         typer.Option(
             "--kv-budget",
-            help="Size of the KV cache, such as 25% or 64KiB per token in 16 bits; chooses the KV heads of each layer by the loss on text.",
+            help="Size of the KV cache, such as 25% or 64KiB per token in 16 bits; chooses the KV heads of each layer "
+            "by the loss on text.",
         ),
     ] = None,
     method: Method = None,
