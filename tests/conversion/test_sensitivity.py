@@ -328,7 +328,7 @@ def test_tensor_parallel_budgets(llama: Path, text: CalibrationText, whole: Whol
 def test_the_parents_own_number_need_not_be_allowed(saved: Saved) -> None:
     """Six KV heads cannot be divided over four devices; a budget asks for fewer anyway."""
     folder = saved("llama_grouped")
-    plan, layout = plan_checkpoint(folder, kv_budget="50%", tensor_parallel=4)
+    plan, layout = plan_checkpoint(folder, kv_budget="50%", tensor_parallel=4, calibration="none")
     assert {layer.num_key_value_heads for layer in plan.layers} <= {1, 2, 4}
     plan.check(layout)
     assert "over the tensor-parallel devices" in refused("plan", folder, "--kv-heads", 6, "--tensor-parallel", 4)
@@ -336,7 +336,7 @@ def test_the_parents_own_number_need_not_be_allowed(saved: Saved) -> None:
 
 def test_weights_alone_predict_nothing(llama: Path) -> None:
     """Without text the budget is met and no KL is claimed."""
-    plan, layout = plan_checkpoint(llama, kv_budget="50%")
+    plan, layout = plan_checkpoint(llama, kv_budget="50%", calibration="none")
     heads = [layer.num_key_value_heads for layer in plan.layers]
     assert cache(llama, heads) <= cache(llama, [6, 6, 6]) / 2
     assert plan.predicted_kl is None
@@ -344,7 +344,7 @@ def test_weights_alone_predict_nothing(llama: Path) -> None:
     assert plan.kv_budget == "50%"
     # Heads are searched for by default, and stand as they stood on request.
     assert any(layer.query_order is not None for layer in plan.layers)
-    still, _ = plan_checkpoint(llama, kv_budget="50%", grouping="contiguous")
+    still, _ = plan_checkpoint(llama, kv_budget="50%", grouping="contiguous", calibration="none")
     assert [layer.num_key_value_heads for layer in still.layers] == heads
     assert {layer.query_order for layer in still.layers} == {None}
     plan.check(layout)
@@ -363,7 +363,7 @@ def test_weights_alone_by_enumeration(llama: Path) -> None:
             assert shares[layer.name][heads] == pytest.approx(share)
     assert all(0 < by[3] < by[2] < by[1] < 1 for by in costs)
     for budget in ("20%", "40%", "70%"):
-        plan, _ = plan_checkpoint(llama, kv_budget=budget)
+        plan, _ = plan_checkpoint(llama, kv_budget=budget, calibration="none")
         limit = cache(llama, [6, 6, 6]) * float(budget[:-1]) / 100
         assert [x.num_key_value_heads for x in plan.layers] == list(cheapest(costs, llama, limit, (1, 2, 3, 6)))
 
@@ -392,6 +392,26 @@ def test_a_planned_budget_is_carried_out(llama: Path, text: CalibrationText, tmp
     # Costs of single layers need not add up, but they are no other kind of number.
     held_out = divergence(llama, tmp_path / "text", data[-1:])
     assert 0.3 * said["predicted_kl"] < held_out < 3 * said["predicted_kl"]
+
+
+def test_without_text_the_model_writes_it(llama: Path, tmp_path: Path) -> None:
+    """By default the loss is measured, on text of the model's own, which the plan names and a conversion uses."""
+    path, sizes = tmp_path / "plan.json", ("--calibration-tokens", 192, "--calibration-window", 12)
+    sizes = (*sizes, "--calibration-batch", 2)
+    status, _, err = run("plan", llama, "--kv-budget", "50%", "--tensor-parallel", 3, *sizes, "-o", path)
+    assert status == 0, err
+    made = Plan.load(path)
+    assert made.calibration is not None
+    assert (made.calibration.own, made.calibration.tokens) == (True, 192)
+    assert made.predicted_kl is not None
+    assert made.predicted_kl > 0
+    assert f"--plan {path}" in " ".join(err.split())
+    status, _, err = run("convert", llama, tmp_path / "child", "--plan", path)
+    assert status == 0, err
+    assert f"predicted by the plan: {made.predicted_kl:.3f}" in " ".join(err.split())
+    # The same text again, and so a loss of the same size.
+    kl = json.loads((tmp_path / "child/regroup_result.json").read_text())["calibration"]["held_out_kl_nats_per_token"]
+    assert 0.3 * made.predicted_kl < kl < 3 * made.predicted_kl
 
 
 def test_budgets_that_cannot_be(llama: Path, text: CalibrationText, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,7 +445,7 @@ def test_budgets_that_cannot_be(llama: Path, text: CalibrationText, monkeypatch:
     with pytest.raises(AssertionError, match="measured before"):
         plan_checkpoint(llama, kv_budget="25%", calibration=text)
     with pytest.raises(AssertionError, match="measured before"):
-        plan_checkpoint(llama, kv_budget="25%")
+        plan_checkpoint(llama, kv_budget="25%", calibration="none")
 
 
 def test_methods_that_text_cannot_carry_out(saved: Saved, llama: Path, text: CalibrationText, tmp_path: Path) -> None:
@@ -443,7 +463,7 @@ def test_options_about_text_that_is_not_there(llama: Path, tmp_path: Path) -> No
     """Whoever asks for a repair expects one: without text there is none."""
     for options in (("--repair", "distill"), ("--document-starts",), ("--calibration-tokens", 5)):
         for verb in (("convert", llama, tmp_path / "x", "--kv-heads", 2), ("plan", llama, "--kv-budget", "50%")):
-            message = refused(*verb, *options)
+            message = refused(*verb, "--calibration", "none", *options)
             assert "needs calibration text" in message
             assert options[0] in message
     with pytest.raises(RegroupError, match="repair is not known"):

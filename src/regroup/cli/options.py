@@ -56,7 +56,8 @@ class Calibration:
         typer.Option(
             metavar="none|self[:TOKENS]|FILE|self[:TOKENS],FILE",
             help="Calibration data: none (weights alone), self (text that the original model writes), text, JSON "
-            "lines, pairs or a data set (hf:name), or both. [default: self for convert with method auto, else none]",
+            "lines, pairs or a data set (hf:name), or both. [default: self for convert and --kv-budget with method "
+            "auto, else none]",
         ),
     ] = None
     calibration_tokens: Annotated[

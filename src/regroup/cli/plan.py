@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,8 @@ def plan(
         str | None,
         typer.Option(
             "--kv-budget",
-            help="Size of the KV cache, such as 25% or 64KiB per token in 16 bits; chooses the KV heads of each layer.",
+            help="Size of the KV cache, such as 25% or 64KiB per token in 16 bits; chooses the KV heads of each layer "
+            "by the loss on text.",
         ),
     ] = None,
     method: Method = None,
@@ -49,6 +51,7 @@ def plan(
     """Write a conversion plan as JSON that can be edited; --kv-budget chooses the number of KV heads of each layer."""
     from ..api import plan as make_plan
     from ..console import ConsoleListener, err, show_plan
+    from ..plans import CalibrationText
     from ..processes import launched
     from ..record import write_whole
 
@@ -58,7 +61,9 @@ def plan(
             return
         if output is not None:
             check_file(output)
-        text = calibration.text()
+        text = calibration.text(usual=kv_budget is not None and method in (None, "auto"))
+        if seed is not None and isinstance(text, CalibrationText) and text.own:
+            text = replace(text, seed=seed)
         made, layout = make_plan(
             source,
             kv_heads=kv_heads,
@@ -82,6 +87,6 @@ def plan(
             return
         write_whole(output, made.dumps(), "the plan")
         again = {"plan": output, "revision": revision, "allow_pickle": allow_pickle}
-        again |= {} if made.predicted_kl is None else calibration.as_options()
+        again |= {} if made.predicted_kl is None or made.calibration is not None else calibration.as_options()
         following = command("convert", source, "DST", **again)
         err.print(f"wrote {output}; convert with: {following}")

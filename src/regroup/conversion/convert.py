@@ -106,7 +106,7 @@ def convert(
     ) as opened:
         plan, text = asked_plan(opened.layout, usual, processes)
         if text is not None and text.own:
-            plan, text = _unless_impossible(opened, plan, text, listener, asked_for=usual is asked)
+            plan, text = unless_impossible(opened, plan, text, listener, asked_for=usual is asked)
         prepared = prepare(opened.checkpoint, opened.layout, plan)
         # What can be wrong with the destination or the text is said before weights are looked at.
         check_destination(target, opened.folder, prepared.nbytes + prepared.solved_bytes)
@@ -125,14 +125,14 @@ def convert(
             # Nothing is left of it. What was given besides is text all the same.
             assert text is not None
             given = text.given
-            listener.notice(_without_own_text(f"{error.what}: {error.details.get('got')}", given))
+            listener.notice(without_own_text(f"{error.what}: {error.details.get('got')}", given))
             plan = weights_alone(plan, opened.layout) if given is None else replace(plan, calibration=given)
             prepared = prepare(opened.checkpoint, opened.layout, plan)
             batches = () if given is None else ready(opened, given, processes, listener, device)
             return carry_out(opened, prepared, target, batches, **rest)
 
 
-def _unless_impossible(
+def unless_impossible(
     opened: Source, plan: Plan, text: CalibrationText, listener: Listener, *, asked_for: bool
 ) -> tuple[Plan, CalibrationText | None]:
     """The plan and its text, or the weights alone where the model cannot write text and was not told to.
@@ -152,11 +152,11 @@ def _unless_impossible(
             got=why,
             remedy="pass --calibration none, or leave self out",
         )
-    listener.notice(_without_own_text(why, None))
+    listener.notice(without_own_text(why, None))
     return weights_alone(plan, opened.layout), None
 
 
-def _without_own_text(why: str, given: CalibrationText | None) -> str:
+def without_own_text(why: str, given: CalibrationText | None) -> str:
     if given is not None:
         return f"the given text alone is used: {why}"
     return (

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, Unpack
 
-from ..errors import RegroupError
+from ..errors import DegenerateTextError, RegroupError
 from ..layout import Layout
 from ..listener import Listener
 from ..opening import Source, open_layout, open_source
-from ..plans import Plan, allocate, layer_units, parse_budget, spelled_out, token_bytes
+from ..plans import OWN_TEXT_FILE, Plan, allocate, layer_units, parse_budget, spelled_out, token_bytes
 from ..processes import SINGLE_PROCESS, ProcessGroup
 from ..solver.grouping import weight_losses
-from .request import Asked, asked_plan, calibration_of, check_asked, grouped
+from .convert import unless_impossible, without_own_text
+from .request import Asked, asked_plan, calibration_of, check_asked, grouped, usual_calibration, weights_alone
+from .text import Pending, ready
 
 if TYPE_CHECKING:
     from ..calibration.sensitivity import Measured
@@ -41,8 +44,9 @@ def plan(
             place of ``kv_heads`` and ``layers``.
         device, revision, allow_pickle, listener, processes: see ``convert``.
         asked: see ``Asked``. Without a budget, heads are grouped as neighbours unless ``grouping`` is ``"search"``;
-            with one, ``calibration`` is text on which each layer is converted to each number of KV heads, to see what
-            that costs. Without text the residual energies of the weights have to do.
+            with one, ``calibration`` is text on which each layer is converted to each number of KV heads, and whole
+            models are compared; by default text that the model writes itself. With ``"none"`` the residual energies of
+            the weights have to do.
 
     Returns:
         The plan and the layout that it is for. With calibration the plan holds the KL divergence to be expected.
@@ -51,6 +55,8 @@ def plan(
         RegroupError: as ``convert``; a budget that cannot be read or met.
     """
     listener = listener or Listener()
+    # The loss is measured unless that is ruled out: energies rank layers, and not always rightly.
+    said, asked = asked, usual_calibration(asked) if kv_budget is not None else asked
     check_asked(asked, device, processes)
     text, grouping = calibration_of(asked), asked.get("grouping")
     if kv_budget is None and text is not None:
@@ -68,19 +74,36 @@ def plan(
         layout = opened.layout
         if kv_budget is None:
             return grouped(opened, asked_plan(layout, asked, processes)[0], listener), layout
-        made = _within(kv_budget, opened, asked, listener, device, processes)
+        start = asked_plan(layout, {**asked, "kv_heads": None, "layers": {}, "tensor_parallel": None}, processes)[0]
+        if text is not None and text.own:
+            start, text = unless_impossible(opened, start, text, listener, asked_for=said is asked)
+        try:
+            made = _within(kv_budget, opened, start, asked.get("tensor_parallel"), listener, device, processes)
+        except DegenerateTextError as error:
+            assert text is not None
+            listener.notice(without_own_text(f"{error.what}: {error.details.get('got')}", text.given))
+            given = text.given
+            start = weights_alone(start, layout) if given is None else replace(start, calibration=given)
+            made = _within(kv_budget, opened, start, asked.get("tensor_parallel"), listener, device, processes)
     made = replace(made, kv_budget=kv_budget)
     made.check(layout)
     return made, layout
 
 
 def _within(
-    kv_budget: str, opened: Source, asked: Asked, listener: Listener, device: str | None, processes: ProcessGroup
+    kv_budget: str,
+    opened: Source,
+    start: Plan,
+    degree: int | None,
+    listener: Listener,
+    device: str | None,
+    processes: ProcessGroup,
 ) -> Plan:
-    """A plan whose KV cache fits the budget."""
-    layout, degree = opened.layout, asked.get("tensor_parallel")
-    # The original model, whose layers are then narrowed; its own KV heads need not fit the devices.
-    start, _ = asked_plan(layout, {**asked, "kv_heads": None, "layers": {}, "tensor_parallel": None}, processes)
+    """A plan whose KV cache fits the budget: the layers of the original model, narrowed.
+
+    The original model's own KV heads, as in ``start``, need not fit ``degree`` devices.
+    """
+    layout = opened.layout
     start = replace(start, tensor_parallel=1 if degree is None else degree)
     units = [layer_units(layer, tensor_parallel=start.tensor_parallel) for layer in layout.layers]
     full = sum(token_bytes(layer, layer.num_key_value_heads) for layer in layout.layers)
@@ -99,9 +122,13 @@ def _within(
         return grouped(opened, replace(start, layers=tuple(narrowed)), listener)
     from ..calibration.budgeted import plan_within
 
-    found = _on_text(plan_within, opened, start, device, processes, units, budget, stage=listener.stage)
+    found = _on_text(plan_within, opened, start, listener, device, processes, units, budget, stage=listener.stage)
     listener.chosen(found)
-    return spelled_out(found.plan, layout)
+    made = spelled_out(found.plan, layout)
+    if start.calibration.own and start.calibration.data is None:
+        # Whoever has the plan has this text, and the prediction holds for a conversion on it.
+        made = replace(made, calibration=start.calibration, repair=start.repair)
+    return made
 
 
 def measured(
@@ -117,13 +144,14 @@ def measured(
     from ..calibration.sensitivity import measure
 
     with listener.calibrating(opened.layout.layers[-1].index + 1) as count:
-        return _on_text(measure, opened, start, device, processes, choices, progress=count)
+        return _on_text(measure, opened, start, listener, device, processes, choices, progress=count)
 
 
 def _on_text(
     work: Callable[..., T],
     opened: Source,
     start: Plan,
+    listener: Listener,
     device: str | None,
     processes: ProcessGroup,
     *arguments: object,
@@ -131,12 +159,15 @@ def _on_text(
 ) -> T:
     """Have all processes do some work on the plan's text; ``own`` are arguments of this process alone."""
     from ..calibration.settings import Settings
-    from ..calibration.text import calibration_batches
     from ..devices import device_named
     from .assist import run_alongside
 
     assert start.calibration is not None
-    batches = calibration_batches(start.calibration, opened.checkpoint.folder, opened.checkpoint.config)
+    batches = ready(opened, start.calibration, processes, listener, device)
+    if isinstance(batches, Pending):
+        with tempfile.TemporaryDirectory(prefix="regroup-") as folder:
+            batches = batches.batches(opened, Path(folder) / OWN_TEXT_FILE, listener, processes.device(device))
+        processes.shard(batches)  # refuses too many processes
     place, given = device_named(processes.device(device)), (start, *arguments, batches, Settings.of(start))
     processes.call(run_alongside, opened.checkpoint.folder, device, work, *given)
     return work(opened.checkpoint, opened.layout, *given, device=place, processes=processes, **own)
