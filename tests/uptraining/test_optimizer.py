@@ -43,7 +43,7 @@ def made(model: Any, attention: tuple[str, ...], *, muon: bool = True) -> tuple[
 
 
 def test_every_parameter_has_its_optimizer_and_rate() -> None:
-    model = tiny.model("llama")
+    model = tiny.build("llama")
     _, found = made(model, ("layers.0.self_attn",))
     first, second = "model.layers.0.", "model.layers.1."
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -62,7 +62,7 @@ def test_every_parameter_has_its_optimizer_and_rate() -> None:
 
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt2"])
 def test_one_matrix_for_several_projections_is_attentions(name: str) -> None:
-    model = tiny.model(name)
+    model = tiny.build(name)
     module = {"gpt_neox": "layers.0.attention", "gpt2": "h.0.attn"}[name]
     fused = {"gpt_neox": "query_key_value", "gpt2": "c_attn"}[name]
     _, found = made(model, (module,))
@@ -73,7 +73,7 @@ def test_one_matrix_for_several_projections_is_attentions(name: str) -> None:
 
 
 def test_what_is_not_trained_has_no_state() -> None:
-    model = tiny.model("llama")
+    model = tiny.build("llama")
     frozen = model.get_parameter("model.layers.0.mlp.up_proj.weight").requires_grad_(False)
     optimizer, found = made(model, ())
     assert "model.layers.0.mlp.up_proj.weight" not in found
@@ -91,7 +91,7 @@ def steps(model: Any, optimizer: Any, count: int) -> None:
 
 
 def test_a_step_is_that_of_the_two_optimizers_alone() -> None:
-    model, other = tiny.model("llama"), tiny.model("llama")
+    model, other = tiny.build("llama"), tiny.build("llama")
     optimizer, found = made(model, ("layers.0.self_attn",))
     parameters = dict(other.named_parameters())
     parts = []
@@ -115,7 +115,7 @@ def test_a_step_is_that_of_the_two_optimizers_alone() -> None:
 
 
 def test_a_state_continues_bit_for_bit() -> None:
-    model = tiny.model("llama")
+    model = tiny.build("llama")
     optimizer, _ = made(model, ("layers.0.self_attn",))
     steps(model, optimizer, 2)
     other = copy.deepcopy(model)
