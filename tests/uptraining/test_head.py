@@ -95,10 +95,8 @@ def test_the_gradient_through_a_head_is_a_gradient() -> None:
         linear = nn.Linear(WIDTH, V, dtype=torch.float64)
         del linear.weight, linear.bias
         linear.weight, linear.bias = weight, bias  # pyright: ignore[reportAttributeAccessIssue]
-        given = Unprojected(theirs, other)
-        return mixed_loss(Unprojected(x, Head(linear, own.after)), targets, teacher=given, mix=Mix(0.4, 1.5), chunk=4)[
-            0
-        ]
+        left, right = Unprojected(x, Head(linear, own.after)), Unprojected(theirs, other)
+        return mixed_loss(left, targets, teacher=right, mix=Mix(0.4, 1.5), chunk=4)[0]
 
     parameters = (hidden, *(p.detach().requires_grad_() for p in own.linear.parameters()))
     assert torch.autograd.gradcheck(loss, parameters)
