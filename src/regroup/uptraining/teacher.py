@@ -20,6 +20,7 @@ from ..modeling.lm_head import require_head
 from .cache import TeacherCache
 from .distill import TopK, layer_outputs, top_k
 from .head import Head, Unprojected, separate_head, tapped
+from .memory import let_go, mapped_ranges
 from .objective import IGNORED, Objective
 from .recipe import Recipe
 
@@ -75,6 +76,10 @@ class Teacher:
         """What gives its logits a chunk at a time; None where only all at once are right."""
         return separate_head(self.model)
 
+    @cached_property
+    def _mapped(self) -> list[tuple[int, int]]:
+        return mapped_ranges(self.model)
+
     @property
     def loaded(self) -> Any:
         """The model if it was needed, or None."""
@@ -98,6 +103,8 @@ class Teacher:
         self.rows_computed += len(targets)
         with tapped(self.head) if self.head is not None else contextlib.nullcontext() as tap:
             outputs = self.model(**inputs, output_hidden_states=self.hidden)
+        # While the student learns, its activations are there in place of the teacher's weights.
+        let_go(self._mapped)
         logits: Tensor | Unprojected = outputs.logits
         if self.head is not None and tap is not None and tap.hidden is not None:
             logits = Unprojected(tap.hidden, self.head)

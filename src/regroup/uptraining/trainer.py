@@ -26,6 +26,7 @@ from .distill import Mix, aligned_targets, hidden_distance, layer_outputs, mixed
 from .guard import LossGuard
 from .head import Head, Unprojected, separate_head, tapped
 from .job import Job, MicroBatches
+from .memory import keep_products_alone
 from .optimizer import make_optimizer
 from .schedule import schedule
 
@@ -59,6 +60,7 @@ class UptrainTrainer(Trainer):
             optimizer_cls_and_kwargs=adafactor,
         )
         self._head = self._separate_head()
+        keep_products_alone(job.student, recipe, job.source.layout)
         # Our loss is divided by the tokens of the whole step; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self._step_loss = torch.zeros((), device=arguments.device)
