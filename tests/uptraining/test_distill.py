@@ -245,11 +245,12 @@ def test_hidden_distance_is_that_of_a_loop() -> None:
     for own, other in zip(student, teacher, strict=True):
         for row, position in (targets != IGNORED).nonzero().tolist():
             s, t = own.detach()[row, position], other[row, position]
-            wanted += float((s - t) @ (s - t) / (t @ t)) / 3
+            wanted += float((s - t) @ (s - t) / ((s @ s + t @ t) / 2)) / 3
     assert float(found.detach()) == pytest.approx(wanted, rel=1e-12)
     slope = gradient(found, student[1])
     assert bool((slope[targets == IGNORED] == 0).all())
-    right = 2 * (student[1] - teacher[1]).detach() / teacher[1].square().sum(-1, keepdim=True) / 3
+    sizes = (student[1].detach().square() + teacher[1].square()).sum(-1, keepdim=True) / 2
+    right = 2 * (student[1] - teacher[1]).detach() / sizes / 3
     torch.testing.assert_close(slope[targets != IGNORED], right[targets != IGNORED], rtol=1e-12, atol=0)
 
 

@@ -307,10 +307,12 @@ def top_k(logits: Tensor | Unprojected, targets: Tensor, k: int, temperature: fl
 def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], targets: Tensor) -> Tensor:
     """How far the student's hidden states are from the teacher's, summed over the positions that carry loss.
 
-    At each position the mean over layers of ``‖s - t‖² / ‖t‖²``. Matching hidden states is FitNets' idea (Romero et al.
-    2015, arXiv:1412.6550), for all layers of a transformer that of Jiao et al. 2020 (TinyBERT, arXiv:1909.10351,
-    section 3.1). A converted model has the layers and the width of the original, so no map is needed. The distance is
-    relative to the norm of each position, since a few positions (the first one) can be 1000 times as large as the rest.
+    At each position the mean over layers of ``‖s - t‖² / (½ ‖s‖² + ½ ‖t‖²)``, the lower part held fixed. Matching
+    hidden states is FitNets' idea (Romero et al. 2015, arXiv:1412.6550), for all layers of a transformer that of Jiao
+    et al. 2020 (TinyBERT, arXiv:1909.10351, section 3.1). A converted model has the layers and the width of the original, so no map is needed. The distance is
+    relative to the size of each position, since a few (the first one) can be 1000 times as large as the rest; and to the
+    student's as well, since a model that was just converted may take other positions for such ones, where the distance
+    relative to the teacher's size alone would be in the thousands.
 
     Args:
         student, teacher: after each layer, (batch, length, hidden) each, as many of one as of the other.
@@ -323,8 +325,9 @@ def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], target
     total = student[0].new_zeros((), dtype=torch.promote_types(student[0].dtype, torch.float32))
     for own, wanted in zip(student, teacher, strict=True):
         right = wanted[carry_loss].to(total.dtype)
-        distance = (own[carry_loss].to(total.dtype) - right).square().sum(-1)
-        total = total + (distance / right.square().sum(-1).clamp(min=_SMALLEST)).sum()
+        left = own[carry_loss].to(total.dtype)
+        size = (left.detach().square().sum(-1) + right.square().sum(-1)) / 2
+        total = total + ((left - right).square().sum(-1) / size.clamp(min=_SMALLEST)).sum()
     return total / len(student)
 
 
