@@ -296,7 +296,8 @@ def test_what_is_downloaded(saved: Saved, tmp_path: Path, monkeypatch: pytest.Mo
         return str(saved("llama"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    arguments = ("convert", "owner/name", tmp_path / "result", "--kv-heads", 2, "--revision", "main")
+    options = ("--kv-heads", 2, "--method", "mean", "--revision", "main")
+    arguments = ("convert", "owner/name", tmp_path / "result", *options)
     assert run(*arguments)[0] == 0
     assert {"*.py", "*.bin", "*.gguf"} <= set(ignored[0])
     assert "*.safetensors" not in ignored[0]

@@ -134,7 +134,7 @@ def test_a_terminal_of_ascii(tmp_path: Path, shop: Path, monkeypatch: pytest.Mon
     runner = CliRunner(charset="ascii")
     for arguments, words in (
         (["inspect", made], ["\\xe9->", "4,096", "KV heads"]),
-        (["convert", made, tmp_path / "c", "--kv-heads", 2], ["-> ", "\\xe9->", "wrote"]),
+        (["convert", made, tmp_path / "c", "--kv-heads", 2, "--method", "mean"], ["-> ", "\\xe9->", "wrote"]),
         (["verify", made, tmp_path / "c"], ["+ all tensors are present"]),
         (["inspect", tmp_path / "ü"], ["error: ", "\\xfc"]),
         (["convert", "--help"], ["Usage: regroup convert"]),
@@ -152,8 +152,10 @@ def test_a_terminal_of_ascii(tmp_path: Path, shop: Path, monkeypatch: pytest.Mon
 def test_a_process_on_a_terminal_of_ascii(env: dict[str, str], shop: Path, tmp_path: Path) -> None:
     made = copy(shop / "parent", tmp_path / "é→")
     for arguments in (
-        ["convert", made, tmp_path / "c", "--kv-heads", 2], ["verify", made, tmp_path / "c"], ["uptrain", "--help"]
-    ):  # fmt: skip
+        ["convert", made, tmp_path / "c", "--kv-heads", 2, "--method", "mean"],
+        ["verify", made, tmp_path / "c"],
+        ["uptrain", "--help"],
+    ):
         done = called(*arguments, env=env, stdout=subprocess.PIPE)
         assert done.returncode == 0, done.stderr
         assert b"UnicodeEncodeError" not in done.stderr
@@ -176,7 +178,8 @@ def stopped(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
 journal.write_text = stopped
-sys.argv = ["regroup", "convert", {str(shop / "parent")!r}, {str(tmp_path / "child")!r}, "--kv-heads", "2"]
+folders = {str(shop / "parent")!r}, {str(tmp_path / "child")!r}
+sys.argv = ["regroup", "convert", *folders, "--kv-heads", "2", "--method", "mean"]
 cli.main()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, timeout=120)
@@ -317,7 +320,7 @@ def test_names_from_a_checkpoint_command_no_terminal(where: str, shop: Path, tmp
     shown = ""
     for arguments in (
         ["inspect", folder],
-        ["convert", folder, tmp_path / "c", "--kv-heads", 2],
+        ["convert", folder, tmp_path / "c", "--kv-heads", 2, "--method", "mean"],
         ["verify", folder, tmp_path / "c"],
         ["evaluate", folder, "--data", shop / "held-out.txt", "--window", 16, "--windows", 2],
     ):

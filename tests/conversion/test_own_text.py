@@ -87,7 +87,7 @@ def test_a_named_method_uses_the_weights_alone(parent: Path, tmp_path: Path, met
 
 
 def test_the_kept_text_reproduces_the_conversion(parent: Path, converted: Path, tmp_path: Path) -> None:
-    given = {"plan": converted / PLAN_FILE, "calibration": converted / OWN_TEXT_FILE, "device": "cpu"}
+    given: dict[str, Any] = {"plan": converted / PLAN_FILE, "calibration": converted / OWN_TEXT_FILE, "device": "cpu"}
     regroup.convert(parent, tmp_path / "again", **given)
     assert digests(tmp_path / "again") == digests(converted)
     # The ids count, and not what they look like; other ids are another text.
@@ -209,7 +209,7 @@ def test_pairs_are_written_kept_and_reproduced(saved: Callable[[str], Path], tmp
     lines = [json.loads(line) for line in (tmp_path / "a" / OWN_TEXT_FILE).read_text().splitlines()]
     assert all(line["input_ids"] and line["labels"] for line in lines)
     assert sum(len(line["labels"]) for line in lines) >= 600
-    given = {"plan": tmp_path / "a" / PLAN_FILE, "calibration": tmp_path / "a" / OWN_TEXT_FILE}
+    given: dict[str, Any] = {"plan": tmp_path / "a" / PLAN_FILE, "calibration": tmp_path / "a" / OWN_TEXT_FILE}
     regroup.convert(saved("marian"), tmp_path / "b", device="cpu", **given)
     assert digests(tmp_path / "b") == digests(tmp_path / "a")
     # A decoder's text is no text of pairs.

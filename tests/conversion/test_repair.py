@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from regroup.calibration.repair import Regression, _Whitened, distill, refit_output
+from helpers import layout_of
+from regroup.calibration.layer_converter import position_weights
+from regroup.calibration.layer_regression import LayerRegression
+from regroup.calibration.layer_runner import LayerRunner
+from regroup.calibration.repair import _RIDGES, Regression, _Whitened, distill, refit_output
 from regroup.calibration.settings import DistillSettings
+from teams import batches
 
 Inputs = dict[str, tuple[Tensor, int]]
 
@@ -273,3 +280,77 @@ def test_the_output_is_solved_again_only_if_that_is_better() -> None:
     kept = refit_output(fit, held_out, held_out.solve(0.0))
     assert torch.equal(kept.weights, held_out.solve(0.0))
     assert kept.error == kept.error_before
+
+
+def ridged(inputs: np.ndarray, targets: np.ndarray, level: float, towards: np.ndarray) -> np.ndarray:
+    """Least squares in which rows of their own pull towards given weights."""
+    pull = np.sqrt(level) * np.eye(inputs.shape[1])
+    return np.linalg.lstsq(np.concatenate([inputs, pull]), np.concatenate([targets, pull @ towards]), rcond=None)[0]
+
+
+@pytest.mark.parametrize("ridge", [1e-4, 0.1, 10.0])
+def test_the_ridge_pulls_towards_given_weights(ridge: float) -> None:
+    chance = np.random.default_rng(0)
+    # Fewer rows than columns: what the text does not say is taken from the given weights.
+    x, y, given = (chance.standard_normal(shape) for shape in ((7, 12), (7, 5), (12, 5)))
+    sums = Regression()
+    sums.add(torch.from_numpy(x), torch.from_numpy(y))
+    level = ridge * np.trace(x.T @ x) / 12
+    found = sums.solve(ridge, torch.from_numpy(given))
+    np.testing.assert_allclose(found, ridged(x, y, level, given), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(sums.solve(ridge), ridged(x, y, level, np.zeros((12, 5))), rtol=1e-6, atol=1e-8)
+    # Along directions that no input has nothing changes.
+    blind = np.linalg.svd(x)[2][7:]
+    np.testing.assert_allclose(blind @ found.numpy(), blind @ given, atol=1e-8)
+    assert not np.allclose(blind @ sums.solve(ridge).numpy(), blind @ given, atol=0.1)
+
+
+def test_positions_count_by_the_size_of_their_hidden_states() -> None:
+    hidden = torch.tensor([[[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]]])
+    usual = (12.5 + 0.125) / 3
+    torch.testing.assert_close(position_weights(hidden), torch.tensor([[[1 / 12.5], [1 / 0.125], [1 / usual]]]))
+    assert torch.isfinite(position_weights(torch.zeros(1, 2, 4))).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
+@torch.no_grad()
+def test_a_layer_is_fitted_by_weighted_least_squares(name: str, saved: Callable[[str], Path]) -> None:
+    """Against rows times the roots of their weights, the padding left out, in another routine."""
+    folder, data = saved(name), batches(name, 12)
+    for batch in data if "decoder_input_ids" in data[0] else ():
+        batch["decoder_attention_mask"] = torch.ones_like(batch["decoder_input_ids"])
+        batch["decoder_attention_mask"][1, 8:] = 0
+    runner = LayerRunner(folder, layout_of(folder), data)
+    layer, student = runner.attention_layers(0)[0], runner.layer(0)
+    chance = torch.Generator().manual_seed(1)
+    targets = [torch.randn(hidden.shape, generator=chance) for hidden in runner.hidden]
+    weights = [position_weights(hidden * torch.linspace(0.1, 9, 12).view(1, 12, 1)) for hidden in runner.hidden]
+    fit, held_out = range(10), range(10, 12)
+
+    def rows(numbers: range, weighted: bool) -> tuple[np.ndarray, np.ndarray]:
+        parts: list[tuple[Tensor, Tensor]] = []
+        for batch in numbers:
+            mixed = student.observe(batch, runner.hidden[batch], [layer], whole=False)[0][layer.name].mixed
+            module: Any = student.attention(layer).get_submodule(layer.output.weight.tensor.split(".")[-2])
+            target = targets[batch] - (0 if getattr(module, "bias", None) is None else module.bias)
+            root = weights[batch].sqrt() if weighted else torch.ones(2, 12, 1)
+            keep = data[batch].get("decoder_attention_mask", torch.ones(2, 12)).bool()
+            parts.append(((mixed * root)[keep], (target * root)[keep]))
+        x, y = (torch.cat(part).double().numpy() for part in zip(*parts, strict=True))
+        return x, y
+
+    given = torch.randn(rows(fit, True)[0].shape[1], targets[0].shape[-1], generator=chance)
+    found: dict[bool, np.ndarray] = {}
+    for weighted in (True, False):
+        regression = LayerRegression(
+            student, [layer], targets, runner.hidden, held_out, weights=weights if weighted else None
+        )
+        refit, _ = regression.refit(given, fit)
+        (x, y), (held_x, held_y) = rows(fit, weighted), rows(held_out, weighted)
+        tried = [ridged(x, y, ridge * (x**2).sum() / x.shape[1], given.double().numpy()) for ridge in _RIDGES]
+        errors = [((held_y - held_x @ W) ** 2).sum() / (held_y**2).sum() for W in tried]
+        best = int(np.argmin(errors))
+        found[weighted] = refit.weights.double().numpy()
+        np.testing.assert_allclose(found[weighted], tried[best], rtol=1e-2, atol=1e-3)
+        assert refit.error == pytest.approx(errors[best], rel=1e-3)
+    assert np.abs(found[True] - found[False]).max() > 0.01

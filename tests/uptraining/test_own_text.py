@@ -39,7 +39,7 @@ def counted(folder: Path, limit: int | None = None) -> tuple[OwnText, list[tuple
 def opened(shop: Path, own: OwnText | None, files: tuple[str, ...] = (), **settings: Any) -> ExampleStream:
     tokenizer = load_tokenizer(shop / "parent")
     objective = make_objective("causal", tokenizer, window=WINDOW, documents=True)
-    given = {"vocab_size": 96, "shuffle_buffer": 1, "own": own, **settings}
+    given: dict[str, Any] = {"vocab_size": 96, "shuffle_buffer": 1, "own": own, **settings}
     return open_stream([str(shop / name) for name in files], tokenizer, objective, **given)
 
 
@@ -106,7 +106,7 @@ def test_lengths_follow_from_unique_tokens_and_passes() -> None:
 
 
 def test_a_comma_mixes(shop: Path) -> None:
-    given = {"model": "m", "output": "o", "teacher": "t"}
+    given: dict[str, Any] = {"model": "m", "output": "o", "teacher": "t"}
     assert Recipe.load(data=["self:1k,a,b.txt"], **given).data == ("self:1k", "a,b.txt")
     assert Recipe.load(data=["a,b.txt"], **given).data == ("a,b.txt",)
 

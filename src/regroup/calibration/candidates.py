@@ -90,9 +90,10 @@ class Candidates:
 
 
 def _methods(wanted: str, obstacle: str | None, *, rotated: bool) -> list[str]:
-    """The methods to try for the keys or the values of a layer."""
+    """The methods to try for the keys or the values of a layer, the likeliest to be chosen first."""
     if wanted != "auto":
         return [wanted]
     if obstacle is not None:
         return ["mean"]
-    return [m.name for m in METHODS.values() if m.candidate and (m.share_rotary is not None or not rotated)]
+    candidates = [m for m in METHODS.values() if m.candidate and (m.share_rotary is not None or not rotated)]
+    return [m.name for m in sorted(candidates, key=lambda m: m.handicap)]

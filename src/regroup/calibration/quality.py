@@ -100,7 +100,7 @@ def measure_quality(
         here = [each for each in runner.attention_layers(index) if wants[each.name].changes]
         for states, solved in (
             (converted, lambda each: solution(each.name)),
-            (pooled, lambda each: pooled_solution(checkpoint, each, wants[each.name])),
+            (pooled, lambda each: _pooled_solution(checkpoint, each, wants[each.name])),
         ):
             other = layer.copy() if here else layer
             for attention in here:
@@ -139,7 +139,7 @@ def measure_quality(
     )
 
 
-def pooled_solution(checkpoint: Checkpoint, layer: AttentionLayer, want: LayerPlan) -> LayerSolution:
+def _pooled_solution(checkpoint: Checkpoint, layer: AttentionLayer, want: LayerPlan) -> LayerSolution:
     """A layer with the heads of each group mean-pooled (paper, section 2.1), in the plan's order of heads."""
     plain = replace(want, key_method="mean", value_method="mean")
     return solve_by_weights(layer, plain, checkpoint.read, checkpoint.tensors)

@@ -229,8 +229,12 @@ def carry_out(
             solved = _calibrate(opened, journal.found, batches, journal.store, asked, listener, device, processes)
             quality, best = judged(opened, plan, solved.plan, unseen, separate, journal.store, listener, device)
             record = {**plan.calibration.to_json(), "repair": plan.repair, **solved.to_json()}
-            record["quality"] = quality.to_json()
-            if best is solved.plan:
+            pooled = best is not solved.plan
+            record["quality"] = {**quality.to_json(), "pooled": pooled}
+            if pooled:
+                # As by the method "mean": the solutions are left aside, and heads are pooled as they are written.
+                prepared = replace(prepared, solved={})
+            else:
                 record |= layers_compared(opened, best, batches, journal.store, asked, listener, device, processes)
             if pending is not None:
                 record["self_written"] = pending.describe(journal.written, stays=keep_text)

@@ -34,14 +34,14 @@ def judged(
         asked: the plan as it was asked for.
         found: the plan with the methods that were chosen.
         batches, separate: text to measure on (see ``calibration.quality.set_apart``).
-        store: has the solutions; those of mean-pooling take their place where they are better.
+        store: has the solutions, and keeps them: a run that is resumed compares the same.
         listener: told of the outcome.
         device: where the model runs.
 
     Returns:
-        What was measured, and the plan of what is in the store now.
+        What was measured, and the plan to write: ``found``, or one that mean-pools every layer that changes.
     """
-    from ..calibration.quality import measure_quality, pooled_solution
+    from ..calibration.quality import measure_quality
     from ..devices import device_named
 
     checkpoint, layout = opened.checkpoint, opened.layout
@@ -56,17 +56,14 @@ def judged(
             device=device_named(device),
             progress=count,
         )
-    changed = {want.name for want in asked.layers if want.changes}
-    free = all("auto" in (want.key_method, want.value_method) for want in asked.layers if want.changes)
+    changing = [want for want in asked.layers if want.changes]
+    free = all(want.key_method == want.value_method == "auto" for want in changing)
     pooled = quality.worse_than_pooling and free
     listener.judged(quality, pooled=pooled)
     if not pooled:
         return quality, found
-    layers = []
-    for layer, want in zip(layout.layers, found.layers, strict=True):
-        if layer.name in changed:
-            solution = pooled_solution(checkpoint, layer, want)
-            store.keep(layer.name, solution)
-            want = solution.want
-        layers.append(want)
+    names = {want.name for want in changing}
+    layers = (
+        replace(want, key_method="mean", value_method="mean") if want.name in names else want for want in found.layers
+    )
     return quality, replace(found, layers=tuple(layers))
