@@ -24,6 +24,7 @@ from regroup.calibration.layer_runner import LayerRunner
 from regroup.calibration.quality import Quality, set_apart
 from regroup.calibration.repair import Refit, Regression
 from regroup.conversion import convert as convert_module
+from regroup.errors import RegroupError
 from regroup.listener import Listener
 from regroup.plans import RESULT_FILE, Plan, make_plan
 from regroup.verification import verify
@@ -52,8 +53,8 @@ def data(name: str, count: int = 8) -> list[dict[str, Tensor]]:
     return made
 
 
-def asked(folder: Path, method: str = "auto", groups: int = 2) -> Plan:
-    return on_text(make_plan(layout_of(folder), groups, method=method), choose=method == "auto")
+def asked(folder: Path, method: str = "auto", groups: int = 2, *, search: bool = False) -> Plan:
+    return on_text(make_plan(layout_of(folder), groups, method=method), choose=method == "auto", search=search)
 
 
 def by_mean(plan: Plan) -> Plan:
@@ -90,7 +91,8 @@ def plainly(parent: Path, children: list[Path], inputs: dict[str, Tensor]) -> tu
 @pytest.mark.parametrize("name", ["llama", "bart"])
 def test_quality_is_that_of_whole_models(name: str, saved: Saved, tmp_path: Path) -> None:
     folder, listener = saved(name), Heard()
-    done = carried_out(folder, asked(folder), tmp_path / "child", data(name), listener=listener, device="cpu")
+    plan = asked(folder, search=True)
+    done = carried_out(folder, plan, tmp_path / "child", data(name), listener=listener, device="cpu")
     carried_out(folder, by_mean(done.result.plan), tmp_path / "mean")
     (quality, pooled), held_out = listener.heard[0], data(name)[-1]
     kl, losses = plainly(folder, [tmp_path / "child", tmp_path / "mean"], held_out)
@@ -157,7 +159,8 @@ def garbage(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
 def test_where_pooling_loses_less_heads_are_pooled(name: str, saved: Saved, tmp_path: Path) -> None:
     folder, listener = saved(name), Heard()
-    plan = asked(folder, groups=max(g for g in (1, 2, 3) if tiny.FAMILIES[name].num_key_value_heads % g == 0))
+    groups = max(g for g in (1, 2, 3) if tiny.FAMILIES[name].num_key_value_heads % g == 0)
+    plan = asked(folder, groups=groups, search=name == "gpt2")
     done = carried_out(folder, plan, tmp_path / "child", data(name), listener=listener, device="cpu")
     quality, pooled = listener.heard[0]
     assert pooled
@@ -173,7 +176,7 @@ def test_where_pooling_loses_less_heads_are_pooled(name: str, saved: Saved, tmp_
     assert {layer["key_method"] for layer in written["plan"]["layers"]} == {"mean"}
     assert written["calibration"]["quality"]["pooled"]
     assert "layer_costs" not in written["calibration"]
-    assert verify(folder, tmp_path / "child", device="cpu")["verdict"] == "passed"
+    assert verify(folder, tmp_path / "child", device="cpu")["results"]["verdict"] == "passed"
 
 
 @pytest.mark.usefixtures("garbage")
@@ -232,6 +235,22 @@ def test_one_named_method_is_kept_as_well(saved: Saved, tmp_path: Path, garbage:
     assert done.result.plan.layers[0].key_method == "lowrank"
 
 
+def test_a_converted_model_without_numbers(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pooling takes the place of it; where methods were asked for by name there is nothing to write."""
+    folder = saved("llama")
+    monkeypatch.setattr(layer_regression, "refit_output", lambda *given: Refit(given[-1] * math.nan, 0.0, 0.0))
+    done = carried_out(folder, asked(folder), tmp_path / "open", data("llama"), device="cpu")
+    carried_out(folder, by_mean(done.result.plan), tmp_path / "mean")
+    assert_same_tensors(tensors(tmp_path / "open"), tensors(tmp_path / "mean"))
+    record = json.loads((tmp_path / "open" / RESULT_FILE).read_text(), parse_constant=pytest.fail)["calibration"]
+    assert record["held_out_kl_nats_per_token"] is None
+    assert record["quality"]["kl"] is None
+    assert math.isfinite(record["quality"]["pooled_kl"])
+    with pytest.raises(RegroupError, match="predictions of a converted model are not finite"):
+        carried_out(folder, asked(folder, "lowrank"), tmp_path / "named", data("llama"), device="cpu")
+    assert not (tmp_path / "named").exists()
+
+
 @pytest.mark.parametrize(
     ("kl", "pooled_kl", "worse"),
     [
@@ -270,7 +289,7 @@ def test_logits_by_parts_are_those_of_the_whole(name: str, saved: Saved, monkeyp
             parts = [runner.logits(batch, hidden, row, slice(start, start + 5)) for start in range(0, 12, 5)]
             torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
     # Sums over a window do not depend on the size of the parts either.
-    last, other = len(made) - 1, hidden + 0.1
+    last, other = len(made) - 1, hidden + torch.linspace(0, 1, hidden.shape[-1])
     found = [divergence.compare(runner, last, 1, hidden, {"other": other, "same": hidden})]
     monkeypatch.setattr(divergence, "_POSITIONS", 5)
     monkeypatch.setattr(divergence, "_TERMS", 2)

@@ -38,7 +38,8 @@ class Calibrated:
         plan: with the methods and the orders that were chosen.
         outcomes: for each layer that was converted, how good it is.
         kl: KL divergence of the original model's predictions from the converted model's on the held-out text, in nats
-            per token. Methods were chosen on that text, so it may be a little low.
+            per token. Methods were chosen on that text, so it may be a little low. It is not finite where the converted
+            model's predictions are not.
     """
 
     plan: Plan
@@ -48,7 +49,7 @@ class Calibrated:
     def to_json(self) -> dict[str, Any]:
         """For the record."""
         return {
-            "held_out_kl_nats_per_token": self.kl,
+            "held_out_kl_nats_per_token": self.kl if math.isfinite(self.kl) else None,
             "predicted_kl_nats_per_token": self.plan.predicted_kl,
             "layers": [asdict(outcome) for outcome in self.outcomes],
         }
@@ -97,7 +98,7 @@ def calibrate(
     chosen = tuple(run.solved[layer.name].want if layer.name in run.solved else layer for layer in plan.layers)
     held_out = [run.converted[batch] for batch in converter.held_out]
     kl = divergences(converter, run.original, {"converted": held_out})["converted"]
-    if not math.isfinite(kl):
+    if not math.isfinite(kl) and not math.isfinite(run.own_divergence()):
         raise RegroupError(
             "the original model's predictions are not finite numbers",
             file=checkpoint.folder,
@@ -149,6 +150,11 @@ class _Run:
                 self.store.keep(layer.name, solution)
             self.solved[layer.name] = replace(solution, tensors={})
         self._advance(student, visit.after)
+
+    def own_divergence(self) -> float:
+        """The original model's predictions from themselves on held-out text: 0, or not finite where they are not."""
+        own = [self.original[batch] for batch in self.converter.held_out]
+        return divergences(self.converter, self.original, {"own": own})["own"]
 
     def resume(self) -> None:
         """Go past the decoder layers that the store has solutions for.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..errors import RegroupError
 from ..listener import Listener
 from ..opening import Source
 from ..plans import Plan
@@ -38,6 +40,9 @@ def judged(
         listener: told of the outcome.
         device: where the model runs.
 
+    Raises:
+        RegroupError: the converted model's predictions are not finite, and its methods were asked for by name.
+
     Returns:
         What was measured, and the plan to write: ``found``, or one that mean-pools every layer that changes.
     """
@@ -59,6 +64,13 @@ def judged(
     changing = [want for want in asked.layers if want.changes]
     free = all(want.key_method == want.value_method == "auto" for want in changing)
     pooled = quality.worse_than_pooling and free
+    if not pooled and not math.isfinite(quality.kl):
+        raise RegroupError(
+            "the predictions of a converted model are not finite numbers",
+            file=opened.folder,
+            got="NaN or infinity on held-out text",
+            remedy="leave the method open, or pass --method mean",
+        )
     listener.judged(quality, pooled=pooled)
     if not pooled:
         return quality, found
