@@ -21,6 +21,7 @@ import tiny
 from helpers import assembled, carried_out, config_of, divergence, layout_of, run
 from regroup.calibration.joint import first_tokens, split_batches, token_count
 from regroup.calibration.layer_costs import LayerCosts, affordable_tokens, suspects, warning
+from regroup.calibration.quality import set_apart
 from regroup.calibration.text import calibration_batches
 from regroup.plans import CalibrationText, Plan, Result, make_plan
 
@@ -80,7 +81,8 @@ def costs_of(child: Path) -> dict[str, Any]:
 def test_costs_are_those_of_whole_models(converted: Any, text: CalibrationText, tmp_path: Path) -> None:
     """The model converted up to each layer, and conversions of their own on less text, run on held-out windows."""
     source, child, _ = converted(3)
-    batches, found = calibration_batches(text, source, config_of(source)), costs_of(child)
+    batches, _, _ = set_apart(calibration_batches(text, source, config_of(source)))
+    found = costs_of(child)
     held_out = batches[-round(len(batches) / 8) :]
     windows = first_tokens(held_out, affordable_tokens(token_count(batches), LAYERS))
     assert found["tokens"] == token_count(windows) > 0

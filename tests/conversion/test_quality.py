@@ -91,7 +91,7 @@ def plainly(parent: Path, children: list[Path], inputs: dict[str, Tensor]) -> tu
 @pytest.mark.parametrize("name", ["llama", "bart"])
 def test_quality_is_that_of_whole_models(name: str, saved: Saved, tmp_path: Path) -> None:
     folder, listener = saved(name), Heard()
-    plan = asked(folder, search=True)
+    plan = asked(folder, search=name == "llama")
     done = carried_out(folder, plan, tmp_path / "child", data(name), listener=listener, device="cpu")
     carried_out(folder, by_mean(done.result.plan), tmp_path / "mean")
     (quality, pooled), held_out = listener.heard[0], data(name)[-1]
