@@ -51,7 +51,7 @@ def converted(parent: Path) -> Path:
     return parent.parent / "converted"
 
 
-def biased(folder: Path, target: Path, change: Callable[[torch.Tensor], None]) -> Path:
+def biased(folder: Path, target: Path, change: Callable[[torch.Tensor], object]) -> Path:
     """A copy of a checkpoint with another output head."""
     target.mkdir()
     for path in folder.iterdir():

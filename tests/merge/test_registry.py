@@ -118,7 +118,7 @@ def test_an_entry_is_all_that_a_sharing_method_needs(
         for tensor, value in tensors(tmp_path / "first").items():
             torch.testing.assert_close(tensors(tmp_path / name)[tensor], value)
     # On text it wins where all others are worse: they are told to be a thousand times as bad.
-    for name in ("lowrank", "procrustes", "only-share"):
+    for name in ("mean", "first", "lowrank", "procrustes", "only-share"):
         monkeypatch.setitem(METHODS, name, replace(METHODS[name], handicap=1e3))
     plan = on_text(make_plan(layout_of(folder), 2))
     done = carried_out(folder, plan, tmp_path / "text", batches("opt", 4), settings=Settings(), device="cpu")
