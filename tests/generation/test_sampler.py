@@ -117,11 +117,52 @@ def test_a_separator_both_ends_a_text_and_starts_the_next() -> None:
 
 @pytest.mark.parametrize(
     ("start", "bos", "expected"),
-    [("bos", 1, [1, 1, 1]), ("document", 1, [2, 2, 2]), ("mixed", 1, [1, 2, 1]), ("bos", None, [2, 2, 2])],
+    [
+        ("bos", 1, [1, 1, 1]),
+        ("document", 1, [2, 2, 2]),
+        ("mixed", 1, [1, 2, 1]),
+        ("bos", None, [2, 2, 2]),
+        ("text", 1, [1, 1, 1]),
+        ("text", None, [2, 2, 2]),
+    ],
 )
 def test_windows_start_as_asked(start: str, bos: int | None, expected: list[int]) -> None:
     config = {**CONFIG, "bos_token_id": bos}
     assert sampler(config=config, start=start).windows(0, 3, 4)[:, 0].tolist() == expected
+
+
+class Words:
+    """As much of a tokenizer as tells how texts begin."""
+
+    def __init__(self, names: dict[str, int], *, first: list[int]) -> None:
+        self.names, self.first = {**{f"w{i}": i for i in range(4, 20)}, **names}, first
+        self.all_special_ids = list(names.values())
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = 1, 2, None
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.names
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [*self.first, 4] if text else list(self.first)}
+
+
+@pytest.mark.parametrize(
+    ("names", "first", "expected"),
+    [
+        # Llama 2: the tokenizer puts BOS before a text.
+        ({"<s>": 1, "</s>": 2}, [1], 1),
+        # A chat model with a separator from pre-training, and a BOS that begins a turn.
+        ({"<|im_start|>": 1, "<|im_end|>": 2, "<|endoftext|>": 3}, [], 3),
+        # Both: what the tokenizer does comes first.
+        ({"<s>": 1, "</s>": 2, "<|endoftext|>": 3}, [1], 1),
+        # Neither.
+        ({"<s>": 1, "</s>": 2}, [], 1),
+    ],
+)
+def test_texts_start_as_the_tokenizer_starts_them(names: dict[str, int], first: list[int], expected: int) -> None:
+    found = Vocabulary.of(20, CONFIG, tokenizer=Words(names, first=first))
+    assert found.start("text", 0) == expected
+    assert found.start("bos", 0) == 1
 
 
 def test_without_bos_and_eos_a_random_token_of_text_starts() -> None:

@@ -109,7 +109,7 @@ def write_own_text(
     count, length = own_sizes(text, config)
     pairs = is_encoder_decoder(config)
     sampler = open_sampler(
-        folder, seed=text.seed, stream="calibration", start=text.start or "document", device=device, check=not pairs
+        folder, seed=text.seed, stream="calibration", start=text.start or "text", device=device, check=not pairs
     )
     if pairs:
         made = OwnText(pairs=_pairs(sampler, text.own_tokens, 8 * count, length, progress))

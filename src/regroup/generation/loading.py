@@ -29,7 +29,7 @@ def open_sampler(
     *,
     seed: int,
     stream: str,
-    start: str = "document",
+    start: str = "text",
     temperature: float = 1.0,
     device: str | None = None,
     dtype: torch.dtype | None = None,

@@ -32,9 +32,10 @@ class Sampler:
         vocabulary: which tokens may be drawn, and how texts start and end.
         seed: any integer.
         stream: one of ``STREAMS``. Different streams have different texts: what is fitted is not what is judged.
-        start: with which token windows start: ``"bos"``, ``"document"`` (what separates documents in pre-training),
-            ``"mixed"`` (the two in turn) or ``"random"`` (any token of text). Where the model lacks one, the other is
-            taken, and a random one where it has neither. After an end a new text starts likewise.
+        start: with which token windows start: ``"text"`` (BOS if the tokenizer puts it before a text, else what
+            separates documents, else BOS), ``"bos"``, ``"document"``, ``"mixed"`` (the two in turn) or ``"random"``
+            (any token of text). Where the model lacks one, the other is taken, and a random one where it has neither.
+            After an end a new text starts likewise.
         temperature: 1 samples from the model's own distribution.
         batch: texts that are sampled together.
         check: refuse degenerate text.
@@ -50,7 +51,7 @@ class Sampler:
         *,
         seed: int,
         stream: str,
-        start: str = "document",
+        start: str = "text",
         temperature: float = 1.0,
         batch: int = 32,
         check: bool = True,

@@ -12,7 +12,9 @@ import torch
 
 from ..errors import RegroupError
 
-STARTS = ("bos", "document", "mixed", "random")
+# "text" is what the tokenizer puts before a text, as it did in pre-training: BOS if it does so, else what separates
+# documents (SmolLM2-Instruct after its own <|im_start|> writes empty turns of a chat), else BOS.
+STARTS = ("text", "bos", "document", "mixed", "random")
 # What separates documents in pre-training, where it is not the end-of-sequence token (chat models end turns with that).
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
 _SENTINEL = "<extra_id_{}>"
@@ -27,6 +29,7 @@ class Vocabulary:
         allowed: (size,) bool: what may be drawn. Ids that the tokenizer does not know, and padding, may not.
         bos: the beginning of a sequence; None where there is none.
         separator: what stands between documents; None where nothing does.
+        text: how texts begin; None where neither of these is there.
         ends: ids that end a text.
         plain: ids that stand for text, for a random start.
         sentinels: T5's ``<extra_id_0>`` and ``<extra_id_1>``; empty elsewhere.
@@ -38,6 +41,7 @@ class Vocabulary:
     allowed: torch.Tensor
     bos: int | None
     separator: int | None
+    text: int | None
     ends: frozenset[int]
     plain: torch.Tensor
     sentinels: tuple[int, ...] = ()
@@ -99,6 +103,7 @@ class Vocabulary:
             allowed,
             bos,
             separator,
+            _text_start(tokenizer, bos, named, separator),
             frozenset(end for end in ends if 0 <= end < size),
             plain.nonzero()[:, 0],
             sentinels if len(sentinels) == 2 else (),
@@ -124,8 +129,22 @@ class Vocabulary:
         """
         if kind == "mixed":
             kind = "bos" if number % 2 == 0 else "document"
-        order = {"bos": (self.bos, self.separator), "document": (self.separator, self.bos), "random": ()}[kind]
+        order = {
+            "text": (self.text,),
+            "bos": (self.bos, self.separator),
+            "document": (self.separator, self.bos),
+            "random": (),
+        }[kind]
         return next((token for token in order if token is not None), None)
+
+
+def _text_start(tokenizer: Any, bos: int | None, named: list[int], separator: int | None) -> int | None:
+    """The token that texts begin with: see ``STARTS``. ``named`` are separators that the tokenizer has by name."""
+    if tokenizer is not None and bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
+        return bos
+    if named and separator is not None:
+        return separator
+    return separator if bos is None else bos
 
 
 def _ids(value: Any) -> set[int]:
