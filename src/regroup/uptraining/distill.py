@@ -309,10 +309,10 @@ def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], target
 
     At each position the mean over layers of ``‖s - t‖² / (½ ‖s‖² + ½ ‖t‖²)``, the lower part held fixed. Matching
     hidden states is FitNets' idea (Romero et al. 2015, arXiv:1412.6550), for all layers of a transformer that of Jiao
-    et al. 2020 (TinyBERT, arXiv:1909.10351, section 3.1). A converted model has the layers and the width of the original, so no map is needed. The distance is
-    relative to the size of each position, since a few (the first one) can be 1000 times as large as the rest; and to the
-    student's as well, since a model that was just converted may take other positions for such ones, where the distance
-    relative to the teacher's size alone would be in the thousands.
+    et al. 2020 (TinyBERT, arXiv:1909.10351, section 3.1). A converted model has the layers and the width of the
+    original, so no map is needed. The distance is relative to the size of each position, since a few (the first one)
+    can be 1000 times as large as the rest; and to the student's as well, since a model that was just converted may take
+    other positions for such ones, where the distance relative to the teacher's size alone would be in the thousands.
 
     Args:
         student, teacher: after each layer, (batch, length, hidden) each, as many of one as of the other.
