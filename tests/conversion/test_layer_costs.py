@@ -36,7 +36,7 @@ def parent(folder: Path, *, loud: int | None) -> Path:
         torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**kwargs))
     tiny.randomize(model, std=0.2, seed=0)
-    weights = dict(model.named_parameters())
+    weights: dict[str, Any] = dict(model.named_parameters())
     with torch.no_grad():
         # Otherwise the first layers, next to which the embedding is small, count more than all others.
         weights["model.embed_tokens.weight"] *= 6
