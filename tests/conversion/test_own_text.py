@@ -95,7 +95,8 @@ def test_the_kept_text_reproduces_the_conversion(parent: Path, converted: Path, 
     for name, change in (("same", 0), ("other", 1)):
         altered = [{"input_ids": [row["input_ids"][0] + change, *row["input_ids"][1:]]} for row in rows]
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in altered))
-        regroup.convert(parent, tmp_path / f"by-{name}", **{**given, "calibration": tmp_path / name})
+        others: dict[str, Any] = {**given, "calibration": tmp_path / name}
+        regroup.convert(parent, tmp_path / f"by-{name}", **others)
         weights = [digests(folder)["model.safetensors"] for folder in (tmp_path / f"by-{name}", converted)]
         assert (weights[0] == weights[1]) == (name == "same")
     # Without the plan it is text like any other.

@@ -278,6 +278,7 @@ def test_logits_by_parts_are_those_of_the_whole(name: str, saved: Saved, monkeyp
     folder, made = saved(name), data(name, 2)
     runner = LayerRunner(folder, layout_of(folder), made)
     model: Any = regroup.load(folder, dtype=torch.float32, attn_implementation="eager", progress=False)
+    hidden = torch.empty(0)
     for batch, inputs in enumerate(made):
         hidden = runner.hidden[batch]
         for index in range(len(runner)):
