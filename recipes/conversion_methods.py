@@ -216,7 +216,12 @@ def convert(
         return plan.predicted_kl
     if variant.keys is None or variant.values is None:
         regroup.convert(
-            original, converted, kv_heads=heads, grouping=variant.grouping, calibration=text, repair=variant.repair
+            original,
+            converted,
+            kv_heads=heads,
+            grouping=variant.grouping,
+            calibration=text or "none",
+            repair=variant.repair,
         )
     elif variant.keys == variant.values:
         regroup.convert(

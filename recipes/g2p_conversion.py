@@ -134,7 +134,9 @@ def main(
                     converted = Path(place) / "child"
                     started = time.perf_counter()
                     if method is None:
-                        convert(original, converted, kv_heads=heads, calibration=text, repair=repair, device="cpu")
+                        convert(
+                            original, converted, kv_heads=heads, calibration=text or "none", repair=repair, device="cpu"
+                        )
                     else:
                         plan = make_plan(layout, heads)
                         keys, values = method.split("/") if "/" in method else (method, method)

@@ -79,7 +79,7 @@ class Bench:
                 path,
                 kv_heads=heads,
                 method=way.method,
-                calibration=text if way.text else None,
+                calibration=text if way.text else "none",
                 repair="distill",
             )
         return path

@@ -25,7 +25,7 @@ NETWORK = {"huggingface_hub", "urllib", "http", "socket"}
 COMMON = ["devices", "errors", "extras", "files", "progress", "record", "safe_text"]
 BELOW_CONVERSION = [
     *("checkpoint*", "families*", "layout*", "plans*", "merge*", "solver*", "calibration*", "writer*"),
-    *("data*", "modeling*", "processes", *COMMON),
+    *("data*", "modeling*", "generation*", "processes", *COMMON),
 ]
 
 # What the files of each package may import of ours (patterns of module names), and what they may not from outside.
@@ -58,6 +58,10 @@ RULES: dict[str, tuple[list[str], set[str]]] = {
     "conversion/*": ([*BELOW_CONVERSION, "conversion*", "devices", "listener", "opening"], NETWORK),
     # What works on whole models.
     "modeling/*": (["errors", "checkpoint*", "families*", "layout*", "attention*", "modeling*"], NETWORK),
+    "generation/*": (
+        ["attention*", "checkpoint*", "data*", "families*", "modeling*", "generation*", *COMMON],
+        NETWORK,
+    ),
     "evaluation/*": (["checkpoint*", "data*", "families*", "modeling*", "evaluation*", "opening", *COMMON], NETWORK),
     "exports/*": (
         [
@@ -69,7 +73,17 @@ RULES: dict[str, tuple[list[str], set[str]]] = {
     "uptraining/*": (
         [
             *("checkpoint*", "families*", "layout*", "plans*", "calibration*", "conversion*", "data*"),
-            *("modeling*", "evaluation*", "uptraining*", "writer*", "listener", "opening", "processes", "screen"),
+            *(
+                "generation*",
+                "modeling*",
+                "evaluation*",
+                "uptraining*",
+                "writer*",
+                "listener",
+                "opening",
+                "processes",
+                "screen",
+            ),
             *COMMON,
         ],
         NETWORK,
@@ -178,6 +192,7 @@ def test_imports_follow_the_rules(file: str) -> None:
         ("plans/plan.py", "from ..merge import mean"),
         ("plans/plan.py", "import regroup.conversion"),
         ("bench/roofline.py", "import os"),
+        ("generation/sampler.py", "from ..calibration.text import calibration_batches"),
         ("merge/pool.py", "from ..layout import Layout"),
         ("merge/pool.py", "from regroup.checkpoint.reader import read_json"),
         ("checkpoint/reader.py", "from ..layout.types import HeadSlot"),

@@ -54,20 +54,26 @@ def test_impossible_requests(
 
 
 def test_a_dry_run_checks_everything_and_writes_nothing(saved: Saved, tmp_path: Path) -> None:
-    status, out, message = run("convert", saved("opt"), tmp_path / "child", "--layers", "0:2", "--dry-run")
+    status, out, message = run(
+        "convert", saved("opt"), tmp_path / "child", "--layers", "0:2", "--dry-run", "--calibration", "none"
+    )
     assert (status, out) == (0, "")
     assert "nothing was written" in message
     assert "trust_remote_code=True" in message
     assert everything(tmp_path) == []
     (tmp_path / "child").mkdir()
-    assert "exists already" in refused("convert", saved("opt"), tmp_path / "child", "--kv-heads", 2, "--dry-run")
+    assert "exists already" in refused(
+        "convert", saved("opt"), tmp_path / "child", "--kv-heads", 2, "--dry-run", "--calibration", "none"
+    )
 
 
 def test_the_command_and_the_function_write_the_same(saved: Saved, tmp_path: Path) -> None:
-    status, out, message = run("convert", saved("bart"), tmp_path / "a", "--kv-heads", 3, "--layers", "cross.0:1")
+    status, out, message = run(
+        "convert", saved("bart"), tmp_path / "a", "--kv-heads", 3, "--layers", "cross.0:1", "--calibration", "none"
+    )
     assert (status, out) == (0, ""), message
     assert "loads with trust_remote_code" in message
-    regroup.convert(saved("bart"), tmp_path / "b", kv_heads=3, layers="cross.0:1")
+    regroup.convert(saved("bart"), tmp_path / "b", kv_heads=3, layers="cross.0:1", calibration="none")
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
     assert_same_tensors(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
 
@@ -93,10 +99,10 @@ def test_a_process_of_its_own(saved: Saved, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "regroup.cli", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
-    done = call("convert", saved("llama"), tmp_path / "child", "--kv-heads", 2)
+    done = call("convert", saved("llama"), tmp_path / "child", "--kv-heads", 2, "--calibration", "none")
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert (tmp_path / "child" / "config.json").exists()
-    again = call("convert", saved("llama"), tmp_path / "child", "--kv-heads", 2)
+    again = call("convert", saved("llama"), tmp_path / "child", "--kv-heads", 2, "--calibration", "none")
     assert again.returncode == 2
     assert "exists already" in again.stderr
     assert "Traceback" not in again.stderr

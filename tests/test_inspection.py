@@ -186,12 +186,14 @@ def test_sources_that_are_nothing(source: str, tmp_path: Path) -> None:
         message = refused(*command)
         assert "does not exist" in message
         assert "hub id such as" in message
-    refused("convert", source, tmp_path / "result", "--kv-heads", 1)
+    refused("convert", source, tmp_path / "result", "--kv-heads", 1, "--calibration", "none")
 
 
 def test_a_file_for_a_folder(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"\0")
-    assert "not a folder" in refused("convert", tmp_path / "x.safetensors", tmp_path / "y", "--kv-heads", 1)
+    assert "not a folder" in refused(
+        "convert", tmp_path / "x.safetensors", tmp_path / "y", "--kv-heads", 1, "--calibration", "none"
+    )
     refused("inspect", tmp_path / "x.safetensors")
 
 

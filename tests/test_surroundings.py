@@ -54,7 +54,7 @@ def test_names_of_folders_and_files(name: str, shop: Path, tmp_path: Path, monke
     assert status == 0, message
     assert out.split("\n")[0] == visible(given)
     output = f"o {name}"
-    status, _, message = run("convert", given, output, "--kv-heads", 2)
+    status, _, message = run("convert", given, output, "--kv-heads", 2, "--calibration", "none")
     assert status == 0, message
     assert f"wrote {visible(output)} in " in message
     words = suggested(message)
@@ -80,7 +80,7 @@ def score(given: str, words: list[bytes], data: str, tmp_path: Path) -> None:
 
 def test_a_card_names_its_parent_as_it_is(shop: Path, tmp_path: Path) -> None:
     parent = copy(shop / "parent", tmp_path / "`<img src=x>` [y](z)\n# w")
-    assert run("convert", parent, tmp_path / "child", "--kv-heads", 2)[0] == 0
+    assert run("convert", parent, tmp_path / "child", "--kv-heads", 2, "--calibration", "none")[0] == 0
     card = (tmp_path / "child" / "README.md").read_text(encoding="utf-8")
     assert "Converted from `` `<img src=x>` [y](z)\\n# w `` by" in card
     assert "\n# w" not in card

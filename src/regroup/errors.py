@@ -45,6 +45,10 @@ class RegroupError(Exception):
         super().__init__("\n".join(lines))
 
 
+class DegenerateTextError(RegroupError):
+    """What a model writes is of no use: numbers that are not finite, ends alone, or endless repeats."""
+
+
 class AgreedError(RegroupError):
     """An error that every process raises; ``speaker`` is True in the process that prints it."""
 

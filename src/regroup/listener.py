@@ -10,6 +10,7 @@ from .progress import Progress
 
 if TYPE_CHECKING:
     from .calibration.calibrate import Calibrated
+    from .calibration.own_time import OwnTextAhead
     from .opening import Source
     from .plans import Plan
     from .writer.preview import Preview
@@ -26,6 +27,13 @@ class Listener:
 
     def notice(self, text: str) -> None:
         """A message for the user."""
+
+    def own_text(self, ahead: OwnTextAhead) -> None:
+        """Called before the original model writes calibration text, with what that will take."""
+
+    def writing_text(self, tokens: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        """Called with the number of tokens of calibration text that the original model just wrote."""
+        return contextlib.nullcontext(lambda count: None)
 
     def searching(self, layers: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         """Called with 1 after each attention layer whose heads were grouped or estimated."""

@@ -278,8 +278,8 @@ def test_damage_is_refused(case: Case, original: Path, tmp_path: Path) -> None:
     case.damage(original)
     before = everything(tmp_path)
     with pytest.raises(RegroupError) as error:
-        regroup.convert(original, tmp_path / "converted", kv_heads=2)
-    message = refused("convert", original, tmp_path / "converted", "--kv-heads", 2)
+        regroup.convert(original, tmp_path / "converted", kv_heads=2, calibration="none")
+    message = refused("convert", original, tmp_path / "converted", "--kv-heads", 2, "--calibration", "none")
     for text in (str(error.value), message):
         flat = " ".join(text.split())
         assert [word for word in case.words if word not in flat] == [], text
@@ -289,7 +289,7 @@ def test_damage_is_refused(case: Case, original: Path, tmp_path: Path) -> None:
 def test_the_sound_checkpoint_is_accepted(original: Path, tmp_path: Path) -> None:
     rewritten(lambda state: None)(copy(original, tmp_path / "whole"))
     for source in (original, tmp_path / "whole"):
-        regroup.convert(source, tmp_path / f"{source.name}-converted", kv_heads=2)
+        regroup.convert(source, tmp_path / f"{source.name}-converted", kv_heads=2, calibration="none")
 
 
 def test_a_file_that_shrinks_while_it_is_read(original: Path, tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_links_within_a_hub_cache_are_followed(saved: Saved, tmp_path: Path) -> 
     for number, path in enumerate(sorted(saved("llama").iterdir())):
         (repository / "blobs" / str(number)).write_bytes(path.read_bytes())
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    regroup.convert(snapshot, tmp_path / "converted", kv_heads=2)
+    regroup.convert(snapshot, tmp_path / "converted", kv_heads=2, calibration="none")
     converted = [path for path in (tmp_path / "converted").iterdir() if path.is_symlink()]
     assert converted == []
     assert (tmp_path / "converted" / "generation_config.json").read_bytes() == (
@@ -321,7 +321,7 @@ def test_links_within_a_hub_cache_are_followed(saved: Saved, tmp_path: Path) -> 
     (snapshot / "note.txt").symlink_to(tmp_path / "outside.txt")
     (tmp_path / "outside.txt").write_text("secret")
     with pytest.raises(RegroupError, match="points out of it"):
-        regroup.convert(snapshot, tmp_path / "child2", kv_heads=2)
+        regroup.convert(snapshot, tmp_path / "child2", kv_heads=2, calibration="none")
 
 
 NUMBERS = st.one_of(st.integers(-9, 70), st.sampled_from([2**31, 2**63, 2**64, 10**30]))

@@ -110,7 +110,7 @@ def test_what_says_that_weights_are_quantised(key: str, value: object, word: str
         (folder / str(value)).write_text("{}")
     else:
         edit_json(folder / "config.json", **{key: value})
-    message = refused("convert", folder, tmp_path / "out", "--kv-heads", 2)
+    message = refused("convert", folder, tmp_path / "out", "--kv-heads", 2, "--calibration", "none")
     assert "quantised" in message
     assert word in message
     assert "remove what says" in message
@@ -130,7 +130,7 @@ def test_scales_of_a_quantised_cache(saved: Saved, tmp_path: Path) -> None:
         return {name: tensor, name.replace("k_proj.weight", "k_scale"): torch.tensor(1.0)}
 
     folder = rewritten(saved("llama"), tmp_path / "in", edit, only="k_proj.weight")
-    message = refused("convert", folder, tmp_path / "out", "--kv-heads", 2)
+    message = refused("convert", folder, tmp_path / "out", "--kv-heads", 2, "--calibration", "none")
     assert "scales of a quantised KV cache" in message
     assert "k_scale" in message
 
@@ -149,11 +149,13 @@ PREFIXES = {
 def test_prefixes_are_named_and_the_remedy_works(prefix: str, saved: Saved, tmp_path: Path) -> None:
     state = {prefix + name: tensor for name, tensor in tensors(saved("llama")).items()}
     folder = write(tmp_path / "in", config_of(saved("llama")), state)
-    message = refused("convert", folder, tmp_path / "out", "--kv-heads", 2)
+    message = refused("convert", folder, tmp_path / "out", "--kv-heads", 2, "--calibration", "none")
     assert PREFIXES[prefix] in message
     assert f"take {prefix!r} out of the names" in message
     plain = {name.replace(prefix, ""): tensor for name, tensor in state.items()}
-    regroup.convert(write(tmp_path / "plain", config_of(folder), plain), tmp_path / "out", kv_heads=2)
+    regroup.convert(
+        write(tmp_path / "plain", config_of(folder), plain), tmp_path / "out", kv_heads=2, calibration="none"
+    )
 
 
 def test_a_wrapper_inside_the_names(saved: Saved, tmp_path: Path) -> None:
@@ -243,7 +245,7 @@ def test_weights_in_other_formats(file: str, word: str, saved: Saved, tmp_path: 
     (folder / "model.safetensors").unlink()
     (folder / file).parent.mkdir(exist_ok=True)
     (folder / file).write_bytes(b"x")
-    message = refused("convert", folder, tmp_path / "out", "--kv-heads", 2)
+    message = refused("convert", folder, tmp_path / "out", "--kv-heads", 2, "--calibration", "none")
     assert word in message
     assert file in message
     # Beside weights that can be read it is no obstacle.

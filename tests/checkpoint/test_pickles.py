@@ -46,12 +46,12 @@ def pickled(saved: Saved, tmp_path: Path) -> Path:
 
 
 def test_pickles_are_refused_unless_asked_for(pickled: Path, saved: Saved, tmp_path: Path) -> None:
-    message = refused("convert", pickled, tmp_path / "converted", "--kv-heads", 2)
+    message = refused("convert", pickled, tmp_path / "converted", "--kv-heads", 2, "--calibration", "none")
     for word in ("pytorch_model.bin", "expected:", "--allow-pickle", "safetensors revision"):
         assert word in message
     assert not (tmp_path / "converted").exists()
-    regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True)
-    regroup.convert(saved("llama"), tmp_path / "expected", kv_heads=2)
+    regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True, calibration="none")
+    regroup.convert(saved("llama"), tmp_path / "expected", kv_heads=2, calibration="none")
     assert_same_tensors(tensors(tmp_path / "converted"), tensors(tmp_path / "expected"))
     assert config_of(tmp_path / "converted") == config_of(tmp_path / "expected")
     assert not list((tmp_path / "converted").glob("*.bin"))
@@ -69,8 +69,8 @@ def test_sharded_and_legacy_pickles(zipped: bool, pickled: Path, saved: Saved, t
         weight_map |= dict.fromkeys(names, file)
     (pickled / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     before = digests(pickled)
-    regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True)
-    regroup.convert(saved("llama"), tmp_path / "expected", kv_heads=2)
+    regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True, calibration="none")
+    regroup.convert(saved("llama"), tmp_path / "expected", kv_heads=2, calibration="none")
     assert_same_tensors(tensors(tmp_path / "converted"), tensors(tmp_path / "expected"))
     assert digests(pickled) == before
 
@@ -79,7 +79,7 @@ def test_tied_tensors_get_bytes_of_their_own(pickled: Path, saved: Saved, tmp_pa
     state = tensors(saved("llama"))
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     torch.save(state, pickled / "pytorch_model.bin")
-    regroup.convert(pickled, tmp_path / "converted", kv_heads=6, allow_pickle=True)
+    regroup.convert(pickled, tmp_path / "converted", kv_heads=6, allow_pickle=True, calibration="none")
     assert_same_tensors(tensors(tmp_path / "converted"), state)
 
 
@@ -87,7 +87,7 @@ def test_a_malicious_pickle_does_not_run(pickled: Path, saved: Saved, tmp_path: 
     marker, file = tmp_path / "it-ran", pickled / "pytorch_model.bin"
     torch.save({**tensors(saved("llama")), "x": Malice(marker)}, file)
     for flags in ([], ["--allow-pickle"]):
-        message = refused("convert", pickled, tmp_path / "converted", "--kv-heads", 2, *flags)
+        message = refused("convert", pickled, tmp_path / "converted", "--kv-heads", 2, "--calibration", "none", *flags)
         assert "pytorch_model.bin" in message
         assert not marker.exists()
     assert not (tmp_path / "converted").exists()
@@ -105,7 +105,7 @@ def test_a_malicious_pickle_does_not_run(pickled: Path, saved: Saved, tmp_path: 
 def test_damaged_pickles_are_refused(content: bytes, pickled: Path, tmp_path: Path) -> None:
     (pickled / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(RegroupError, match=r"pickled weights|no attention layer"):
-        regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True)
+        regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True, calibration="none")
 
 
 def test_a_pickle_cut_short_is_refused(pickled: Path, tmp_path: Path) -> None:
@@ -114,14 +114,14 @@ def test_a_pickle_cut_short_is_refused(pickled: Path, tmp_path: Path) -> None:
     for length in (len(whole) // 2, len(whole) - 1, 100):
         file.write_bytes(whole[:length])
         with pytest.raises(RegroupError, match="pickled weights"):
-            regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True)
+            regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True, calibration="none")
 
 
 @pytest.mark.parametrize("value", [[torch.ones(2)], {"a": 1}, {"a": {"b": torch.ones(2)}}, {1: torch.ones(2)}])
 def test_other_contents_are_refused(value: Any, pickled: Path, tmp_path: Path) -> None:
     torch.save(value, pickled / "pytorch_model.bin")
     with pytest.raises(RegroupError, match="table of tensors"):
-        regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True)
+        regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True, calibration="none")
 
 
 @pytest.mark.parametrize("target", ["../x.bin", "/etc/x.bin", "sub/x.bin", 7, None, ["x.bin"], "", "absent.bin"])
@@ -129,21 +129,23 @@ def test_an_index_of_pickles_stays_in_its_folder(target: object, pickled: Path, 
     index = {"weight_map": {"model.norm.weight": target, "x": "pytorch_model.bin"}}
     (pickled / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with pytest.raises(RegroupError):
-        regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True)
+        regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True, calibration="none")
 
 
 def test_links_and_destinations_are_checked_as_without_pickles(pickled: Path, tmp_path: Path) -> None:
     with pytest.raises(RegroupError, match="inside the source"):
-        regroup.convert(pickled, pickled / "converted", kv_heads=2, allow_pickle=True)
-    assert "inside the source" in refused("convert", pickled, pickled / "converted", "--kv-heads", 2, "--allow-pickle")
+        regroup.convert(pickled, pickled / "converted", kv_heads=2, allow_pickle=True, calibration="none")
+    assert "inside the source" in refused(
+        "convert", pickled, pickled / "converted", "--kv-heads", 2, "--allow-pickle", "--calibration", "none"
+    )
     (pickled / "words").mkdir()
     (pickled / "words" / "list.txt").write_text("a b")
-    regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True)
+    regroup.convert(pickled, tmp_path / "converted", kv_heads=2, allow_pickle=True, calibration="none")
     assert (tmp_path / "converted" / "words" / "list.txt").read_text() == "a b"
     (tmp_path / "secret.txt").write_text("secret")
     (pickled / "note.txt").symlink_to(tmp_path / "secret.txt")
     with pytest.raises(RegroupError, match="points out of it"):
-        regroup.convert(pickled, tmp_path / "child2", kv_heads=2, allow_pickle=True)
+        regroup.convert(pickled, tmp_path / "child2", kv_heads=2, allow_pickle=True, calibration="none")
 
 
 @pytest.fixture
@@ -214,12 +216,16 @@ def test_uptraining_asks_for_a_copy_of_a_pickled_teacher(shop: Path, shop_pickle
 def test_a_shard_that_is_missing_or_a_pointer(shop_pickled: Path, tmp_path: Path) -> None:
     shard = shop_pickled / "pytorch_model-00002-of-00002.bin"
     shard.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    message = refused("convert", shop_pickled, tmp_path / "out", "--kv-heads", 2, "--allow-pickle")
+    message = refused(
+        "convert", shop_pickled, tmp_path / "out", "--kv-heads", 2, "--allow-pickle", "--calibration", "none"
+    )
     assert "Git LFS pointer" in message
     assert "git lfs pull" in message
     assert shard.name in message
     shard.unlink()
-    message = refused("convert", shop_pickled, tmp_path / "out", "--kv-heads", 2, "--allow-pickle")
+    message = refused(
+        "convert", shop_pickled, tmp_path / "out", "--kv-heads", 2, "--allow-pickle", "--calibration", "none"
+    )
     assert "a shard of the checkpoint is missing" in message
     assert shard.name in message
     assert not (tmp_path / "out").exists()

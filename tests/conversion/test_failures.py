@@ -49,8 +49,8 @@ def refuse_both(parent: Path, target: Path, *words: str) -> None:
     root = parent.parent
     before = everything(root)
     with pytest.raises(RegroupError) as error:
-        regroup.convert(parent, target, kv_heads=2)
-    message = refused("convert", parent, target, "--kv-heads", 2)
+        regroup.convert(parent, target, kv_heads=2, calibration="none")
+    message = refused("convert", parent, target, "--kv-heads", 2, "--calibration", "none")
     for text in (str(error.value), message):
         assert [word for word in words if word not in text] == [], text
     assert everything(root) == before
@@ -69,7 +69,9 @@ def test_destination_inside_the_source(parent: Path, tmp_path: Path) -> None:
     (parent / "sub").mkdir()
     for target in (parent / "child", parent / "sub" / "child", tmp_path / "link" / "child", parent / "new" / "child"):
         refuse_both(parent, target, "inside the source", "remedy:")
-    regroup.convert(parent, tmp_path / "parent-2", kv_heads=2)  # a name that begins alike is outside
+    regroup.convert(
+        parent, tmp_path / "parent-2", kv_heads=2, calibration="none"
+    )  # a name that begins alike is outside
 
 
 def test_destination_below_a_file(parent: Path, tmp_path: Path) -> None:
@@ -88,17 +90,19 @@ def test_a_system_that_refuses_the_folder(parent: Path, tmp_path: Path, monkeypa
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
 
     monkeypatch.setattr(stage.tempfile, "mkdtemp", mkdtemp)
-    assert "Permission denied" in refused("convert", parent, tmp_path / "new" / "child", "--kv-heads", 2)
+    assert "Permission denied" in refused(
+        "convert", parent, tmp_path / "new" / "child", "--kv-heads", 2, "--calibration", "none"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parent"]
 
 
 def test_too_little_disk(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    regroup.convert(parent, tmp_path / "measure", kv_heads=2)
+    regroup.convert(parent, tmp_path / "measure", kv_heads=2, calibration="none")
     needed = sum(tensor.nbytes for tensor in tensors(tmp_path / "measure").values())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(needed, 1, needed - 1))
     refuse_both(parent, tmp_path / "child", "too little room", "expected:", "got:", "remedy:")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2 * needed, 1, 2 * needed))
-    regroup.convert(parent, tmp_path / "child", kv_heads=2)
+    regroup.convert(parent, tmp_path / "child", kv_heads=2, calibration="none")
 
 
 def fail_after(monkeypatch: pytest.MonkeyPatch, count: int, error: BaseException) -> list[str]:
@@ -130,11 +134,13 @@ def test_a_disk_that_fills_up(
     with monkeypatch.context() as patch:
         calls = fail_after(patch, count, OSError(errno.ENOSPC, "No space left on device"))
         with pytest.raises(RegroupError, match=r"disk became full[\s\S]*remedy"):
-            regroup.convert(parent, tmp_path / "new" / "child", kv_heads=2, workers=workers)
+            regroup.convert(parent, tmp_path / "new" / "child", kv_heads=2, workers=workers, calibration="none")
         assert len(calls) > count
-        assert "disk became full" in refused("convert", parent, tmp_path / "child", "--kv-heads", 2)
+        assert "disk became full" in refused(
+            "convert", parent, tmp_path / "child", "--kv-heads", 2, "--calibration", "none"
+        )
     assert everything(tmp_path) == before
-    regroup.convert(parent, tmp_path / "child", kv_heads=2)
+    regroup.convert(parent, tmp_path / "child", kv_heads=2, calibration="none")
 
 
 @pytest.mark.parametrize("name", ["fsync", "pwrite"])
@@ -144,7 +150,9 @@ def test_a_disk_that_fails(name: str, parent: Path, tmp_path: Path, monkeypatch:
 
     before = everything(tmp_path)
     monkeypatch.setattr(os, name, fail)
-    assert "Input/output error" in refused("convert", parent, tmp_path / "child", "--kv-heads", 2)
+    assert "Input/output error" in refused(
+        "convert", parent, tmp_path / "child", "--kv-heads", 2, "--calibration", "none"
+    )
     assert everything(tmp_path) == before
 
 
@@ -155,9 +163,9 @@ def test_an_interrupt_between_two_writes(
     before = everything(tmp_path)
     fail_after(monkeypatch, count, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        regroup.convert(parent, tmp_path / "child", kv_heads=2)
+        regroup.convert(parent, tmp_path / "child", kv_heads=2, calibration="none")
     assert "interrupted; no incomplete result was left" in refused(
-        "convert", parent, tmp_path / "child", "--kv-heads", 2
+        "convert", parent, tmp_path / "child", "--kv-heads", 2, "--calibration", "none"
     )
     assert everything(tmp_path) == before
 
@@ -170,7 +178,7 @@ def test_an_interrupt_by_a_signal(parent: Path, tmp_path: Path) -> None:
     listener = Watching(lambda _: [os.kill(os.getpid(), number) for number in once])
     try:
         with pytest.raises(KeyboardInterrupt):
-            regroup.convert(parent, tmp_path / "child", kv_heads=2, listener=listener)
+            regroup.convert(parent, tmp_path / "child", kv_heads=2, listener=listener, calibration="none")
     finally:
         signal.signal(signal.SIGINT, ours)
     assert everything(tmp_path) == before
@@ -179,25 +187,25 @@ def test_an_interrupt_by_a_signal(parent: Path, tmp_path: Path) -> None:
 def test_copying_falls_back_where_the_kernel_cannot(
     parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    regroup.convert(parent, tmp_path / "expected", kv_heads=2)
+    regroup.convert(parent, tmp_path / "expected", kv_heads=2, calibration="none")
 
     def unsupported(*_: Any) -> int:
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "copy_file_range", unsupported)
-    regroup.convert(parent, tmp_path / "one", kv_heads=2)
+    regroup.convert(parent, tmp_path / "one", kv_heads=2, calibration="none")
     monkeypatch.delattr(os, "copy_file_range")
-    regroup.convert(parent, tmp_path / "two", kv_heads=2)
+    regroup.convert(parent, tmp_path / "two", kv_heads=2, calibration="none")
     assert digests(tmp_path / "one") == digests(tmp_path / "two") == digests(tmp_path / "expected")
 
 
 def test_short_writes_and_reads_are_continued(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    regroup.convert(parent, tmp_path / "expected", kv_heads=2)
+    regroup.convert(parent, tmp_path / "expected", kv_heads=2, calibration="none")
     write_some, copy_some, read_some = os.pwrite, os.copy_file_range, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: write_some(fd, data[:1000], at))
     monkeypatch.setattr(os, "copy_file_range", lambda a, b, n, *at: copy_some(a, b, min(n, 777), *at))
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: read_some(fd, [views[0][:999]], at))
-    regroup.convert(parent, tmp_path / "child", kv_heads=2)
+    regroup.convert(parent, tmp_path / "child", kv_heads=2, calibration="none")
     assert digests(tmp_path / "child") == digests(tmp_path / "expected")
 
 
@@ -207,7 +215,7 @@ def test_a_destination_that_appears_meanwhile(parent: Path, tmp_path: Path) -> N
         (tmp_path / "child" / "theirs").write_text("x")
 
     with pytest.raises(RegroupError, match="appeared"):
-        regroup.convert(parent, tmp_path / "child", kv_heads=2, listener=Watching(appear))
+        regroup.convert(parent, tmp_path / "child", kv_heads=2, listener=Watching(appear), calibration="none")
     assert everything(tmp_path / "child") == ["theirs"]
     assert not list(tmp_path.glob(".child*"))
 
@@ -219,7 +227,7 @@ def test_the_destination_appears_last_and_the_config_in_it(parent: Path, tmp_pat
         assert not (tmp_path / "child").exists()
         seen.append([path.name for stage in tmp_path.glob(".child*") for path in stage.iterdir()])
 
-    regroup.convert(parent, tmp_path / "child", kv_heads=2, listener=Watching(look))
+    regroup.convert(parent, tmp_path / "child", kv_heads=2, listener=Watching(look), calibration="none")
     assert seen
     assert all("model.safetensors" in names and "config.json" not in names for names in seen)
 

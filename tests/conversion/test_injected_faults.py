@@ -98,7 +98,8 @@ for line in sys.stdin:
         prepare(opened.checkpoint, opened.layout, make_plan(opened.layout, kv_heads=options.get("kv_heads", 2)))
 
     def run(number):
-        regroup.convert(source, Path(root, str(number), "new", "child"), **{"kv_heads": 2, **options})
+        usual = {"kv_heads": 2, "calibration": "none"}
+        regroup.convert(source, Path(root, str(number), "new", "child"), **{**usual, **options})
 
     print(json.dumps(faults.killed_at(numbers, run, Path(root))), flush=True)
 """
@@ -370,10 +371,10 @@ def test_a_search_is_not_made_twice(sharded: Path, tmp_path: Path, monkeypatch: 
 
     folders = kill(sharded, tmp_path, (40, 60), kv_heads=2)
     stages = [stage for folder in folders for stage in folder.glob(f"new/*/{resume.JOURNAL_FILE}")]
-    regroup.convert(sharded, tmp_path / "expected", kv_heads=2)
+    regroup.convert(sharded, tmp_path / "expected", kv_heads=2, calibration="none")
     monkeypatch.setattr(pipeline, "grouped", lambda *_, **__: pytest.fail("searched again"))
     for journal in stages:
-        regroup.convert(sharded, journal.parents[1] / "child", kv_heads=2)
+        regroup.convert(sharded, journal.parents[1] / "child", kv_heads=2, calibration="none")
         assert digests(journal.parents[1] / "child") == digests(tmp_path / "expected")
     assert stages
 

@@ -293,7 +293,7 @@ def test_half_of_a_launchers_environment_is_refused(
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     for rank, said in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
-        status, _, err = run("convert", parent, tmp_path / "child", "--kv-heads", 2)
+        status, _, err = run("convert", parent, tmp_path / "child", "--kv-heads", 2, "--calibration", "none")
         assert status == 2
         assert ("the processes cannot find each other" in err) == said
     assert not (tmp_path / "child").exists()

@@ -386,7 +386,7 @@ def test_options_about_text_that_is_not_there(llama: Path, tmp_path: Path) -> No
             assert "needs calibration text" in message
             assert options[0] in message
     with pytest.raises(RegroupError, match="repair is not known"):
-        regroup.convert(llama, tmp_path / "x", kv_heads=2, repair="distil")
+        regroup.convert(llama, tmp_path / "x", kv_heads=2, repair="distil", calibration="none")
     assert everything(tmp_path) == []
 
 

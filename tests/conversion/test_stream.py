@@ -220,7 +220,7 @@ def test_a_card_that_cannot_be_read_is_refused(saved: Saved, tmp_path: Path) -> 
     for head in ("license: [unclosed", "- a list"):
         (parent / "README.md").write_text(f"---\n{head}\n---\ntext\n")
         with pytest.raises(RegroupError, match=r"model card.*\n.*README\.md"):
-            regroup.convert(parent, tmp_path / "child", kv_heads=1)
+            regroup.convert(parent, tmp_path / "child", kv_heads=1, calibration="none")
         assert not (tmp_path / "child").exists()
 
 
@@ -310,7 +310,7 @@ def test_preview_says_what_is_written(saved: Saved, tmp_path: Path) -> None:
 def test_stock_classes_are_used_where_they_can_be(name: str, stock: set[int], saved: Saved, tmp_path: Path) -> None:
     for groups in (6, 3, 2, 1):
         child = tmp_path / str(groups)
-        regroup.convert(saved(name), child, kv_heads=groups)
+        regroup.convert(saved(name), child, kv_heads=groups, calibration="none")
         config = config_of(child)
         assert ("regroup" in config) == (groups not in stock)
         assert (child / "modeling_regroup.py").exists() == (groups not in stock)
@@ -336,7 +336,7 @@ def test_missing_architectures_are_refused_where_a_class_is_needed(saved: Saved,
     config = config_of(parent)
     del config["architectures"]
     (parent / "config.json").write_text(json.dumps(config))
-    message = refused("convert", parent, tmp_path / "child", "--kv-heads", 2)
+    message = refused("convert", parent, tmp_path / "child", "--kv-heads", 2, "--calibration", "none")
     assert "architectures" in message
     assert not (tmp_path / "child").exists()
 
@@ -357,7 +357,7 @@ def test_code_of_the_source_is_never_run(name: str, saved: Saved, tmp_path: Path
         }
     }
     (parent / "config.json").write_text(json.dumps(config))
-    status, _, message = run("convert", parent, tmp_path / "child", "--kv-heads", 2)
+    status, _, message = run("convert", parent, tmp_path / "child", "--kv-heads", 2, "--calibration", "none")
     assert status == 0, message
     assert "neither run nor copied" in message
     assert run("inspect", parent)[0] == run("plan", parent, "--kv-heads", 2)[0] == 0

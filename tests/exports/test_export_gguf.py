@@ -466,7 +466,7 @@ class TestLlamaCpp:
         source = STORIES
         if layers is not None:
             source = tmp_path / "result"
-            assert run("convert", STORIES, source, "--layers", layers)[0] == 0
+            assert run("convert", STORIES, source, "--layers", layers, "--calibration", "none")[0] == 0
         message = said(source, tmp_path / "m.gguf", "--to", "gguf")
         assert "24 of 24 greedy tokens the same" in message
         said(STORIES, tmp_path / "stories.gguf", "--to", "gguf", "--no-check")

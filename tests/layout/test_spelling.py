@@ -115,7 +115,7 @@ def test_contradictions_are_refused(changes: dict[str, Any], tmp_path: Path) -> 
     _, folder, old = made("40B", tmp_path / "in")
     detect(old)
     (folder / "config.json").write_text(json.dumps({**old, **changes}))
-    message = refused("convert", folder, tmp_path / "out", "--kv-heads", 1)
+    message = refused("convert", folder, tmp_path / "out", "--kv-heads", 1, "--calibration", "none")
     assert "expected:" in message
     with pytest.raises(RegroupError, match=r"mean the same and differ|two decoder architectures|no such residual"):
         regroup.load(folder)

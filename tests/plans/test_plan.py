@@ -129,7 +129,7 @@ def test_a_layer_that_does_not_exist_is_refused(llama: Layout) -> None:
 
 @pytest.mark.parametrize(
     "asked",
-    [{"calibrate": "text.txt"}, {"calibration": "text.txt"}, {"kv_heads": "2"}, {"kv_heads": True}, {"plan": {}}],
+    [{"calibrate": "text.txt"}, {"calibration": 3}, {"kv_heads": "2"}, {"kv_heads": True}, {"plan": {}}],
 )
 def test_keywords_that_are_misspelt_or_of_another_type_are_errors(
     asked: dict[str, Any], saved: Saved, tmp_path: Path

@@ -12,7 +12,7 @@ import torch
 from ..bench.build import Model, describe, parameters_of, read_config
 from ..bench.roofline import Cost
 from ..bench.work import Work, check_positions, step_costs
-from ..conversion.request import check_asked, grouped
+from ..conversion.request import calibration_of, check_asked, grouped
 from ..devices import USABLE, device_named, free_memory
 from ..errors import RegroupError
 from ..layout import detect
@@ -77,7 +77,7 @@ def advise(
     max_loss: float | None = None,
     max_seconds: float | None = None,
     uptrain_tokens: int | None = None,
-    calibration: CalibrationText | None = None,
+    calibration: CalibrationText | str | Path | None = None,
     repair: str = "output",
     bench: Sequence[str | Path] = (),
     device: str | None = None,
@@ -115,6 +115,7 @@ def advise(
     """
     listener = listener or Listener()
     check_asked({"repair": repair, "calibration": calibration}, device, SINGLE_PROCESS)
+    calibration = calibration_of({"calibration": calibration})
     if max_loss is not None and calibration is None:
         raise RegroupError(
             "a limit of the loss needs text",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +49,9 @@ def convert(
         Path | None,
         typer.Option("--uptrain", help="Recipe (YAML) for uptraining the converted model before DST appears."),
     ] = None,
+    keep_calibration: Annotated[
+        bool, typer.Option(help="Keep the text that the original model wrote in DST (regroup_calibration.jsonl).")
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, estimate time and disk space, and write nothing.")
     ] = False,
@@ -58,13 +62,16 @@ def convert(
     """Convert a checkpoint to fewer KV heads; all other tensors are copied bit for bit."""
     from ..api import convert as convert_checkpoint
     from ..console import ConsoleListener, err, show_estimate
+    from ..plans import CalibrationText
     from ..processes import launched
 
     with launched() as processes:
         if processes.rank > 0:
             processes.assist()
             return
-        text = calibration.text()
+        text = calibration.text(usual=plan is None and method in (None, "auto"))
+        if seed is not None and isinstance(text, CalibrationText) and text.own:
+            text = replace(text, seed=seed)
         options: dict[str, Any] = {
             "kv_heads": kv_heads,
             "layers": layers,
@@ -78,7 +85,13 @@ def convert(
             "revision": revision,
             "allow_pickle": allow_pickle,
         }
-        rest = {"device": calibration.device, "workers": workers, "dry_run": dry_run, "processes": processes}
+        rest = {
+            "device": calibration.device,
+            "workers": workers,
+            "dry_run": dry_run,
+            "keep_calibration": keep_calibration,
+            "processes": processes,
+        }
 
         score = command("evaluate", destination, teacher=source, data="FILE")
 

@@ -54,11 +54,13 @@ class Calibration:
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Calibration data: text, JSON lines, pairs, or a data set (hf:name). Slower, far better quality."
+            metavar="none|self[:TOKENS]|FILE|self[:TOKENS],FILE",
+            help="Calibration data: none (weights alone), self (text that the original model writes), text, JSON "
+            "lines, pairs or a data set (hf:name), or both. [default: self for convert with method auto, else none]",
         ),
     ] = None
     calibration_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Maximum number of calibration tokens. [default: 65,536]")
+        int | None, typer.Option(min=1, help="Maximum number of calibration tokens. [default: 65,536; of self 16,384]")
     ] = None
     calibration_window: Annotated[
         int | None, typer.Option(min=2, help="Tokens per calibration window. [default: 512]")
@@ -86,42 +88,42 @@ class Calibration:
             return {}
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "device"}
 
-    def text(self) -> CalibrationText | None:
-        """The text that the options name, or None.
+    def text(self, *, usual: bool = False) -> CalibrationText | str | None:
+        """The text that the options name, ``"none"`` where they say so, or None where they say nothing.
+
+        Args:
+            usual: where nothing is said the model writes text itself, to which the other options apply.
 
         Raises:
             RegroupError: options about text that is not there, or an unknown repair.
         """
-        from ..plans import REPAIRS, CalibrationText
+        from ..plans import NO_TEXT, OWN_TEXT, REPAIRS, CalibrationText
 
         if self.repair not in (None, *REPAIRS):
             raise RegroupError("the repair is not known", expected=", ".join(REPAIRS), got=self.repair)
+        sizes = {
+            "tokens": self.calibration_tokens,
+            "window": self.calibration_window,
+            "batch": self.calibration_batch,
+            "document_starts": self.document_starts or None,
+        }
         given = {
             "--calibration-tokens": self.calibration_tokens,
             "--calibration-window": self.calibration_window,
             "--calibration-batch": self.calibration_batch,
             "--document-starts": self.document_starts or None,
-            "--repair": self.repair,
         }
+        unused = [name for name, value in {**given, "--repair": self.repair}.items() if value is not None]
+        if unused and (self.calibration == NO_TEXT or (self.calibration is None and not usual)):
+            raise RegroupError(
+                "an option was given that needs calibration text",
+                got=", ".join(unused),
+                remedy="add --calibration FILE or --calibration self, or remove the option",
+            )
         if self.calibration is None:
-            unused = [name for name, value in given.items() if value is not None]
-            if unused:
-                raise RegroupError(
-                    "an option was given that needs calibration text",
-                    got=", ".join(unused),
-                    remedy="add --calibration FILE, or remove the option",
-                )
-            return None
-        sizes = {
-            "tokens": self.calibration_tokens,
-            "window": self.calibration_window,
-            "batch": self.calibration_batch,
-        }
-        return CalibrationText(
-            self.calibration,
-            document_starts=self.document_starts,
-            **{name: size for name, size in sizes.items() if size is not None},  # pyright: ignore[reportArgumentType]
-        )
+            sized = any(value is not None for value in given.values())
+            return CalibrationText.parse(OWN_TEXT, **sizes) if sized else None
+        return CalibrationText.parse(self.calibration, **sizes) or NO_TEXT
 
 
 # The largest int64, which PyTorch and Python's iterators count with.

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from ..calibration.settings import Settings
 from ..checkpoint import staged_folder
-from ..checkpoint.writer import check_destination, existing_parent
+from ..checkpoint.writer import check_destination, copy_file, existing_parent
+from ..errors import DegenerateTextError, RegroupError
 from ..files import as_named
 from ..listener import Listener
 from ..opening import Source, open_source
-from ..plans import Plan, Result, spelled_out
+from ..plans import OWN_TEXT_FILE, CalibrationText, Plan, Result, spelled_out
 from ..processes import SINGLE_PROCESS, ProcessGroup
 from ..solver.solve import solve_by_weights
 from ..solver.store import SolutionStore
@@ -24,7 +24,8 @@ from ..writer.estimate import Estimate, estimate
 from ..writer.journal import Journal
 from ..writer.preview import Prepared, Preview, prepare
 from ..writer.write import write
-from .request import Asked, asked_plan, check_asked, grouped
+from .request import Asked, asked_plan, check_asked, grouped, usual_calibration, weights_alone
+from .text import Pending, ready
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +61,7 @@ def convert(
     allow_pickle: bool = False,
     workers: int = 2,
     dry_run: bool = False,
+    keep_calibration: bool = True,
     listener: Listener | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
     **asked: Unpack[Asked],
@@ -75,11 +77,14 @@ def convert(
         allow_pickle: read pickled weights, with torch's restricted unpickler, where there are no others.
         workers: threads that solve and write.
         dry_run: check everything, write nothing, and estimate time and disk.
+        keep_calibration: keep the calibration text that the original model writes itself in the converted model
+            (``regroup_calibration.jsonl``), from which the conversion can be reproduced.
         listener: for progress and notices.
         processes: those that share the calibration text, of which this one is the first; the others ``assist`` (see
             ``processes.launched``). They read the source from the same path.
         asked: ``kv_heads``, ``layers``, ``method``, ``grouping``, ``tensor_parallel``, ``seed``, ``calibration`` and
-            ``repair``, or a ``plan``: see ``Asked``.
+            ``repair``, or a ``plan``: see ``Asked``. Without a plan, calibration text or a method, the original model
+            writes the text itself; where it cannot, the weights alone are used, and a notice says why.
 
     Returns:
         What was written, or would be.
@@ -91,37 +96,80 @@ def convert(
         >>> regroup.convert("meta-llama/Llama-2-7b-hf", "llama-2-7b-gqa8", kv_heads=8)  # doctest: +SKIP
     """
     target, listener = as_named(destination), listener or Listener()
-    check_asked(asked, device, processes)
+    usual = usual_calibration(asked)
+    check_asked(usual, device, processes)
     existing_parent(target)  # refuses what can have no folder
     with open_source(
         str(source), revision=revision, allow_pickle=allow_pickle, scratch=target.absolute().parent
     ) as opened:
-        plan, text = asked_plan(opened.layout, asked, processes)
+        plan, text = asked_plan(opened.layout, usual, processes)
+        if text is not None and text.own:
+            plan, text = _unless_impossible(opened, plan, text, listener, asked_for=usual is asked)
         prepared = prepare(opened.checkpoint, opened.layout, plan)
         # What can be wrong with the destination or the text is said before weights are looked at.
         check_destination(target, opened.folder, prepared.nbytes + prepared.solved_bytes)
-        batches: list[dict[str, torch.Tensor]] = []
-        if text is not None:
-            from ..calibration.text import calibration_batches
-
-            batches = calibration_batches(text, opened.checkpoint.folder, opened.checkpoint.config)
-            processes.shard(batches)  # refuses too many processes
         if dry_run:
+            if text is not None:
+                ready(opened, text, processes, listener, device)
             found = grouped(opened, plan, listener)
             listener.planned(opened, found, prepared.preview)
             time_and_disk = estimate(prepare(opened.checkpoint, opened.layout, found), target)
             return Conversion(None, prepared.preview, Result(found), estimate=time_and_disk)
-        return carry_out(
-            opened, prepared, target, batches, device=device, workers=workers, listener=listener, processes=processes
+        rest: dict[str, Any] = {"device": device, "workers": workers, "listener": listener, "processes": processes}
+        try:
+            ahead = None if text is None else ready(opened, text, processes, listener, device)
+            return carry_out(opened, prepared, target, ahead or (), keep_text=keep_calibration, **rest)
+        except DegenerateTextError as error:
+            # Nothing is left of it. What was given besides is text all the same.
+            assert text is not None
+            given = text.given
+            listener.notice(_without_own_text(f"{error.what}: {error.details.get('got')}", given))
+            plan = weights_alone(plan, opened.layout) if given is None else replace(plan, calibration=given)
+            prepared = prepare(opened.checkpoint, opened.layout, plan)
+            batches = () if given is None else ready(opened, given, processes, listener, device)
+            return carry_out(opened, prepared, target, batches, **rest)
+
+
+def _unless_impossible(
+    opened: Source, plan: Plan, text: CalibrationText, listener: Listener, *, asked_for: bool
+) -> tuple[Plan, CalibrationText | None]:
+    """The plan and its text, or the weights alone where the model cannot write text and was not told to.
+
+    Raises:
+        RegroupError: it cannot, and was told to.
+    """
+    from ..calibration.own_text import obstacle
+
+    why = obstacle(opened.checkpoint.folder, opened.checkpoint.config)
+    if why is None:
+        return plan, text
+    if asked_for:
+        raise RegroupError(
+            "the model cannot be calibrated on text that it writes itself",
+            file=opened.folder,
+            got=why,
+            remedy="pass --calibration none, or leave self out",
         )
+    listener.notice(_without_own_text(why, None))
+    return weights_alone(plan, opened.layout), None
+
+
+def _without_own_text(why: str, given: CalibrationText | None) -> str:
+    if given is not None:
+        return f"the given text alone is used: {why}"
+    return (
+        f"the weights alone are used: {why}. That costs quality (SmolLM2-135M from 3 KV heads to 1 lost 7.2 nats per "
+        "token instead of 3.0), which text of the right kind saves: --calibration FILE"
+    )
 
 
 def carry_out(
     opened: Source,
     prepared: Prepared,
     destination: Path,
-    batches: Sequence[dict[str, torch.Tensor]] = (),
+    batches: Sequence[dict[str, torch.Tensor]] | Pending = (),
     *,
+    keep_text: bool = True,
     settings: Settings | None = None,
     device: str | None = None,
     workers: int = 2,
@@ -134,30 +182,38 @@ def carry_out(
         opened: the original model.
         prepared: the plan that is carried out, checked.
         destination: a folder that does not exist yet. It appears when everything in it is on the disk.
-        batches: model inputs to calibrate on, if the plan asks for calibration.
+        batches: model inputs to calibrate on, if the plan asks for calibration, or what the model is to write.
+        keep_text: keep what it wrote in the result.
         settings: of calibration; by default those that the plan asks for.
         device, workers, listener, processes: see ``convert``.
 
     Raises:
+        DegenerateTextError: what the model writes is no text; nothing is left behind.
         RegroupError: bad destination, a source that changes, or a full disk; nothing is left behind.
     """
     started, listener, plan = time.perf_counter(), listener or Listener(), prepared.plan
-    text = _digest(batches) if batches else None
+    pending = batches if isinstance(batches, Pending) else None
+    text = None if not batches else batches.digest() if isinstance(batches, Pending) else _digest(batches)
     journal = Journal(opened.checkpoint, plan, prepared.preview.shards, text=text, notice=listener.notice)
 
     def worth_keeping() -> bool:
         kept = plan.calibration is not None and journal.has_solutions
         if kept:
             listener.notice("the layers that are solved are kept, and the same command resumes after them")
+        elif pending is not None and journal.has_text:
+            listener.notice("the text that the model wrote is kept, and the same command resumes with it")
+            return True
         return kept
 
     # Next to the result: solved layers, and the hidden states of both models while new ones take the place of old ones.
-    tokens = (next(batch[name] for name in ("decoder_input_ids", "input_ids") if name in batch) for batch in batches)
-    positions = sum(ids.numel() for ids in tokens)
+    positions = batches.positions if isinstance(batches, Pending) else _positions(batches)
     states = 2 * 2 * 4 * opened.layout.hidden_size * positions if processes.size == 1 else 0
     check_destination(destination, opened.folder, prepared.nbytes + prepared.solved_bytes + states)
     with staged_folder(destination, adopt=journal.adopt, keep=worth_keeping) as stage:
         journal.begin(stage)
+        if isinstance(batches, Pending):
+            batches = batches.batches(opened, journal.written, listener, processes.device(device))
+            processes.shard(batches)  # refuses too many processes
         if journal.found is None:
             journal.find(grouped(opened, plan, listener))
         assert journal.found is not None
@@ -167,6 +223,10 @@ def carry_out(
             asked = settings or Settings.of(plan)
             solved = _calibrate(opened, journal.found, batches, journal.store, asked, listener, device, processes)
             record = {**plan.calibration.to_json(), "repair": plan.repair, **solved.to_json()}
+            if pending is not None:
+                record["self_written"] = pending.describe(journal.written, stays=keep_text)
+                if keep_text:
+                    copy_file(journal.written, stage / OWN_TEXT_FILE)
             result = Result(spelled_out(solved.plan, opened.layout), record)
         elif prepared.solved:
             _solve(prepared, journal.found, journal.store, listener, workers)
@@ -228,11 +288,14 @@ def _calibrate(
     return solved
 
 
+def _positions(batches: Sequence[dict[str, torch.Tensor]]) -> int:
+    """Positions of the decoder."""
+    tokens = (next(batch[name] for name in ("decoder_input_ids", "input_ids") if name in batch) for batch in batches)
+    return sum(ids.numel() for ids in tokens)
+
+
 def _digest(batches: Sequence[dict[str, torch.Tensor]]) -> str:
-    """Hash of model inputs, whatever file or data set they were read from."""
-    found = hashlib.sha256()
-    for batch in batches:
-        for name, value in sorted(batch.items()):
-            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            found.update(value.contiguous().numpy().tobytes())
-    return found.hexdigest()
+    """Hash of model inputs."""
+    from ..calibration.text import digest
+
+    return digest(batches)

@@ -14,7 +14,7 @@ from ..opening import Source, open_layout, open_source
 from ..plans import Plan, allocate, layer_units, parse_budget, spelled_out, token_bytes
 from ..processes import SINGLE_PROCESS, ProcessGroup
 from ..solver.grouping import weight_losses
-from .request import Asked, asked_plan, check_asked, grouped
+from .request import Asked, asked_plan, calibration_of, check_asked, grouped
 
 if TYPE_CHECKING:
     from ..calibration.sensitivity import Measured
@@ -50,7 +50,7 @@ def plan(
     """
     listener = listener or Listener()
     check_asked(asked, device, processes)
-    text, grouping = asked.get("calibration"), asked.get("grouping")
+    text, grouping = calibration_of(asked), asked.get("grouping")
     if kv_budget is None and text is not None:
         raise RegroupError(
             "calibration text was given, and no KV budget to divide by it",

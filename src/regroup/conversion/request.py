@@ -12,7 +12,17 @@ from ..files import as_named
 from ..layout import Layout
 from ..listener import Listener
 from ..opening import Source
-from ..plans import DEFAULT_REPAIR, REPAIRS, CalibrationText, Plan, make_plan, spelled_out
+from ..plans import (
+    DEFAULT_REPAIR,
+    NO_TEXT,
+    OWN_TEXT,
+    OWN_TOKENS,
+    REPAIRS,
+    CalibrationText,
+    Plan,
+    make_plan,
+    spelled_out,
+)
 from ..processes import ProcessGroup
 
 GROUPINGS = ("contiguous", "search")
@@ -31,7 +41,9 @@ class Asked(TypedDict, total=False):
         seed: of the method ``"random"``, and of the search.
         plan: a Plan or the path of one, in the place of all these. Calibration text may be given with it: where the
             plan names text, as the place of that text.
-        calibration: text to convert on; without it only the weights are used.
+        calibration: text to convert on, as a ``CalibrationText`` or as the command line says it (``"none"``,
+            ``"self"``, ``"self:TOKENS"``, a file, ``"self,FILE"``). ``convert`` has the model write its own by default
+            where the method is ``"auto"``; otherwise only the weights are used.
         repair: with calibration ``"none"``, ``"output"`` (the default) or ``"distill"`` (see ``calibration.Settings``).
     """
 
@@ -42,7 +54,7 @@ class Asked(TypedDict, total=False):
     tensor_parallel: int | None
     seed: int | None
     plan: Plan | str | Path | None
-    calibration: CalibrationText | None
+    calibration: CalibrationText | str | Path | None
     repair: str | None
 
 
@@ -54,9 +66,30 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "tensor_parallel": int,
     "seed": int,
     "plan": (Plan, str, Path),
-    "calibration": CalibrationText,
+    "calibration": (CalibrationText, str, Path),
     "repair": str,
 }
+
+
+def calibration_of(asked: Asked) -> CalibrationText | None:
+    """The calibration text that is asked for, or None.
+
+    Raises:
+        RegroupError: it is said in a way that cannot be read.
+    """
+    text = asked.get("calibration")
+    return CalibrationText.parse(text, seed=asked.get("seed") or 0) if isinstance(text, str | Path) else text
+
+
+def usual_calibration(asked: Asked) -> Asked:
+    """The same with text of the model's own where nothing is said of text, and no method that needs none is named."""
+    open_ = asked.get("calibration") is None and asked.get("plan") is None and asked.get("method") in (None, "auto")
+    return {**asked, "calibration": OWN_TEXT} if open_ else asked
+
+
+def weights_alone(plan: Plan, layout: Layout) -> Plan:
+    """A plan that is carried out from the weights, in the place of one with calibration text."""
+    return replace(spelled_out(plan, layout), grouping=plan.grouping)
 
 
 def check_asked(asked: Asked, device: str | None, processes: ProcessGroup) -> None:
@@ -87,7 +120,7 @@ def check_asked(asked: Asked, device: str | None, processes: ProcessGroup) -> No
     repair = asked.get("repair")
     if repair not in (None, *REPAIRS):
         raise RegroupError("the repair is not known", expected=", ".join(REPAIRS), got=repair)
-    if asked.get("calibration") is not None:
+    if calibration_of(asked) is not None:
         from ..devices import device_named
 
         device_named(processes.device(device))
@@ -104,7 +137,7 @@ def asked_plan(layout: Layout, asked: Asked, processes: ProcessGroup) -> tuple[P
     Raises:
         RegroupError: the file is no plan, the layout does not allow it, or the text is not the plan's.
     """
-    given, text, repair = asked.get("plan"), asked.get("calibration"), asked.get("repair")
+    given, text, repair = asked.get("plan"), calibration_of(asked), asked.get("repair")
     if given is None:
         method, grouping = asked.get("method") or "auto", asked.get("grouping")
         search = method == "auto" if grouping is None else grouping == "search"
@@ -123,7 +156,9 @@ def asked_plan(layout: Layout, asked: Asked, processes: ProcessGroup) -> tuple[P
         )
         return plan, text
     plan = given if isinstance(given, Plan) else Plan.load(Path(given))
-    if plan.calibration is not None:
+    if plan.calibration is not None and asked.get("calibration") == NO_TEXT:
+        plan = weights_alone(plan, layout)
+    elif plan.calibration is not None:
         text = _found_text(plan.calibration, text, given)
         plan = replace(plan, calibration=replace(plan.calibration, sha256=text.sha256), repair=repair or plan.repair)
     elif text is not None:
@@ -151,9 +186,24 @@ def grouped(opened: Source, plan: Plan, listener: Listener) -> Plan:
 
 
 def _found_text(wanted: CalibrationText, given: CalibrationText | None, plan: object) -> CalibrationText:
-    """The text that a plan names: where the user says it is, next to the plan, or where its name leads."""
+    """The text that a plan names: where the user says it is, next to the plan, or where its name leads.
+
+    Where the model writes text itself, a file that was given may be that text.
+    """
+    if wanted.own and given is not None and given.data is not None and not given.own:
+        written = as_named(given.data)
+        if wanted.data is None or _holds_ids(written):
+            return replace(_found_text(wanted, None, plan), written=written)
+    if given is not None and given.own and not wanted.own:
+        raise RegroupError(
+            "the plan names calibration text, and none that the model writes itself",
+            expected=wanted.name,
+            got=given.name,
+            remedy="leave --calibration out, or change the plan",
+        )
     if given is not None:
-        usual = CalibrationText(given.data)
+        count = 65_536 if not given.own else OWN_TOKENS if given.data is None else 2 * OWN_TOKENS
+        usual = CalibrationText(given.data, own=given.own, tokens=count)
         for name in ("tokens", "window", "batch", "document_starts", "seed"):
             if getattr(given, name) not in (getattr(wanted, name), getattr(usual, name)):
                 raise RegroupError(
@@ -162,7 +212,10 @@ def _found_text(wanted: CalibrationText, given: CalibrationText | None, plan: ob
                     got=str(getattr(given, name)),
                     remedy="leave the option out, or change the plan",
                 )
-        return replace(wanted, data=given.data).hashed()
+        if given.data is not None:
+            return replace(wanted, data=given.data).hashed()
+    if wanted.data is None:
+        return wanted
     neighbour = Path(str(plan)).parent / str(wanted.data) if not isinstance(plan, Plan) else None
     if neighbour is not None and neighbour.is_file():
         return replace(wanted, data=neighbour).hashed()
@@ -174,6 +227,17 @@ def _found_text(wanted: CalibrationText, given: CalibrationText | None, plan: ob
             remedy="pass it by --calibration FILE, with the plan",
         )
     return wanted.hashed()
+
+
+def _holds_ids(path: Path) -> bool:
+    """Whether a file begins as the text that a conversion keeps."""
+    try:
+        if not path.is_file():
+            return False  # a pipe can be read only once
+        with path.open("rb") as file:
+            return file.readline(1 << 20).startswith(b'{"input_ids": [')
+    except OSError:
+        return False
 
 
 def _needless(processes: ProcessGroup) -> RegroupError:

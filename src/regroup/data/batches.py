@@ -56,7 +56,14 @@ def pair_batches(
     ]
     if not all(source and target for source, target in rows):
         raise RegroupError("a pair has an empty side after tokenisation", remedy="remove empty lines from the data")
-    rows.sort(key=lambda row: (len(row[0]), len(row[1])))
+    yield from id_batches(rows, batch_size=batch_size, start_token=start_token)
+
+
+def id_batches(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int, start_token: int
+) -> Iterator[Batch]:
+    """The same for pairs of token ids, each side at least one token long."""
+    rows = sorted(pairs, key=lambda row: (len(row[0]), len(row[1])))
     for first in range(0, len(rows), batch_size):
         part = rows[first : first + batch_size]
         source, mask = padded([row[0] for row in part], 0)

@@ -65,15 +65,21 @@ def check_window(config: Mapping[str, Any], window: int, *, option: str = "--win
     Raises:
         RegroupError: naming the option and the longest window that it may ask for.
     """
-    for name in ("max_position_embeddings", "n_positions"):
-        limit = config.get(name)
-        if isinstance(limit, int) and 0 < limit < window:
-            raise RegroupError(
-                "the windows are longer than the model's positions",
-                expected=f"at most {limit} tokens",
-                got=window,
-                remedy=f"pass {option} {limit}",
-            )
+    limit = longest_window(config)
+    if limit is not None and limit < window:
+        raise RegroupError(
+            "the windows are longer than the model's positions",
+            expected=f"at most {limit} tokens",
+            got=window,
+            remedy=f"pass {option} {limit}",
+        )
+
+
+def longest_window(config: Mapping[str, Any]) -> int | None:
+    """Positions of a model, as its config says; None where it does not."""
+    named = (config.get(name) for name in ("max_position_embeddings", "n_positions"))
+    limits = [limit for limit in named if isinstance(limit, int) and limit > 0]
+    return min(limits, default=None)
 
 
 def token_windows(

@@ -98,7 +98,7 @@ class Demonstration:
             folder,
             kv_heads=heads,
             method=method.removesuffix(" + text"),
-            calibration=text if on_text else None,
+            calibration=text if on_text else "none",
         )
         return folder
 

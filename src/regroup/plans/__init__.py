@@ -1,7 +1,7 @@
 """What is asked of a checkpoint: for each layer how many KV heads, which query heads share one, and how they merge."""
 
 from .budget import allocate, layer_units, parse_budget, token_bytes
-from .calibration import CalibrationText
+from .calibration import NO_TEXT, OWN_TEXT, OWN_TEXT_FILE, OWN_TOKENS, CalibrationText
 from .check import allowed_kv_heads
 from .grouping import group_members, key_value_sources
 from .layer import LayerPlan
@@ -13,6 +13,10 @@ from .search import query_order, search_groups
 __all__ = [
     "ASKED_METHODS",
     "DEFAULT_REPAIR",
+    "NO_TEXT",
+    "OWN_TEXT",
+    "OWN_TEXT_FILE",
+    "OWN_TOKENS",
     "PLAN_FILE",
     "REPAIRS",
     "RESULT_FILE",

@@ -156,7 +156,7 @@ class Plan:
             raise RegroupError(
                 "calibration and repair of the plan do not go together",
                 expected="both or neither",
-                got=f"calibration: {self.calibration and self.calibration.data}, repair: {self.repair}",
+                got=f"calibration: {self.calibration and self.calibration.name}, repair: {self.repair}",
                 remedy=f"give both; the usual repair is {DEFAULT_REPAIR!r}",
             )
 
@@ -178,7 +178,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),
     "str | None": (str, NoneType),
-    "str | Path": (str,),
+    "str | Path | None": (str, NoneType),
+    # A place, which no plan names.
+    "Path | None": (NoneType,),
     "float | None": (float, int, NoneType),
 }
 

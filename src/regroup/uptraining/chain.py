@@ -15,7 +15,7 @@ from ..checkpoint.writer import check_destination, write_text
 from ..data.sources import find_sources
 from ..errors import RegroupError
 from ..files import as_named
-from ..plans import Plan
+from ..plans import CalibrationText, Plan
 from .listener import Listener
 from .recipe import Recipe
 from .run import Result, uptrain
@@ -121,9 +121,10 @@ def _asked(source: str, options: Mapping[str, Any]) -> str:
     said = {"source": _place(source), **options}
     if (plan := said.get("plan")) is not None:
         said["plan"] = Plan.load(Path(plan)).digest()
-    if (text := said.get("calibration")) is not None:
+    if isinstance(text := said.get("calibration"), CalibrationText):
         # A folder has no hash: its path has to distinguish it.
-        said["calibration"] = asdict(text) | text.describe() | {"data": _place(text.data)}
+        place = None if text.data is None else _place(text.data)
+        said["calibration"] = asdict(text) | text.describe() | {"data": place}
     return json.dumps(said, indent=2, default=str) + "\n"
 
 

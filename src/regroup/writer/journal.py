@@ -26,6 +26,7 @@ from ..solver.store import SolutionStore
 
 JOURNAL_FILE = ".regroup-journal.json"
 SOLVED_FOLDER = ".regroup-solved"
+WRITTEN_FILE = ".regroup-written.jsonl"
 
 
 class Journal:
@@ -35,7 +36,7 @@ class Journal:
         checkpoint: the original model.
         plan: what is asked for.
         shards: file name to what the file holds (tensor name to dtype and shape).
-        text: hash of the calibration batches; None without text.
+        text: hash of the calibration batches, or which text the model writes; None without text.
         notice: called with a sentence about the folder of a killed run that is used or cannot be.
 
     Attributes:
@@ -76,6 +77,17 @@ class Journal:
         """Whether a layer is solved that the next run could take over."""
         return self._stage is not None and bool(self.store.names())
 
+    @property
+    def has_text(self) -> bool:
+        """Whether the original model has written its text."""
+        return self._stage is not None and self.written.exists()
+
+    @property
+    def written(self) -> Path:
+        """Where the text is kept that the original model writes itself; from ``begin`` on."""
+        assert self._stage is not None
+        return self._stage / WRITTEN_FILE
+
     def adopt(self, stage: Path) -> bool:
         """Whether to continue in a folder that a killed run left; if so, all that is not complete is removed."""
         try:
@@ -92,7 +104,7 @@ class Journal:
         listed = names if isinstance(names, list) else []
         self.finished = [name for name in self._shards if name in listed and self._whole(stage, name)]
         for path in stage.iterdir():
-            if path.name not in (*self.finished, JOURNAL_FILE, SOLVED_FOLDER):
+            if path.name not in (*self.finished, JOURNAL_FILE, SOLVED_FOLDER, WRITTEN_FILE):
                 with contextlib.suppress(OSError):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         store = SolutionStore(stage / SOLVED_FOLDER)
@@ -122,8 +134,9 @@ class Journal:
             self._write()
 
     def end(self) -> None:
-        """Remove the journal and the solved layers: everything is complete."""
+        """Remove the journal, the solved layers and the text: everything is complete."""
         assert self._stage is not None
+        self.written.unlink(missing_ok=True)
         shutil.rmtree(self._stage / SOLVED_FOLDER)
         (self._stage / JOURNAL_FILE).unlink()
 

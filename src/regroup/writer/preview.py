@@ -11,14 +11,14 @@ from ..checkpoint.header import nbytes_of
 from ..layout.kv_cache import cache_dtype, kv_cache_bytes
 from ..layout.types import AttentionLayer, Layout
 from ..modeling.expected import check_generation_config, check_loadable
-from ..plans import PLAN_FILE, RESULT_FILE, Plan
+from ..plans import OWN_TEXT_FILE, PLAN_FILE, RESULT_FILE, Plan
 from ..solver.rewrite import Change
 from .changes import planned_changes, solved_layers
 from .converted_config import converted_config, is_stock
 from .shards import Shards, Spec
 
 # What a conversion writes about itself, older releases included: not copied from one converted model to the next.
-OWN_RECORDS = (PLAN_FILE, RESULT_FILE, "regroup_calibration.json")
+OWN_RECORDS = (PLAN_FILE, RESULT_FILE, OWN_TEXT_FILE, "regroup_calibration.json")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,100 @@
+"""Calibration text of a conversion: read before anything is written, or written by the model in the stage folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.writer import copy_file
+from ..errors import RegroupError
+from ..files import as_named
+from ..listener import Listener
+from ..opening import Source
+from ..plans import OWN_TEXT_FILE, CalibrationText
+from ..processes import ProcessGroup
+
+if TYPE_CHECKING:
+    import torch
+
+    Batches = Sequence[dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Text that the original model writes, all of it or half, when there is a folder to keep it in.
+
+    Attributes:
+        text: see there.
+        rest: hash of the part that it does not write.
+    """
+
+    text: CalibrationText
+    rest: str
+
+    @property
+    def positions(self) -> int:
+        """About how many tokens there will be."""
+        return self.text.tokens
+
+    def digest(self) -> str:
+        """Hash of what a later run has to have in common to go on with what this one leaves."""
+        written = self.text.written
+        content = None if written is None else _sha256(written)
+        return hashlib.sha256(json.dumps([self.text.to_json(), content, self.rest]).encode()).hexdigest()
+
+    def batches(self, opened: Source, kept: Path, listener: Listener, device: str | None) -> Batches:
+        """Model inputs; what the model writes is in the file ``kept`` afterwards, or was there before.
+
+        Raises:
+            DegenerateTextError: what the model writes is no text.
+        """
+        from ..calibration.own_text import write_own_text
+        from ..calibration.text import calibration_batches
+
+        folder, config = opened.checkpoint.folder, opened.checkpoint.config
+        if self.text.written is not None:
+            copy_file(self.text.written, kept)
+        elif not kept.exists():
+            with listener.writing_text(self.text.own_tokens) as count:
+                write_own_text(self.text, folder, config, kept, device=device, progress=count)
+        return calibration_batches(replace(self.text, written=kept), folder, config)
+
+    def describe(self, kept: Path, *, stays: bool) -> dict[str, Any]:
+        """For the record: what the model wrote."""
+        lines = kept.read_bytes().count(b"\n")
+        return {"rows": lines, "sha256": _sha256(kept), "file": OWN_TEXT_FILE if stays else None}
+
+
+def ready(
+    opened: Source, text: CalibrationText, processes: ProcessGroup, listener: Listener, device: str | None
+) -> Batches | Pending:
+    """Calibration text as model inputs, or what is known of it before the model writes it.
+
+    Raises:
+        RegroupError: anything about the text that can be seen to be wrong by now.
+    """
+    from ..calibration.text import calibration_batches, check_text
+
+    folder, config = opened.checkpoint.folder, opened.checkpoint.config
+    if not text.own:
+        batches = calibration_batches(text, folder, config)
+        processes.shard(batches)  # refuses too many processes
+        return batches
+    from ..calibration.own_time import own_text_ahead
+    from ..devices import device_named
+
+    if text.written is not None and not as_named(text.written).is_file():
+        raise RegroupError("the calibration text cannot be read", file=text.written, got="no such file")
+    pending = Pending(text, check_text(text, folder, config))
+    place = device_named(processes.device(device))
+    listener.own_text(own_text_ahead(text, opened.checkpoint, config, opened.layout, place))
+    return pending
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
