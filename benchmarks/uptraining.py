@@ -72,6 +72,8 @@ def ours(converted: Path, data: Path, steps: int, batch: int, window: int, **set
             window=window,
             batch_size=batch,
             learning_rate=RATE,
+            optimizer="adamw",
+            windows="packed",
             save_every=10**9,
             report_to=(),
             **settings,

@@ -99,6 +99,8 @@ class Bench:
                     window=self.window,
                     batch_size=self.batch,
                     learning_rate=rate,
+                    optimizer="adamw",
+                    windows="packed",
                     seed=seed,
                     save_every=10**9,
                     report_to=(),

@@ -56,6 +56,8 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
         "window": 32,
         "batch_size": 8,
         "learning_rate": 1e-3,
+        "optimizer": "adamw",
+        "windows": "packed",
         "save_every": 4,
         "log_every": 1,
         "report_to": ("none",),

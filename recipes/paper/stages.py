@@ -137,6 +137,7 @@ def uptrain_variant(bench: Bench, variant: Variant) -> None:
         settings = {
             "teacher": str(parent),
             "optimizer": "adamw",
+            "windows": "packed",
             "schedule": "cosine",
             "learning_rate": scale.distillation_rate,
         }

@@ -176,7 +176,7 @@ def test_a_decoder_is_uptrained_with_adamw_and_a_cosine() -> None:
     assert (recipe.learning_rate, recipe.weight_decay) == (3e-4, 0.1)
     assert recipe.stages == ()
     assert [line.split(":")[0] for line in chosen] == [
-        *("objective", "optimizer", "schedule", "learning-rate", "weight-decay"),
+        *("objective", "optimizer", "batch-size", "schedule", "learning-rate", "weight-decay"),
     ]
     # A second time nothing is left to choose.
     assert resolved(recipe, "llama", False) == (recipe, [])
@@ -212,6 +212,8 @@ def test_what_was_asked_for_stays() -> None:
         teacher="parent",
         stages=("logit", "local"),
         hidden_weight=0.5,
+        batch_size=3,
+        windows="packed",
     )
     recipe, chosen = resolved(asked, "llama", False)
     assert replace(recipe, objective="auto", stages=asked.stages) == asked

@@ -17,7 +17,8 @@ def uptrain(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Training data: text, JSON lines, parquet, pairs, a folder of those, or hf:NAME. May be repeated."
+            help="Training data: text, JSON lines, parquet, pairs, a folder of those, or hf:NAME. May be repeated. "
+            "self or self:TOKENS: text that the teacher writes; self,FILE mixes half and half."
         ),
     ] = None,
     output: Annotated[
@@ -71,11 +72,31 @@ def uptrain(
     ] = None,
     window: Annotated[int | None, typer.Option(min=2, help="Tokens per sequence. [default: 512]")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Sequences per step, over all processes. [default: 8]")
+        int | None,
+        typer.Option(min=1, help="Sequences per step, over all processes. [default: 8, or 4 to distil]"),
     ] = None,
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences per forward pass of a process.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. [default: the family's]")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="Optimizer: adamw, adafactor or auto.")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences per forward pass of a process. [default: what fits]")
+    ] = None,
+    windows: Annotated[
+        str | None,
+        typer.Option(help="Windows of causal models: documents (one in each), packed, or auto (documents to distil)."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data at most. [default: 1]")] = None,
+    unique_tokens: Annotated[
+        str | None, typer.Option(help="Number of tokens of a pass at most, such as 262k; the first ones of the data.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate. [default: the family's; of Muon by the width of the model]"),
+    ] = None,
+    attention_rate: Annotated[
+        float | None,
+        typer.Option(help="Multiple of the rate for projections of converted layers. [default: 4 with Muon, else 1]"),
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="Optimizer: muon, adamw, adafactor or auto (muon to distil a decoder).")
+    ] = None,
     schedule: Annotated[
         str | None,
         typer.Option(help="Schedule of the learning rate: cosine, constant-decay, constant, inverse-sqrt or auto."),
@@ -98,7 +119,7 @@ def uptrain(
     compile: Annotated[bool | None, typer.Option("--compile", help="Use torch.compile.")] = None,
     fsdp: Annotated[bool | None, typer.Option("--fsdp", help="Shard the student over the processes (FSDP2).")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Number of threads that tokenise.")] = None,
-    held_out: Annotated[str | None, typer.Option(help="Text or pairs for evaluation during the run.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="Text or pairs for evaluation during the run, or self.")] = None,
     held_out_windows: Annotated[
         int | None, typer.Option(min=1, help="Number of held-out windows or pairs. [default: 32]")
     ] = None,

@@ -96,6 +96,8 @@ def recover(
         window=window,
         batch_size=BATCH,
         learning_rate=way.learning_rate,
+        optimizer="adamw",
+        windows="packed",
         held_out=str(texts.held_out),
         held_out_windows=HELD_OUT_WINDOWS,
         eval_every=max(1, steps // POINTS),

@@ -17,6 +17,7 @@ from ..errors import RegroupError
 from ..files import as_named
 from ..plans import CalibrationText, Plan
 from .listener import Listener
+from .own_text import is_own
 from .recipe import Recipe
 from .run import Result, uptrain
 from .settings import read_settings
@@ -97,7 +98,9 @@ def check_recipe(recipe: Path, source: str, destination: Path) -> Recipe:
     teacher = None if "teacher" in settings else source
     wanted = Recipe.load(recipe, model=str(converted), output=run, teacher=teacher)
     held_out = () if wanted.held_out is None else (wanted.held_out,)
-    find_sources((*wanted.data, *held_out), pairs=wanted.objective == "pairs")
+    files = [source for source in (*wanted.data, *held_out) if not is_own(source)]
+    if files:
+        find_sources(files, pairs=wanted.objective == "pairs")
     # A hub id could only be checked by downloading the teacher, which a dry run should not do.
     if wanted.teacher is not None and (as_named(wanted.teacher).exists() or not is_hub_id(wanted.teacher)):
         fetch(wanted.teacher)

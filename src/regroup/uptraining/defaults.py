@@ -7,6 +7,7 @@ from math import sqrt
 
 from ..errors import RegroupError
 from ..families import FAMILIES
+from .optimizer import HAS_MUON
 from .recipe import Recipe
 
 
@@ -35,15 +36,25 @@ DEFAULTS = {
 T5_STEPS = 1_000_000
 WEIGHT_DECAY = 0.1
 HIDDEN_WEIGHT = 10.0
+BATCH = 8
+# Distillation of decoders: few windows a step, since steps are what a short run lacks.
+DISTILL_BATCH = 4
+# Of Muon, found on a model of width 64; what a matrix bears falls with the root of its width, as its elements do.
+_MUON_RATE, _MUON_WIDTH = 2e-3, 64
+ATTENTION_RATE = 4.0
 
 
-def resolved(recipe: Recipe, family: str, encoder_decoder: bool) -> tuple[Recipe, list[str]]:
+def resolved(
+    recipe: Recipe, family: str, encoder_decoder: bool, hidden_size: int = _MUON_WIDTH
+) -> tuple[Recipe, list[str]]:
     """The recipe with nothing left open, and a line for each choice that was made.
 
-    ``family`` is transformers' ``model_type``. T5 models continue as they were pre-trained: Adafactor, span
-    corruption, and the inverse square root of the step from step 1,000,000 on (Raffel et al. 2020, arXiv:1910.10683,
-    section 3.1.2). Other families use AdamW and a cosine with a new warm-up (Ibrahim et al. 2024, arXiv:2403.08763).
-    Pairs are fine-tuned as in Ainslie et al. 2023, section 3.1: constant rate 0.001 for T5 models, dropout 0.1.
+    ``family`` is transformers' ``model_type``, ``hidden_size`` the width of the model. A decoder with a teacher is
+    distilled with Muon, in windows that each hold one document where the text fills such windows. Without a teacher
+    the pre-training is continued: T5 models with Adafactor, span corruption, and the inverse square root of the step
+    from step 1,000,000 on (Raffel et al. 2020, arXiv:1910.10683, section 3.1.2), other families with AdamW and a cosine
+    with a new warm-up (Ibrahim et al. 2024, arXiv:2403.08763). Pairs are fine-tuned as in Ainslie et al. 2023, section
+    3.1: constant rate 0.001 for T5 models, dropout 0.1.
 
     Raises:
         RegroupError: settings that exclude each other.
@@ -71,8 +82,19 @@ def resolved(recipe: Recipe, family: str, encoder_decoder: bool) -> tuple[Recipe
             remedy="leave --objective out",
         )
     tuning = recipe.objective == "pairs"
+    distilled = recipe.teacher is not None and recipe.objective == "causal"
     if recipe.optimizer == "auto":
-        choose("optimizer", "adafactor" if t5 else "adamw", "as T5 was pre-trained" if t5 else "the usual one")
+        if distilled and HAS_MUON and not recipe.fsdp:
+            choose("optimizer", "muon", "with a teacher")
+        else:
+            choose("optimizer", "adafactor" if t5 else "adamw", "as T5 was pre-trained" if t5 else "the usual one")
+    if recipe.optimizer == "muon":
+        _check_muon(recipe)
+    if not recipe.batch_size:
+        choose("batch_size", DISTILL_BATCH if distilled else BATCH, "sequences in a step")
+    if recipe.windows == "auto":
+        # Whether the data allow it is seen when they are read.
+        recipe = replace(recipe, windows="documents?" if distilled else "packed")
     if recipe.schedule == "auto":
         if tuning:
             choose("schedule", "constant", "fine-tuning in Ainslie et al. 2023")
@@ -95,17 +117,38 @@ def resolved(recipe: Recipe, family: str, encoder_decoder: bool) -> tuple[Recipe
             # T5 holds its rate for the first 10,000 steps.
             rate = 1 / sqrt(max(recipe.original_steps, 10_000))
             choose("learning_rate", rate, f"1 / sqrt({recipe.original_steps:,})")
+        elif recipe.optimizer == "muon":
+            rate = float(f"{_MUON_RATE * sqrt(_MUON_WIDTH / hidden_size):.2g}")
+            choose("learning_rate", rate, f"of matrices, at width {hidden_size}")
         elif t5:
             choose("learning_rate", 1e-3, "fine-tuning in Ainslie et al. 2023")
         else:
             known = DEFAULTS.get(family, _OTHERS)
             choose("learning_rate", known.learning_rate, known.source)
+    if recipe.attention_rate is None and recipe.optimizer == "muon":
+        choose("attention_rate", ATTENTION_RATE, "times the rate, for the projections of converted layers")
     if recipe.weight_decay is None:
         decays = recipe.optimizer == "adamw" and not tuning
         choose("weight_decay", WEIGHT_DECAY if decays else 0.0, "of matrices" if decays else "none")
     if tuning and recipe.dropout is None:
         choose("dropout", 0.1, "fine-tuning in Ainslie et al. 2023")
     return _staged(recipe, chosen)
+
+
+def _check_muon(recipe: Recipe) -> None:
+    if not HAS_MUON:
+        raise RegroupError(
+            "this version of PyTorch has no Muon",
+            expected="PyTorch 2.9 or later",
+            remedy="install it, or pass --optimizer adamw",
+        )
+    if recipe.fsdp:
+        raise RegroupError(
+            "Muon needs whole matrices, which sharding divides",
+            expected="--optimizer adamw or adafactor with --fsdp",
+            got="muon",
+            remedy="leave --optimizer or --fsdp out",
+        )
 
 
 def _staged(recipe: Recipe, chosen: list[str]) -> tuple[Recipe, list[str]]:

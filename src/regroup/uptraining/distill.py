@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .head import Head, Unprojected
 from .objective import IGNORED
 
 # Elements of float32 that one chunk's softmax may take: 64 MB, of which a handful are alive at once.
 CHUNK_ELEMENTS = 1 << 24
+_FEWEST = 128
 # Below every log-probability that matters, above float16's lowest number.
 _LOWEST = -60_000.0
 _SMALLEST = 1e-12
@@ -55,38 +57,54 @@ def aligned_targets(labels: Tensor, *, shifted: bool) -> Tensor:
 
 
 def mixed_loss(
-    logits: Tensor, targets: Tensor, *, teacher: Tensor | TopK | None = None, mix: Mix | None = None, chunk: int = 0
+    logits: Tensor | Unprojected,
+    targets: Tensor,
+    *,
+    teacher: Tensor | Unprojected | TopK | None = None,
+    mix: Mix | None = None,
+    chunk: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over the positions that carry loss.
 
     Softmaxes are computed in float32 (float64 if the logits are), ``chunk`` positions at a time; the gradient is
-    computed along with the loss and kept in the dtype of the logits. So no copy of all logits in float32 is made.
+    computed along with the loss. So no copy of all logits in float32 is made. Where the input of a head is given in
+    place of logits, these are computed a chunk at a time, too, and never exist for all positions; the gradient of the
+    head's weight is summed in float32.
 
     Args:
-        logits: (batch, length, vocabulary) of the student.
+        logits: (batch, length, vocabulary) of the student, or what stands for them.
         targets: (batch, length) int64, ``IGNORED`` where there is no target (see ``aligned_targets``).
-        teacher: its logits, (batch, length, vocabulary) in any dtype, or their ``TopK`` at the positions that carry
-            loss, in the order of ``targets.flatten()``; None where the weight is 0.
+        teacher: its logits, (batch, length, vocabulary) in any dtype, or what stands for them, or their ``TopK`` at the
+            positions that carry loss, in the order of ``targets.flatten()``; None where the weight is 0.
         mix: cross-entropy alone by default.
         chunk: positions at a time; 0 for as many as ``CHUNK_ELEMENTS`` allows.
 
     Returns:
-        Scalars in float32 (float64): the loss, differentiable in ``logits``; the cross-entropy; the KL at the
-        temperature, not multiplied by T² (0 without a teacher). The latter two have no gradient.
+        Scalars in float32 (float64): the loss, differentiable in ``logits`` or in the head's input and parameters; the
+        cross-entropy; the KL at the temperature, not multiplied by T² (0 without a teacher). The latter two have no
+        gradient.
     """
-    flat = logits.flatten(0, -2)
     wanted = targets.flatten()
     rows = (wanted != IGNORED).nonzero().squeeze(1)
-    size = chunk or max(1, CHUNK_ELEMENTS // flat.shape[-1])
-    if isinstance(teacher, Tensor):
-        teacher = teacher.flatten(0, -2)
-    return _Chunked.apply(flat, wanted, rows, teacher, mix or Mix(), size)  # type: ignore[no-any-return]
+    rest = (wanted, rows, teacher, mix or Mix())
+    if isinstance(logits, Unprojected):
+        linear = logits.head.linear
+        size = chunk or chunk_rows(2 * linear.out_features)
+        hidden = logits.hidden.flatten(0, -2)
+        return _ThroughHead.apply(hidden, linear.weight, linear.bias, logits.head, *rest, size)  # type: ignore[no-any-return]
+    flat = logits.flatten(0, -2)
+    return _Chunked.apply(flat, *rest, chunk or chunk_rows(flat.shape[-1]))  # type: ignore[no-any-return]
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Positions of a chunk: few enough for memory, but enough for a matrix product to be fast."""
+    return max(_FEWEST, CHUNK_ELEMENTS // vocabulary)
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, flat: Tensor, targets: Tensor, rows: Tensor, teacher: Tensor | TopK | None, mix: Mix, size: int
+        ctx: Any, flat: Tensor, targets: Tensor, rows: Tensor, teacher: Any, mix: Mix, size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(flat.dtype, torch.float32)
         sums = torch.zeros(3, dtype=wide, device=flat.device)
@@ -112,11 +130,88 @@ class _Chunked(torch.autograd.Function):
         return gradient.mul_(grads[0].to(gradient.dtype)), None, None, None, None, None
 
 
-def _teacher_rows(teacher: Tensor | TopK | None, part: Tensor, first: int, wide: torch.dtype) -> Tensor | TopK | None:
+class _ThroughHead(torch.autograd.Function):
+    """As ``_Chunked``, with the matrix product of the head in it; its gradients are computed along with the loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        flat: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        targets: Tensor,
+        rows: Tensor,
+        teacher: Any,
+        mix: Mix,
+        size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        matrix = head.weight().detach()
+        wide = torch.promote_types(matrix.dtype, torch.float32)
+        sums = torch.zeros(3, dtype=wide, device=flat.device)
+        wanted = (flat, weight, *([] if bias is None else [bias]))
+        into = [torch.zeros_like(x, dtype=wide) if x.requires_grad else None for x in wanted]
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            inputs = flat.detach()[part].to(matrix.dtype)
+            with torch.enable_grad():
+                x = head.product(inputs, matrix).detach().requires_grad_(any(g is not None for g in into))
+                logits = head.after(x)
+            given = _teacher_rows(teacher, part, first, wide)
+            loss, cross_entropy, kl, back = _rows_gradient(logits.detach().to(wide), targets[part], given, mix)
+            if x.requires_grad:
+                if logits is not x:
+                    back = torch.autograd.grad(logits, x, back.to(logits.dtype))[0]
+                _add_products(into, back.to(matrix.dtype), inputs, matrix, part)
+            sums += torch.stack([loss, cross_entropy, kl])
+        ctx.gradients = [g if g is None else g.to(x.dtype) for g, x in zip(into, wanted, strict=True)]
+        loss, cross_entropy, kl = sums.unbind()
+        ctx.mark_non_differentiable(cross_entropy, kl)
+        return loss, cross_entropy, kl
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the gradient of mixed_loss was used already")
+        own = [None if gradient is None else gradient.mul_(grads[0].to(gradient.dtype)) for gradient in gradients]
+        return (*own, *[None] * (9 - len(own)))
+
+
+def _add_products(into: list[Tensor | None], back: Tensor, inputs: Tensor, matrix: Tensor, part: Tensor) -> None:
+    """Add what a chunk gives to the gradients of a head's input, weight and bias.
+
+    Args:
+        into: those gradients, in float32; None where none is wanted.
+        back: gradient of the product, (n, vocabulary).
+        inputs, matrix: of the product.
+        part: which rows of the input these are.
+    """
+    hidden, weight, *bias = into
+    if hidden is not None:
+        hidden[part] = (back @ matrix).to(hidden.dtype)
+    if weight is not None and back.dtype == weight.dtype:
+        weight.addmm_(back.T, inputs)
+    elif weight is not None:
+        weight += back.T @ inputs
+    if bias and bias[0] is not None:
+        bias[0] += back.sum(0, dtype=bias[0].dtype)
+
+
+def _teacher_rows(teacher: Any, part: Tensor, first: int, wide: torch.dtype) -> Tensor | TopK | None:
     if isinstance(teacher, TopK):
         own = slice(first, first + len(part))
         return TopK(teacher.ids[own], teacher.log_q[own].to(wide))
-    return None if teacher is None else teacher[part].to(wide)
+    return None if teacher is None else logits_at(teacher, part).to(wide)
+
+
+@torch.no_grad()
+def logits_at(logits: Tensor | Unprojected, part: Tensor) -> Tensor:
+    """Logits (n, vocabulary) at some positions, by their numbers in the flattened batch; without gradient."""
+    if isinstance(logits, Unprojected):
+        head = logits.head
+        return head.after(head.product(logits.hidden.flatten(0, -2)[part], head.weight()))
+    return logits.flatten(0, -2)[part]
 
 
 def _rows_loss(x: Tensor, targets: Tensor, teacher: Tensor | TopK | None, mix: Mix) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,6 +235,43 @@ def _rows_loss(x: Tensor, targets: Tensor, teacher: Tensor | TopK | None, mix: M
     return (loss if mix.weight == 1 else loss + (1 - mix.weight) * cross_entropy), cross_entropy, kl
 
 
+def _rows_gradient(
+    x: Tensor, targets: Tensor, teacher: Tensor | TopK | None, mix: Mix
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``_rows_loss``, and the gradient in ``x``; by formulas where that saves memory: rows are long.
+
+    The gradient of cross-entropy is p - 1 at the target and p elsewhere, that of T² · KL is T · (p - q), with the
+    softmaxes p and q of student and teacher at the temperature.
+    """
+    if isinstance(teacher, TopK):
+        with torch.enable_grad():
+            x = x.requires_grad_()
+            loss, cross_entropy, kl = _rows_loss(x, targets, teacher, mix)
+        return loss.detach(), cross_entropy.detach(), kl.detach(), torch.autograd.grad(loss, x)[0]
+    goal, T = targets.unsqueeze(-1), mix.temperature
+    log_p = x.log_softmax(-1)
+    cross_entropy = -log_p.gather(-1, goal).sum()
+    if teacher is None or mix.weight == 0:
+        gradient = log_p.exp_()
+        gradient.scatter_add_(-1, goal, -torch.ones_like(gradient[:, :1]))
+        return cross_entropy, cross_entropy, torch.zeros_like(cross_entropy), gradient
+    own = log_p if T == 1 else (x / T).log_softmax(-1)
+    log_q = (teacher if T == 1 else teacher / T).log_softmax(-1)
+    del x, teacher
+    q = log_q.exp()
+    kl = torch.linalg.vecdot(q, log_q.sub_(own)).sum()
+    del log_q
+    loss = mix.weight * T**2 * kl
+    if mix.weight < 1:
+        loss = loss + (1 - mix.weight) * cross_entropy
+        plain = log_p.exp()
+        plain.scatter_add_(-1, goal, -torch.ones_like(plain[:, :1]))
+        gradient = own.exp_().sub_(q).mul_(mix.weight * T).add_(plain, alpha=1 - mix.weight)
+    else:
+        gradient = own.exp_().sub_(q).mul_(mix.weight * T)
+    return loss, cross_entropy, kl, gradient
+
+
 def _coarse(log_p: Tensor, ids: Tensor) -> Tensor:
     """Log-probabilities (n, k + 1) of the tokens ``ids`` and of all others together."""
     others = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
@@ -147,25 +279,25 @@ def _coarse(log_p: Tensor, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def top_k(logits: Tensor, targets: Tensor, k: int, temperature: float = 1.0, chunk: int = 0) -> TopK:
+def top_k(logits: Tensor | Unprojected, targets: Tensor, k: int, temperature: float = 1.0, chunk: int = 0) -> TopK:
     """The teacher's k most likely tokens at the positions that carry loss, and the rest as one bucket.
 
     The KL over these k + 1 outcomes is that of a coarser distribution, so it is never above the whole KL.
 
     Args:
-        logits: (batch, length, vocabulary).
+        logits: (batch, length, vocabulary), or what stands for them.
         targets: (batch, length), see ``mixed_loss``.
         k: below the vocabulary.
         temperature: of the softmax.
         chunk: see ``mixed_loss``.
     """
-    flat = logits.flatten(0, -2)
-    assert 0 < k < flat.shape[-1]
-    wide = torch.promote_types(flat.dtype, torch.float32)
+    vocabulary = logits.head.linear.out_features if isinstance(logits, Unprojected) else logits.shape[-1]
+    assert 0 < k < vocabulary
     rows = (targets.flatten() != IGNORED).nonzero().squeeze(1)
     ids, values = [], []
-    for part in rows.split(chunk or max(1, CHUNK_ELEMENTS // flat.shape[-1])):
-        log_q = (flat[part].to(wide) / temperature).log_softmax(-1)
+    for part in rows.split(chunk or chunk_rows(vocabulary)):
+        found = logits_at(logits, part)
+        log_q = (found.to(torch.promote_types(found.dtype, torch.float32)) / temperature).log_softmax(-1)
         best = log_q.topk(k).indices
         ids.append(best)
         values.append(_coarse(log_q, best))

@@ -40,6 +40,7 @@ class Job:
         student: its model, on the CPU, in float32.
         objective: makes examples and batches of text.
         stream: positioned where the run begins or continues.
+        converted: paths of the attention modules that have other heads than the original model's, below the base model.
         teacher_folder, teacher: or None; the teacher is None too where no loss asks for one.
         held_out: batches to evaluate on; none for no evaluation.
         budget: of the whole run.
@@ -55,6 +56,7 @@ class Job:
     student: Any
     objective: Objective
     stream: ExampleStream
+    converted: tuple[str, ...]
     teacher_folder: Path | None
     teacher: Teacher | None
     held_out: list[Batch]

@@ -44,6 +44,9 @@ class Causal(RunningText):
     document that begins inside a window does so too where ``document_bos`` says that the tokenizer puts it there. What
     is left over at the end of the data is dropped.
 
+    With ``documents`` a window holds one document alone: each document is cut on its own, what is left over at its end
+    is dropped, and no end-of-sequence token is added. All windows then begin as the model's inputs do when it is used.
+
     Collated: ``input_ids`` and ``labels`` (batch, window) int64, labels in transformers' sense (the model shifts them),
     ``IGNORED`` at the first token of a window and of a document: that would be predicted from another document. With
     ``isolate`` also ``position_ids``, which begin again with each document and by which transformers keeps attention
@@ -54,6 +57,7 @@ class Causal(RunningText):
         bos, eos: token ids, or None.
         document_bos, isolate: see above.
         cross_documents: carry loss at the first tokens of documents too.
+        documents: see above.
     """
 
     window: int
@@ -62,12 +66,15 @@ class Causal(RunningText):
     document_bos: bool = False
     cross_documents: bool = False
     isolate: bool = False
+    documents: bool = False
 
     name = "causal"
 
     def pack(self, tokens: Tokens, carry: Carry) -> tuple[list[Example], Carry]:
         """Windows: ``ids`` (window,) and ``starts``, the positions at which documents begin."""
         first = [] if self.bos is None else [self.bos]
+        if self.documents:
+            return self._cut(tokens, first, carry)
         ids: list[int] = carry.get("ids", list(first))[:]
         starts: list[int] = carry.get("starts", [])[:]
         examples: list[Example] = []
@@ -91,6 +98,20 @@ class Causal(RunningText):
             if self.eos is not None and (number < last or tokens.ends):
                 add([self.eos])
         return examples, {"ids": ids, "starts": starts}
+
+    def _cut(self, tokens: Tokens, first: list[int], carry: Carry) -> tuple[list[Example], Carry]:
+        """Windows of one document each."""
+        body = self.window - len(first)
+        rest: list[int] = []
+        examples: list[Example] = []
+        for number, document in enumerate(tokens.documents):
+            begun = number == 0 and not tokens.begins
+            rest = [*(carry.get("ids", []) if begun else []), *document]
+            for start in range(0, len(rest) - body + 1, body):
+                ids = np.array(first + rest[start : start + body], np.int32)
+                examples.append({"ids": ids, "starts": np.array([], np.int32)})
+            rest = rest[len(rest) // body * body :]
+        return examples, {} if tokens.ends else {"ids": rest}
 
     def corrupt(self, example: Example, rng: random.Random) -> Example:
         return example
@@ -175,6 +196,7 @@ def make_objective(
     max_target: int | None = None,
     cross_documents: bool = False,
     isolate: bool = False,
+    documents: bool = False,
 ) -> Objective:
     """The objective of a name, with the ids that a tokenizer gives it.
 
@@ -186,6 +208,7 @@ def make_objective(
         max_target: tokens of a target of a pair; ``window`` by default.
         cross_documents: let loss cross the borders of documents (causal); ``isolate`` is then left out.
         isolate: keep attention within documents (causal); see ``keeps_documents_apart``.
+        documents: one document to a window (causal); the three before are then of no effect.
 
     Raises:
         RegroupError: the tokenizer lacks an end-of-sequence token or sentinels, or the window is too short.
@@ -194,12 +217,14 @@ def make_objective(
         raise RegroupError("the window is too short", expected="at least 2 tokens", got=window)
     if name == "causal":
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        if eos is None and bos is None:
+        if eos is None and bos is None and not documents:
             raise lacking("an end-of-sequence token", "without one, documents run into each other")
         alone = tokenizer("a")["input_ids"]
         adds = bos is not None and bool(alone) and alone[0] == bos
         # A tokenizer that marks no ends must mark beginnings, or nothing would part documents.
         document_bos = adds or eos is None
+        if documents:
+            return Causal(window, bos, eos, documents=True)
         return Causal(window, bos, eos, document_bos, cross_documents, isolate and not cross_documents)
     if name not in ("span-corruption", "pairs"):
         raise RegroupError("the objective is not known", expected="causal, span-corruption or pairs", got=name)

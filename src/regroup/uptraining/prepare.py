@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..modeling import load, load_tokenizer
 from ..modeling.lm_head import require_head
 from ..opening import Source, open_source
 from ..processes import world
-from . import states
+from . import sampled, states
 from .budget import Budget, known_pretraining_tokens, plan_budget
 from .checks import check_reporting, check_room, check_sharding, dropouts, state_of
 from .defaults import resolved
@@ -25,14 +26,22 @@ from .distill import aligned_targets
 from .export import check_names, freeze_tables
 from .job import Job
 from .learning import check_enough
+from .memory import fitting_rows
 from .objective import Objective, keeps_documents_apart, make_objective
+from .own_text import is_own
 from .recipe import Recipe
+from .sampled import own_text, split_sources, windows_of, with_length
 from .stream import held_out_examples, open_stream
 from .teacher import check_teacher, open_cache, open_teacher
+from .windows import WINDOWS, fitting_windows
 
 
-def prepare(recipe: Recipe) -> Job:
+def prepare(recipe: Recipe, *, dry_run: bool = False) -> Job:
     """Check a recipe against the model, the teacher, the data and the disk, and load what it needs.
+
+    Args:
+        recipe: what to do.
+        dry_run: nothing is to be sampled.
 
     Raises:
         RegroupError: whatever would keep the run from being right.
@@ -43,7 +52,11 @@ def prepare(recipe: Recipe) -> Job:
         pass
     config = source.checkpoint.config
     encoder_decoder = is_encoder_decoder(config)
-    recipe, choices = resolved(recipe, str(config.get("model_type")), encoder_decoder)
+    recipe, choices = resolved(recipe, str(config.get("model_type")), encoder_decoder, source.layout.hidden_size)
+    tokenizer = load_tokenizer(folder)
+    if recipe.windows == "documents?":
+        recipe = replace(recipe, windows=fitting_windows(recipe, tokenizer))
+        choices.append(f"windows: {recipe.windows} ({WINDOWS[recipe.windows]})")
     if recipe.batch_size % world():
         raise RegroupError(
             "the batch cannot be shared by the processes",
@@ -51,13 +64,13 @@ def prepare(recipe: Recipe) -> Job:
             got=recipe.batch_size,
             remedy="choose another --batch-size",
         )
+    recipe = with_length(recipe)
     check_sharding(recipe)
     check_reporting(recipe)
     digest = recipe.digest()
     found = state_of(recipe, digest, run)
     state_folder, state = found if found is not None else (None, None)
 
-    tokenizer = load_tokenizer(folder)
     local = recipe.output / states.LOCAL_FOLDER
     begun = local if (local / "config.json").is_file() else folder
     if state_folder is not None and state is not None:
@@ -74,8 +87,9 @@ def prepare(recipe: Recipe) -> Job:
 
     teacher_folder = check_teacher(recipe, folder, tokenizer, student)
     objective, facts = _objective(recipe, tokenizer, student)
+    own = own_text(recipe, teacher_folder)
     stream = open_stream(
-        recipe.data,
+        split_sources(recipe)[0],
         tokenizer,
         objective,
         seed=recipe.seed,
@@ -83,10 +97,17 @@ def prepare(recipe: Recipe) -> Job:
         vocab_size=vocab_size,
         epochs=recipe.epochs,
         workers=recipe.workers,
+        own=own,
+        limit=windows_of(recipe),
     )
-    if state is None:
+    if state is None and own is None:
         check_enough(recipe, stream, tokenizer)
-    held_out = list(_held_out_batches(recipe, tokenizer, objective, vocab_size))
+    if recipe.micro_batch is None:
+        rows = fitting_rows(recipe, source.layout, recipe.batch_size // world())
+        if rows < recipe.batch_size // world():
+            recipe = replace(recipe, micro_batch=rows)
+            choices.append(f"micro-batch: {rows} (activations of more take too much memory)")
+    held_out = list(_held_out_batches(recipe, tokenizer, objective, vocab_size, teacher_folder, dry_run=dry_run))
     budget = _budget(recipe, source, student, teacher_folder)
     local_steps = _local_steps(recipe, budget.steps)
     if state is not None:
@@ -113,6 +134,7 @@ def prepare(recipe: Recipe) -> Job:
         student=student,
         objective=objective,
         stream=stream,
+        converted=_converted(source, teacher_folder),
         teacher_folder=teacher_folder,
         teacher=teacher,
         held_out=held_out,
@@ -136,7 +158,8 @@ def _objective(recipe: Recipe, tokenizer: Any, student: Any) -> tuple[Objective,
     causal = recipe.objective == "causal"
     isolate = False
     facts = []
-    if causal and not recipe.cross_documents and recipe.isolate is not False:
+    packed = causal and recipe.windows == "packed"
+    if packed and not recipe.cross_documents and recipe.isolate is not False:
         isolate = keeps_documents_apart(student)
         if recipe.isolate and not isolate:
             raise RegroupError(
@@ -161,17 +184,24 @@ def _objective(recipe: Recipe, tokenizer: Any, student: Any) -> tuple[Objective,
         max_target=recipe.max_target,
         cross_documents=recipe.cross_documents,
         isolate=isolate,
+        documents=causal and not packed,
     )
     return made, facts
 
 
-def _held_out_batches(recipe: Recipe, tokenizer: Any, objective: Objective, vocab_size: int) -> Iterator[Batch]:
+def _held_out_batches(
+    recipe: Recipe, tokenizer: Any, objective: Objective, vocab_size: int, teacher: Path | None, *, dry_run: bool
+) -> Iterator[Batch]:
     """Batches of the text that is evaluated on, as large as a process's share of a training batch."""
     if recipe.held_out is None:
         return
-    found = held_out_examples(
-        recipe.held_out, tokenizer, objective, limit=recipe.held_out_windows, vocab_size=vocab_size
-    )
+    if is_own(recipe.held_out):
+        assert teacher is not None
+        found = [] if dry_run else sampled.held_out_examples(recipe, teacher)
+    else:
+        found = held_out_examples(
+            recipe.held_out, tokenizer, objective, limit=recipe.held_out_windows, vocab_size=vocab_size
+        )
     size = recipe.micro_batch or max(1, recipe.batch_size // world())
     for first in range(0, len(found), size):
         batch = objective.collate(found[first : first + size])
@@ -208,6 +238,15 @@ def _budget(recipe: Recipe, source: Source, student: Any, teacher_folder: Path |
         teacher_parameters=teachers,
         teacher_embedding_parameters=own if teachers else None,
     )
+
+
+def _converted(source: Source, teacher_folder: Path | None) -> tuple[str, ...]:
+    """Attention modules with other key/value heads than the teacher's; without a teacher those with shared ones."""
+    before = {layer.module: layer.num_attention_heads for layer in source.layout.layers}
+    if teacher_folder is not None:
+        with open_source(str(teacher_folder)) as teacher:
+            before |= {layer.module: layer.num_key_value_heads for layer in teacher.layout.layers}
+    return tuple(layer.module for layer in source.layout.layers if layer.num_key_value_heads != before[layer.module])
 
 
 def _lookups(student: Any, tied: bool) -> int:
@@ -250,6 +289,10 @@ def _skip(stream: Any, recipe: Recipe, steps: int) -> None:
 
 
 def _stream_lines(stream: Any, recipe: Recipe, budget: Budget) -> list[str]:
+    unique = windows_of(recipe)
+    if unique is not None:
+        passes = budget.tokens / (unique * recipe.window)
+        return [f"data: {unique * recipe.window:,} unique tokens, {passes:.3g} passes over them"]
     there = stream.estimated_tokens()
     if there is None:
         return []

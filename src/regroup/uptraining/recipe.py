@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 
 from ..errors import RegroupError
 from ..files import as_named
+from .own_text import is_own
 from .settings import checked, read_settings, unknown_setting
 
 # Settings that do not change what is learned.
@@ -28,7 +29,9 @@ class Recipe:
     Attributes:
         model: the converted checkpoint: a folder or hub id.
         output: folder for the result, its saved states and its logs.
-        data: sources of text or pairs (see ``regroup.uptraining.stream.open_stream``).
+        data: sources of text or pairs (see ``regroup.uptraining.stream.open_stream``); ``"self"`` or ``"self:TOKENS"``
+            among them for text that the teacher writes, in turn with the rest where there is any.
+        unique_tokens: of a pass at most, the first ones of the data; None for all there are.
         alpha, pretraining_tokens, tokens, steps: how long (see ``regroup.uptraining.budget.plan_budget``).
         objective: ``"causal"``, ``"span-corruption"``, ``"pairs"``, or ``"auto"`` for what the family was trained with.
         teacher: the original model: a folder or hub id; None trains on cross-entropy alone.
@@ -43,11 +46,17 @@ class Recipe:
         teacher_cache: folder in which the teacher's logits are kept.
         window: tokens per sequence; of an encoder-decoder, of its input.
         max_target: tokens of a pair's target; None for ``window``.
-        batch_size: sequences in an optimizer step, over all processes.
-        micro_batch: sequences of a process that are computed at once; None for all of its share.
+        batch_size: sequences in an optimizer step, over all processes; 0 for the default.
+        micro_batch: sequences of a process that are computed at once; None for what fits (``memory.fitting_rows``).
+        windows: of causal models: ``"packed"``, ``"documents"`` (see ``objective.Causal``), or ``"auto"``: documents
+            with a teacher, where most of the text fills such windows.
         epochs: passes over the data at most; the budget may end the run earlier.
         learning_rate: the highest; with ``"inverse-sqrt"`` the rate of the first step. None for the family's.
-        optimizer: ``"adamw"``, ``"adafactor"``, or ``"auto"``.
+        optimizer: ``"muon"`` (with AdamW for what is no matrix, see ``optimizer.make_optimizer``), ``"adamw"``,
+            ``"adafactor"``, or ``"auto"``.
+        attention_rate: how many times ``learning_rate`` the projections of converted attention layers take (query, key,
+            value, output); None for ``ATTENTION_RATE`` with Muon, 1 without.
+        adamw_rate: how many times ``learning_rate`` AdamW takes for what Muon does not train.
         schedule: ``"cosine"``, ``"constant-decay"``, ``"constant"``, ``"inverse-sqrt"``, or ``"auto"``.
         warmup: share of the steps in which the rate rises from zero.
         decay: share of the steps in which it falls to zero at the end, for ``"constant-decay"``.
@@ -63,7 +72,7 @@ class Recipe:
         isolate: keep attention, and not only loss, within documents; None does where the model can.
         shuffle_buffer: windows among which the next one is drawn.
         workers: threads that tokenise ahead.
-        held_out: a source for evaluation that is not trained on.
+        held_out: a source for evaluation that is not trained on; ``"self"`` for text that the teacher writes.
         held_out_windows: windows or pairs of it.
         eval_every, save_every: steps between; None for a tenth of the run.
         keep: saved states that are kept.
@@ -77,6 +86,7 @@ class Recipe:
     model: str
     output: Path
     data: tuple[str, ...]
+    unique_tokens: int | None = None
     alpha: float | None = None
     pretraining_tokens: int | None = None
     tokens: int | None = None
@@ -92,11 +102,14 @@ class Recipe:
     teacher_cache: Path | None = None
     window: int = 512
     max_target: int | None = None
-    batch_size: int = 8
+    batch_size: int = 0
     micro_batch: int | None = None
+    windows: str = "auto"
     epochs: int = 1
     learning_rate: float | None = None
     optimizer: str = "auto"
+    attention_rate: float | None = None
+    adamw_rate: float = 0.5
     schedule: str = "auto"
     warmup: float = 0.05
     decay: float = 0.2
@@ -147,6 +160,9 @@ class Recipe:
             # A length on the command line replaces the file's, however that was given.
             values = {key: value for key, value in values.items() if key not in _LENGTHS}
         values |= given
+        if isinstance(values.get("data"), (str, list, tuple)):
+            names = [values["data"]] if isinstance(values["data"], str) else values["data"]
+            values["data"] = [part for name in names for part in _parted(name)]
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
@@ -165,7 +181,8 @@ class Recipe:
                 remedy="add it to the recipe file or pass it on the command line",
             )
         recipe = cls(**checked_values)
-        if recipe.held_out is not None and _same(recipe.held_out) in {_same(source) for source in recipe.data}:
+        kept = recipe.held_out is not None and not is_own(recipe.held_out)
+        if recipe.held_out is not None and kept and _same(recipe.held_out) in {_same(source) for source in recipe.data}:
             raise RegroupError(
                 "the held-out data is trained on", file=recipe.held_out, remedy="hold out a file that is not in data"
             )
@@ -185,6 +202,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _parted(name: Any) -> list[Any]:
+    """``self,FILE`` as two sources."""
+    first, comma, rest = name.partition(",") if isinstance(name, str) else ("", "", "")
+    return [first, rest] if comma and is_own(first) else [name]
 
 
 def _same(source: str) -> Path:

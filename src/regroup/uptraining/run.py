@@ -23,6 +23,7 @@ from .export import write_model
 from .job import Job
 from .learning import NothingLearnedError, check_changed, sample
 from .listener import Listener, Progress, curve
+from .own_text import is_own
 from .prepare import prepare
 from .recipe import Recipe
 from .trainer import UptrainTrainer
@@ -79,7 +80,7 @@ def uptrain(recipe: Recipe, *, listener: Listener | None = None, dry_run: bool =
             begun = (recipe.output / states.RUN_FILE).is_file()
             if begun and not dry_run and rank() == 0:
                 lock.enter_context(states.locked(recipe.output / states.RUN_FILE))
-            job = prepare(recipe)
+            job = prepare(recipe, dry_run=dry_run)
         listener.planned(job.lines)
         if dry_run:
             return Result(job.recipe, job.budget, job.lines)
@@ -212,6 +213,7 @@ def _record(job: Job, trainer: UptrainTrainer) -> dict[str, Any]:
         "tokens_per_second": tokens / max(trainer.seconds, 1e-9),
         "data_ended": trainer.data_ended,
         "epochs_begun": job.stream.epoch + 1,
+        **_unique(job),
         "spikes": trainer.guard.spikes,
         "largest_spike": trainer.guard.largest,
         **_ends(history, "cross_entropy"),
@@ -228,6 +230,18 @@ def _record(job: Job, trainer: UptrainTrainer) -> dict[str, Any]:
         "budget": {name: getattr(budget, name) for name in ("tokens", "steps", "tokens_per_step", "alpha")},
     }
     return record("uptrain", configuration, results)
+
+
+def _unique(job: Job) -> dict[str, Any]:
+    """How many of the tokens were seen for the first time, and what the teacher wrote."""
+    stream, window = job.stream, job.recipe.window
+    examples = stream.examples if stream.pass_examples is None else min(stream.examples, stream.pass_examples)
+    found: dict[str, Any] = {"unique_tokens": examples * window, "passes": stream.examples / max(1, examples)}
+    if stream.own is not None:
+        mixed = sum(1 for source in job.recipe.data if not is_own(source)) > 0
+        own = -(-examples // 2) if mixed else examples
+        found["own_text"] = {"tokens": own * window, "sha256": stream.own.digest(own), "seed": stream.own.seed}
+    return found
 
 
 def _ends(history: list[dict[str, float]], key: str) -> dict[str, float]:

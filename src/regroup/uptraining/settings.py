@@ -16,7 +16,7 @@ from .schedule import SCHEDULES
 
 OBJECTIVES = ("causal", "span-corruption", "pairs")
 STAGES = ("local", "logit")
-OPTIMIZERS = ("adamw", "adafactor")
+OPTIMIZERS = ("muon", "adamw", "adafactor")
 DTYPES = ("float32", "bfloat16", "float16")
 
 _CHOICES = {
@@ -25,6 +25,7 @@ _CHOICES = {
     "optimizer": ("auto", *OPTIMIZERS),
     "schedule": ("auto", *SCHEDULES),
     "dtype": DTYPES,
+    "windows": ("auto", "packed", "documents"),
 }
 # Whole numbers are counted with in 64 bits.
 _LARGEST = 2**63 - 1
@@ -33,6 +34,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "alpha": (0, 1),
     "pretraining_tokens": (1, None),
     "tokens": (1, None),
+    "unique_tokens": (1, None),
     "steps": (1, None),
     "local_share": (0, 1),
     "temperature": (0, None),
@@ -45,6 +47,8 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "micro_batch": (1, None),
     "epochs": (1, None),
     "learning_rate": (0, None),
+    "attention_rate": (0, None),
+    "adamw_rate": (0, None),
     "warmup": (0, 1),
     "decay": (0, 1),
     "original_steps": (1, None),
@@ -62,7 +66,10 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "log_every": (1, None),
     "spike_factor": (0, None),
 }
-_OPEN = {"alpha": "low", "temperature": "low", "learning_rate": "low", "dropout": "high", "betas": "high"}
+_OPEN = {
+    **dict.fromkeys(("alpha", "temperature", "learning_rate", "attention_rate", "adamw_rate"), "low"),
+    **dict.fromkeys(("dropout", "betas"), "high"),
+}
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from ..data.chunking import Source
 from ..data.sources import find_sources
 from ..errors import RegroupError
 from .examples import Example, Objective
+from .own_text import AHEAD, Mixture, OwnReader, OwnText
 from .reader import Cursor, Reader, sides
 
 _REMEMBERED = 16
@@ -50,6 +51,8 @@ class ExampleStream:
         objective: what makes examples and batches.
         examples: delivered so far in whole global batches, over all processes and epochs.
         epoch: passes over the data that were begun before the present one.
+        own: the text that the teacher writes, if any.
+        pass_examples: how many examples the first pass had, once it has ended.
     """
 
     def __init__(
@@ -63,11 +66,21 @@ class ExampleStream:
         vocab_size: int,
         epochs: int | None,
         workers: int,
+        own: OwnText | None = None,
+        limit: int | None = None,
     ) -> None:
-        self.objective = objective
-        self._reader = Reader(sources, tokenizer, objective, vocab_size, workers)
+        self.objective, self._tokenizer, self._vocab_size = objective, tokenizer, vocab_size
+        given = Reader(sources, tokenizer, objective, vocab_size, workers)
+        self._reader: Reader | Mixture = given
+        if own is not None:
+            self._reader = Mixture((OwnReader(own), *([given] if sources else [])), limit)
+        elif limit is not None:
+            self._reader = Mixture((given,), limit)
+        self.own = own
+        self.pass_examples: int | None = None
         self._seed = seed
-        self._room = max(1, shuffle_buffer)
+        # A buffer is filled before the first step, and own text should be written as the run goes.
+        self._room = max(1, shuffle_buffer if own is None else min(shuffle_buffer, AHEAD))
         self._epochs = epochs
         self._snapshots: deque[_Snapshot] = deque(maxlen=_REMEMBERED)
         self._snapshots.append(_Snapshot(0, Cursor(0, 0, None, {}, 0), ()))
@@ -135,6 +148,7 @@ class ExampleStream:
                     "examples": snapshot.examples,
                     "cursor": copy.deepcopy(vars(snapshot.cursor)),
                     "buffer": [_packed(example) for example in snapshot.buffer],
+                    "pass_examples": self.pass_examples,
                 }
         raise RegroupError(
             "the stream does not remember where it stood",
@@ -158,6 +172,7 @@ class ExampleStream:
                 remedy="resume with the data and settings of the run, or begin a new one in another --output",
             )
         self._snapshots.clear()
+        self.pass_examples = state.get("pass_examples")
         cursor = Cursor(**copy.deepcopy(state["cursor"]))
         self._snapshots.append(_Snapshot(state["examples"], cursor, tuple(map(_unpacked, state["buffer"]))))
 
@@ -166,12 +181,14 @@ class ExampleStream:
 
         None where a size is not known beforehand: gzipped files, data sets of the hub.
         """
+        if isinstance(self._reader, Mixture):
+            return None
         sizes = [source.nbytes() for source in self._reader.sources]
         tokens = nbytes = 0
         for source in self._reader.sources[:3]:
             chunk = next(source.chunks(), None)
             if chunk is not None:
-                documents = self.objective.encode(self._reader.tokenizer, chunk.documents)
+                documents = self.objective.encode(self._tokenizer, chunk.documents)
                 tokens += sum(len(side) for document in documents for side in sides(document))
                 nbytes += chunk.nbytes
         known = [size for size in sizes if size is not None]
@@ -190,31 +207,36 @@ class ExampleStream:
         Raises:
             RegroupError: see ``open_stream``.
         """
-        produced = self._reader.examples(Cursor(0, 0, None, {}, 0))
+        reader = self._reader.given if isinstance(self._reader, Mixture) else self._reader
+        if reader is None:
+            return  # what the teacher writes is written when it is needed
+        produced = reader.examples(Cursor(0, 0, None, {}, 0))
         first = next(produced, None)
         produced.close()
         if first is None:
             raise RegroupError(
                 "there is less data than one example",
-                file=", ".join(source.name for source in self._reader.sources),
+                file=", ".join(source.name for source in reader.sources),
                 remedy="give more data, or a shorter --window",
             )
         batch = self.objective.collate([self._corrupted(0, first[0])])
         largest = max(int(batch[key].max()) for key in batch if key.endswith(("input_ids", "labels")))
-        check_vocabulary(largest, self._reader.vocab_size, "special tokens")
+        check_vocabulary(largest, self._vocab_size, "special tokens")
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
         sources = [[source.name, source.nbytes()] for source in self._reader.sources]
-        cut = self.objective.encode(
-            self._reader.tokenizer, [("a text", "a text") if self.objective.pairs else "a text"]
-        )
+        cut = self.objective.encode(self._tokenizer, [("a text", "a text") if self.objective.pairs else "a text"])
+        extra: dict[str, Any] = {}
+        if isinstance(self._reader, Mixture):
+            extra = {"windows of a pass": self._reader.limit}
         return {
             "data": sources,
             "objective": repr(self.objective),
-            "tokenizer": f"{len(self._reader.tokenizer)} tokens, {hashlib.sha256(repr(cut).encode()).hexdigest()[:8]}",
+            "tokenizer": f"{len(self._tokenizer)} tokens, {hashlib.sha256(repr(cut).encode()).hexdigest()[:8]}",
             "seed": self._seed,
             "shuffle-buffer": self._room,
+            **extra,
         }
 
     def _draw(self, number: int, below: int) -> int:
@@ -253,6 +275,8 @@ class ExampleStream:
                     number += 1
             finally:
                 produced.close()
+            if cursor.epoch == 0:
+                self.pass_examples = number
             if self._epochs is not None and cursor.epoch + 1 >= self._epochs:
                 return
             cursor = Cursor(cursor.epoch + 1, 0, None, {}, 0)
@@ -282,6 +306,8 @@ def open_stream(
     vocab_size: int,
     epochs: int | None = 1,
     workers: int = 0,
+    own: OwnText | None = None,
+    limit: int | None = None,
 ) -> ExampleStream:
     """A stream over text or pairs.
 
@@ -298,13 +324,15 @@ def open_stream(
         epochs: passes over the data, each shuffled differently; None for no end. What is left over at the end of a
             pass and makes no whole example is dropped.
         workers: threads that tokenise ahead; the order does not depend on it.
+        own: text that the teacher writes: alone where there are no sources, otherwise in turn with theirs.
+        limit: examples of a pass, the first ones of the data; None for all.
 
     Raises:
         RegroupError: a source is missing, empty or unreadable, there is less than one example, or a token is outside
             the vocabulary. What the first example shows is raised here, before the first step.
     """
     stream = ExampleStream(
-        find_sources(sources, pairs=objective.pairs),
+        find_sources(sources, pairs=objective.pairs) if sources or own is None else [],
         tokenizer,
         objective,
         seed=seed,
@@ -312,6 +340,8 @@ def open_stream(
         vocab_size=vocab_size,
         epochs=epochs,
         workers=workers,
+        own=own,
+        limit=limit,
     )
     stream.check()
     return stream

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,8 @@ from ..modeling import load, load_tokenizer
 from ..modeling.lm_head import require_head
 from .cache import TeacherCache
 from .distill import TopK, layer_outputs, top_k
+from .head import Head, Unprojected, separate_head, tapped
+from .memory import let_go, mapped_ranges
 from .objective import IGNORED, Objective
 from .recipe import Recipe
 
@@ -31,11 +34,12 @@ class TeacherOutput:
     """What a teacher gives for a batch.
 
     Attributes:
-        logits: (batch, length, vocabulary) in the teacher's dtype, or their ``TopK`` at the positions that carry loss.
+        logits: (batch, length, vocabulary) in the teacher's dtype, or what stands for them, or their ``TopK`` at the
+            positions that carry loss.
         hidden: after each layer, (batch, length, hidden) each; empty where they were not asked for.
     """
 
-    logits: Tensor | TopK
+    logits: Tensor | Unprojected | TopK
     hidden: tuple[Tensor, ...] = ()
 
 
@@ -67,6 +71,15 @@ class Teacher:
     def model(self) -> Any:
         return self._load().eval().requires_grad_(False)
 
+    @cached_property
+    def head(self) -> Head | None:
+        """What gives its logits a chunk at a time; None where only all at once are right."""
+        return separate_head(self.model)
+
+    @cached_property
+    def _mapped(self) -> list[tuple[int, int]]:
+        return mapped_ranges(self.model)
+
     @property
     def loaded(self) -> Any:
         """The model if it was needed, or None."""
@@ -88,11 +101,17 @@ class Teacher:
                 self.rows_read += len(targets)
                 return TeacherOutput(found)
         self.rows_computed += len(targets)
-        outputs = self.model(**inputs, output_hidden_states=self.hidden)
+        with tapped(self.head) if self.head is not None else contextlib.nullcontext() as tap:
+            outputs = self.model(**inputs, output_hidden_states=self.hidden)
+        # While the student learns, its activations are there in place of the teacher's weights.
+        let_go(self._mapped)
+        logits: Tensor | Unprojected = outputs.logits
+        if self.head is not None and tap is not None and tap.hidden is not None:
+            logits = Unprojected(tap.hidden, self.head)
         hidden = layer_outputs(outputs) if self.hidden else ()
         if self.k is None:
-            return TeacherOutput(outputs.logits, hidden)
-        known = top_k(outputs.logits, targets, self.k, self.temperature)
+            return TeacherOutput(logits, hidden)
+        known = top_k(logits, targets, self.k, self.temperature)
         if self.cache is None:
             return TeacherOutput(known, hidden)
         self.cache.write(numbers, counts, known)

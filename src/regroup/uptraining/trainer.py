@@ -24,7 +24,10 @@ from ..processes import barrier, errors_shared, world
 from . import states
 from .distill import Mix, aligned_targets, hidden_distance, layer_outputs, mixed_loss
 from .guard import LossGuard
+from .head import Head, Unprojected, separate_head, tapped
 from .job import Job, MicroBatches
+from .memory import keep_products_alone
+from .optimizer import make_optimizer
 from .schedule import schedule
 
 
@@ -56,6 +59,8 @@ class UptrainTrainer(Trainer):
             eval_dataset=job.held_out or None,  # type: ignore[arg-type]
             optimizer_cls_and_kwargs=adafactor,
         )
+        self._head = self._separate_head()
+        keep_products_alone(job.student, recipe, job.source.layout)
         # Our loss is divided by the tokens of the whole step; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self._step_loss = torch.zeros((), device=arguments.device)
@@ -94,9 +99,13 @@ class UptrainTrainer(Trainer):
         targets = aligned_targets(inputs["labels"], shifted=self.job.recipe.objective == "causal")
         # Before the student, whose activations are then not in memory at the same time as the teacher's.
         teacher_output = self.job.teacher(model_inputs, targets, inputs["numbers"]) if self.job.teacher else None
-        outputs = model(**model_inputs, **({"output_hidden_states": True} if self.hidden_weight else {}))
+        with tapped(self._head) if self._head is not None else contextlib.nullcontext() as tap:
+            outputs = model(**model_inputs, **({"output_hidden_states": True} if self.hidden_weight else {}))
+        logits: Tensor | Unprojected = outputs.logits
+        if self._head is not None and tap is not None and tap.hidden is not None:
+            logits = Unprojected(tap.hidden, self._head)
         teacher_logits = teacher_output.logits if teacher_output and self.mix.weight else None
-        loss, cross_entropy, kl = mixed_loss(outputs.logits, targets, teacher=teacher_logits, mix=self.mix)
+        loss, cross_entropy, kl = mixed_loss(logits, targets, teacher=teacher_logits, mix=self.mix)
         distance = torch.zeros_like(kl)
         if teacher_output and self.hidden_weight:
             distance = hidden_distance(layer_outputs(outputs), teacher_output.hidden, targets)
@@ -108,6 +117,17 @@ class UptrainTrainer(Trainer):
             # Of a mixture of experts that was told to return it: a mean over tokens already.
             loss = loss + self._unwrapped.config.router_aux_loss_coef * extra / self.args.gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def _separate_head(self) -> Head | None:
+        """What gives the student's logits a chunk at a time; None where only all at once will do.
+
+        A sharded weight is whole within the model's forward alone, a compiled model would be compiled anew, and
+        gradients in float16 are scaled before they are small enough to vanish.
+        """
+        recipe = self.job.recipe
+        if recipe.fsdp or recipe.compile or recipe.dtype == "float16":
+            return None
+        return separate_head(self.job.student, torch.bfloat16 if recipe.dtype == "bfloat16" else None)
 
     @property
     def _unwrapped(self) -> Any:
@@ -131,6 +151,25 @@ class UptrainTrainer(Trainer):
         return self.last_loss, norm
 
     # ---- optimizer, logs, evaluation ----
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        recipe = self.job.recipe
+        faster = recipe.attention_rate or 1.0
+        if self.optimizer is None and (recipe.optimizer == "muon" or (recipe.optimizer == "adamw" and faster != 1)):
+            assert recipe.learning_rate is not None
+            student = self.job.student
+            self.optimizer = make_optimizer(
+                student,
+                muon=recipe.optimizer == "muon",
+                rate=recipe.learning_rate,
+                attention=self.job.converted,
+                attention_rate=faster,
+                adamw_rate=recipe.adamw_rate,
+                betas=recipe.betas,
+                weight_decay=recipe.weight_decay or 0.0,
+                decayed=self.get_decay_parameter_names(student),
+            )
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
