@@ -4,8 +4,8 @@
         --held-out gutenberg-valid.txt.gz --work real-smollm2 -o benchmarks/records/real-smollm2.json
 
 ``smollm2`` is downloaded by pip; ``mha`` is the same with nine KV heads; ``stories`` is stories260k, whose folder has
-to be given; ``demo`` is the model that `regroup demo` ships with, on the source of Python's standard library. `targets.py`
-has every number, `ways.py` every command line, `texts.py` says how the texts are kept apart.
+to be given; ``demo`` is the model that `regroup demo` ships with, on the source of Python's standard library.
+`targets.py` has every number, `ways.py` every command line, `texts.py` says how the texts are kept apart.
 
 Everything is kept in ``--work`` as it comes: the same command resumes an interrupted run. The record holds the rows
 that are there; `python recipes/doc_tables.py` makes docs/real-models.md from it.
@@ -66,7 +66,7 @@ def main(
     try:
         found = run(chosen, work, model, text, held_out or [], at, seeds, only or ["*"], names_only=steps)
     except RegroupError as error:
-        console.print(error.format_message(), style="red", markup=False, highlight=False)
+        console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(2) from None
     if found is not None:
         console.print(Markdown("\n".join(section(found))))
