@@ -258,36 +258,49 @@ def here(command: Sequence[str], log: Path) -> Usage:
     return Usage(1.0, 1.0, 1)
 
 
-def test_all_steps_on_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, _ = runs.pair(tmp_path)
+def small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    """The arguments of a run in next to no time: model, texts, and numbers."""
+    original, _ = runs.pair(folder)
     for name, start in (("given", 0), ("held", 10**6)):
         lines = (json.dumps({"text": passage(*range(n, n + 3))}) for n in range(start, start + 900, 3))
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
     target = replace(TARGETS["stories"].quick(), window=32, training_window=32, calibration_window=32)
     target = replace(target, shapes=(Shape("kv-1", 1), Shape("half", kv_budget="50%")), tokens=(256,))
     monkeypatch.setattr(steps, "best_rate", lambda rates, loss: min((rates[0], 2 * rates[0]), key=loss))
-    given = (target, tmp_path / "work", original, str(tmp_path / "given.jsonl"), [str(tmp_path / "held.jsonl")], 256, 1)
-    first = program.run(*given, ["original", "kv-1-*"], runner=here)
-    assert first is not None
-    done = [(row["shape"], row["way"], row["tokens"]) for row in first["results"]["rows"]]
-    assert done == [row for row in summary.order(target) if row[0] == "kv-1"]
-    # A budget takes a plan first; what is there is not done again.
-    found = program.run(*given, ["half-own-s0"], runner=here)
+    return target, folder / "work", original, str(folder / "given.jsonl"), [str(folder / "held.jsonl")], 256, 1
+
+
+def never(command: Sequence[str], log: Path) -> Usage:
+    raise AssertionError(command)
+
+
+def named(found: dict[str, Any] | None) -> list[tuple[str, str, int]]:
     assert found is not None
-    assert found["results"]["rows"][:-1] == first["results"]["rows"]
-    assert found["results"]["rows"][-1]["took"].keys() == {"plan", "convert"}
-    assert str(tmp_path) not in json.dumps(found)
+    return [(row["shape"], row["way"], row["tokens"]) for row in found["results"]["rows"]]
+
+
+def test_steps_on_a_small_model_are_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = small(tmp_path, monkeypatch)
+    first = program.run(*given, ["original", "kv-1-mean-s0", "kv-1-distilled-own-*"], runner=here)
+    assert named(first) == [("kv-1", "mean", 0), ("kv-1", "distilled-own", 256)]
+    assert str(tmp_path) not in json.dumps(first)
+    again = program.run(*given, ["original", "kv-1-mean-s0", "kv-1-distilled-own-*"], runner=never)
+    assert first is not None
+    assert again is not None
+    assert again["results"] == first["results"]
+    with pytest.raises(RegroupError, match="no step is called so"):
+        program.run(*given, ["kv-7"], runner=never)
+
+
+@pytest.mark.slow
+def test_all_steps_on_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = small(tmp_path, monkeypatch)
+    found = program.run(*given, ["*"], runner=here)
+    assert found is not None
+    assert named(found) == summary.order(given[0])
     for row in found["results"]["rows"]:
         (held,) = row["texts"].values()
         assert held["kl_nats_per_token"] > 0
         assert (row["rate"] is None) == (row["way"] != "paper")
+    assert {"plan", "convert"} == found["results"]["rows"][-4]["took"].keys()
     assert "\n".join(tables.section(found)).count("### ") == 2
-
-    def never(command: Sequence[str], log: Path) -> Usage:
-        raise AssertionError(command)
-
-    again = program.run(*given, ["kv-1-*", "half-own-s0"], runner=never)
-    assert again is not None
-    assert again["results"] == found["results"]
-    with pytest.raises(RegroupError, match="no step is called so"):
-        program.run(*given, ["kv-7"], runner=never)
