@@ -20,11 +20,14 @@ from typing import Annotated, Any
 import typer
 from paper import tables as paper
 from paper.tables import heading, row
+from real import tables as real
 
 from regroup.errors import human_kv_heads
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks/records"
+# Those that are there: each is made by a command of hours.
+REAL = ("real-smollm2.json", "real-mha.json", "real-stories.json", "real-demo.json")
 
 
 @dataclass(frozen=True)
@@ -210,10 +213,14 @@ TABLES = {
     "advise speed": DocTable("docs/choosing-g.md", ("advise-speed.json",), advise_speed),
     "paper parents": DocTable("docs/results.md", ("paper.json",), paper.pretraining),
     "paper table 1": DocTable("docs/results.md", ("paper.json",), paper.table_1),
+    "paper fine-tuning": DocTable("docs/results.md", ("paper.json",), paper.fine_tuning),
     "paper figure 4": DocTable("docs/results.md", ("paper.json",), paper.figure_4),
     "paper figure 5": DocTable("docs/results.md", ("paper.json",), paper.figure_5),
     "paper figure 6": DocTable("docs/results.md", ("decode-t5-xxl.json",), paper.figure_6),
     "paper appendix": DocTable("docs/results.md", ("paper.json",), paper.appendix),
+    "real models": DocTable(
+        "docs/real-models.md", tuple(name for name in REAL if (RECORDS / name).exists()), real.sections
+    ),
     "paper": DocTable("README.md", ("paper.json",), paper.summary),
     "demo": DocTable("README.md", ("demo.json",), demo),
     "scale sizes": DocTable("docs/scale.md", ("scale-computed.json",), scale_sizes),

@@ -3,7 +3,7 @@
     python -m recipes.paper --data ../shared/data --work paper-work -o benchmarks/records/paper.json
     python -m recipes.paper --data ../shared/data --scale gpu --work paper-gpu -o benchmarks/records/paper-gpu.json
 
-DATA holds books and a dictionary (`texts.py` says in which form). The first line takes about an hour on two cores.
+DATA holds books and a dictionary (`texts.py` says in which form). The first line takes some two hours on two cores.
 Everything is kept in ``--work`` as it comes: the same command resumes an interrupted run.
 
 Small and large parents are pre-trained, converted, uptrained and, if they are encoder-decoders, fine-tuned on two
@@ -31,7 +31,7 @@ from .settings import SCALES, TASKS
 from .tables import table_1
 from .texts import prepare
 from .timing import time_models
-from .variants import FAMILIES, PARENTS, Bench, Variant
+from .variants import FAMILIES, PARENTS, UNTRAINED, Bench, Variant
 
 console = Console(stderr=True)
 
@@ -62,6 +62,7 @@ def main(
     wanted = {family: experiments.variants(family, chosen) for family in FAMILIES}
     everything = [variant for found in wanted.values() for variant in found]
     parents = [(bench, family, which) for which in PARENTS for family in FAMILIES]
+    parents.append((bench, "encoder-decoder", UNTRAINED))
     pool.run("pre-training", stages.pretrain, parents)
     trained = experiments.trained(everything)
     pool.run("conversion", stages.convert, [(bench, v) for v in {v.converted: v for v in trained}.values()])

@@ -22,6 +22,8 @@ ROWS: tuple[tuple[str, str, int | str | None, str], ...] = (
 # Figure 4's, from one large parent to one KV head.
 METHODS = ("mean", "first", "random", OURS)
 SCRATCH = "MQA large, from scratch"
+# What fine-tuned answers have to be compared with: the same number of further tokens, and no pre-training at all.
+CONTINUED, UNTRAINED = "MHA large, continued", "MHA large, untrained"
 
 
 def table(family: str, scale: Scale, seed: int) -> dict[str, Variant]:
@@ -54,6 +56,17 @@ def scratch(family: str, seed: int) -> Variant:
     return Variant(family, "scratch", None, seed=seed)
 
 
+def fine_tuned(scale: Scale, seed: int) -> dict[str, Variant]:
+    """The encoder-decoders whose answers are compared: Table 1's, appendix A's, and two to judge them by."""
+    family = "encoder-decoder"
+    return {
+        **table(family, scale, seed),
+        CONTINUED: Variant(family, "large", alpha=ALPHA, seed=seed),
+        UNTRAINED: Variant(family, "untrained", seed=seed),
+        SCRATCH: scratch(family, seed),
+    }
+
+
 def variants(family: str, scale: Scale) -> list[Variant]:
     """All of them, once each, in an order that begins with the longest trainings."""
     found: dict[Variant, None] = {}
@@ -61,16 +74,15 @@ def variants(family: str, scale: Scale) -> list[Variant]:
         for part in (table(family, scale, seed), methods(family, seed), proportions(family, scale, seed)):
             found |= dict.fromkeys(part.values())
         found[scratch(family, seed)] = None
+    if family == "encoder-decoder":
+        found |= dict.fromkeys(tuned(scale))
     return sorted(found, key=lambda variant: -variant.alpha)
 
 
 def tuned(scale: Scale) -> list[Variant]:
-    """Encoder-decoders that are fine-tuned: Table 1's and appendix A's."""
-    return [
-        variant
-        for seed in range(scale.seeds)
-        for variant in (*table("encoder-decoder", scale, seed).values(), scratch("encoder-decoder", seed))
-    ]
+    """Encoder-decoders that are fine-tuned."""
+    seeds = range(max(scale.seeds, scale.tuning_seeds))
+    return [variant for seed in seeds for variant in fine_tuned(scale, seed).values()]
 
 
 def trained(found: Iterable[Variant]) -> list[Variant]:
@@ -90,8 +102,15 @@ def summarise(scale: Scale, loss: Quality, answers: Quality, seconds: dict[str, 
         answers: of a fine-tuned encoder-decoder, by name of the measure; larger is better.
         seconds: a sample, by family and name of Table 1's row.
     """
+    tuning = {
+        name: spread([answers(fine_tuned(scale, seed)[name]) for seed in range(scale.tuning_seeds)])
+        for name in fine_tuned(scale, 0)
+    }
     return {
-        "encoder-decoder": _family("encoder-decoder", scale, (loss, answers), loss, seconds),
+        "encoder-decoder": {
+            **_family("encoder-decoder", scale, (loss, answers), loss, seconds),
+            "fine_tuning": [{"model": name, **found} for name, found in tuning.items()],
+        },
         "decoder": _family("decoder", scale, (loss,), loss, seconds),
     }
 

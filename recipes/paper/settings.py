@@ -37,6 +37,7 @@ class Scale:
         calibration_tokens: of converting our way.
         held_out: windows, and words or lines a task, that are evaluated.
         seeds: of uptraining and fine-tuning together.
+        tuning_seeds: the same for the comparison of fine-tuned models, which differ more from seed to seed.
         decode_batch, decode_prompt, decode_new: what is timed.
         micro_batch: sequences at once, where memory needs it.
         dtype: of the computation.
@@ -58,6 +59,7 @@ class Scale:
     calibration_tokens: int
     held_out: int
     seeds: int
+    tuning_seeds: int
     decode_batch: int
     decode_prompt: int
     decode_new: int
@@ -82,6 +84,7 @@ SCALES = {
         calibration_tokens=16_384,
         held_out=500,
         seeds=3,
+        tuning_seeds=8,
         decode_batch=32,
         decode_prompt=1024,
         decode_new=32,
@@ -103,6 +106,7 @@ SCALES = {
         calibration_tokens=65_536,
         held_out=1000,
         seeds=3,
+        tuning_seeds=8,
         decode_batch=64,
         decode_prompt=2048,
         decode_new=64,
@@ -126,6 +130,7 @@ SCALES = {
         calibration_tokens=1_024,
         held_out=16,
         seeds=2,
+        tuning_seeds=3,
         decode_batch=2,
         decode_prompt=32,
         decode_new=4,

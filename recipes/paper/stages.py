@@ -28,11 +28,11 @@ from regroup.uptraining.run import uptrain
 from .parents import write_new
 from .tasks import evaluate_choices, evaluate_pairs
 from .texts import PAD
-from .variants import OURS, Bench, Variant
+from .variants import OURS, UNTRAINED, Bench, Variant
 
 
 def pretrain(bench: Bench, family: str, which: str) -> None:
-    """Train an original model from random weights."""
+    """Train an original model from random weights; of ``UNTRAINED``, write those alone."""
     scale, folder = bench.scale, bench.parent(family, which)
     if folder.exists():
         return
@@ -41,6 +41,12 @@ def pretrain(bench: Bench, family: str, which: str) -> None:
     # Of what is timed, and of the passages whose continuation is asked for.
     positions = max(2 * scale.decode_prompt, 256)
     shape = scale.small if which == "small" else scale.large
+    if which == UNTRAINED:
+        # The weights that the large one's pre-training begins with.
+        write_new(family, shape, bench.texts.tokenizer, new, positions=positions)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new.rename(folder)
+        return
     if which == "scratch":
         many = new.with_name(new.name + "-heads")
         shutil.rmtree(many, ignore_errors=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .paired import compare
+
 MEASURES = {
     "encoder-decoder": ("average", "pronunciation", "restoration", "nats_per_token"),
     "decoder": ("nats_per_token", "continuation"),
@@ -100,6 +102,41 @@ def appendix(record: dict[str, Any]) -> list[str]:
             cells = [_spread(entry, name) for name in names]
             cells += [f"{sum(entry[name]['seeds']):.0f}" for name in ("spikes", "diverged")] if spikes else []
             lines.append(row(entry["model"], *cells))
+    return lines
+
+
+# Which model is compared with which, in the table of fine-tuned answers.
+COMPARED = (
+    ("GQA large", "MHA large"),
+    ("GQA large, ours", "MHA large"),
+    ("MQA large", "MHA large"),
+    ("MQA large, ours", "MHA large"),
+    ("GQA large, ours", "GQA large"),
+    ("MQA large, ours", "MQA large"),
+    ("MHA large, continued", "MHA large"),
+    ("GQA large", "MHA large, continued"),
+    ("GQA large, ours", "MHA large, continued"),
+    ("MHA large", "MHA large, untrained"),
+)
+
+
+def fine_tuning(record: dict[str, Any]) -> list[str]:
+    """Answers of fine-tuned encoder-decoders, then differences over the same seeds with their paired t-test."""
+    found = record["results"]["encoder-decoder"]
+    # Records from before there was such a comparison have the models of Table 1 and appendix A.
+    rows = found.get("fine_tuning") or [*found["table_1"], found["appendix_a"][0]]
+    answers = {entry["model"]: entry["average"]["seeds"] for entry in rows}
+    names = ("average", "pronunciation", "restoration")
+    seeds = len(rows[0]["average"]["seeds"])
+    lines = heading(f"fine-tuned, {seeds} seeds", *(TITLES[name] for name in names))
+    lines += [row(entry["model"], *(_measure(entry, name) for name in names)) for entry in rows]
+    lines += ["", *heading("difference of averages, points", "paired, ± standard error", "p")]
+    for one, other in COMPARED:
+        if one in answers and other in answers:
+            apart = compare(answers[one], answers[other])
+            value = f"{100 * apart.mean:+.1f}"
+            if apart.standard_error is not None and apart.p is not None:
+                lines.append(row(f"{one} − {other}", f"{value} ± {100 * apart.standard_error:.1f}", f"{apart.p:.2f}"))
     return lines
 
 

@@ -11,6 +11,7 @@ from .texts import Texts
 OURS = "ours"
 FAMILIES = ("encoder-decoder", "decoder")
 PARENTS = ("large", "small", "scratch")  # scratch: the large one with one KV head from the start
+UNTRAINED = "untrained"  # the large one before its pre-training
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Variant:
 
     Attributes:
         family: one of ``FAMILIES``.
-        parent: one of ``PARENTS``.
+        parent: one of ``PARENTS``, or ``UNTRAINED``.
         heads: KV heads it was converted to; None for the parent as it is.
         method: of conversion; ``OURS`` is calibrated and repaired on text, and distils the parent afterwards.
         alpha: share of the parent's pre-training; our way's calibration counts.
@@ -67,6 +68,8 @@ class Bench:
         return self.scale.encoder_decoder_tokens if family == "encoder-decoder" else self.scale.decoder_tokens
 
     def parent(self, family: str, which: str) -> Path:
+        if which == UNTRAINED:
+            return self.work / "untrained" / family
         return self.work / "parents" / f"{family}-{which}" / "model"
 
     def checkpoint(self, variant: Variant) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipes.paper import experiments, figures, texts
+from recipes.paper import experiments, figures, paired, tables, texts
 from recipes.paper.settings import SCALES, TASKS
 from recipes.paper.variants import FAMILIES, OURS, Variant
 from transformers import PreTrainedTokenizerFast
@@ -170,6 +170,37 @@ def test_results_are_means_over_seeds() -> None:
     )
     assert ours["nats_per_token"]["mean"] == pytest.approx(2.0 - 0.05 - 0.5 + 0.01)
     assert results["decoder"]["appendix_a"][0]["model"] == experiments.SCRATCH
+
+
+@pytest.mark.parametrize(
+    ("t", "freedom", "p"),
+    # Tables of Student's t: 5% two-sided; ν = 1 is Cauchy's distribution, where p = 1/2 at 1.
+    [(0.0, 5, 1.0), (1.0, 1, 0.5), (12.706, 1, 0.05), (4.3027, 2, 0.05), (2.3646, 7, 0.05), (3.4995, 7, 0.01)],
+)
+def test_p_of_the_paired_test(t: float, freedom: int, p: float) -> None:
+    assert paired.t_test(t, freedom) == pytest.approx(p, rel=1e-3)
+
+
+def test_what_seeds_have_in_common_is_no_difference() -> None:
+    found = paired.compare([0.52, 0.41, 0.63], [0.50, 0.40, 0.60])
+    assert found.mean == pytest.approx(0.02)
+    assert found.standard_error == pytest.approx(0.01 / 3**0.5)
+    assert found.p == pytest.approx(paired.t_test(2 * 3**0.5, 2))
+    # In another order the same values tell nothing.
+    assert (paired.compare([0.63, 0.52, 0.41], [0.50, 0.40, 0.60]).p or 0) > 0.5
+    assert paired.compare([0.5], [0.4]).p is None
+
+
+def test_fine_tuned_models_are_compared_over_their_seeds() -> None:
+    record = a_record()
+    rows = record["results"]["encoder-decoder"]["fine_tuning"]
+    assert {experiments.CONTINUED, experiments.UNTRAINED, experiments.SCRATCH} < {row["model"] for row in rows}
+    assert all(len(row["average"]["seeds"]) == SMOKE.tuning_seeds for row in rows)
+    lines = tables.fine_tuning(record)
+    assert "| MHA large, continued − MHA large | +0.0 ± 0.0 | 1.00 |" in lines
+    # A record from before has fewer rows, and says nothing of models that it lacks.
+    del record["results"]["encoder-decoder"]["fine_tuning"]
+    assert not any("continued" in line or "untrained" in line for line in tables.fine_tuning(record))
 
 
 def test_figures_are_drawn(tmp_path: Path) -> None:
