@@ -222,7 +222,7 @@ def test_what_nobody_foresaw_ends_both(two: Crew, text: Path, parent: Path, tmp_
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--kv-heads", 2), "there is no calibration text for them to share"),
+        (("--kv-heads", 2, "--method", "mean"), "there is no calibration text for them to share"),
         (("--kv-heads", 4, "--calibration", "TEXT"), "cannot be divided into that many groups"),
         (
             ("--kv-heads", 2, "--calibration", "TEXT", "--uptrain", "TEXT"),
