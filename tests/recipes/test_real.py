@@ -258,7 +258,7 @@ def here(command: Sequence[str], log: Path) -> Usage:
     return Usage(1.0, 1.0, 1)
 
 
-def small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+def small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The arguments of a run in next to no time: model, texts, and numbers."""
     original, _ = runs.pair(folder)
     for name, start in (("given", 0), ("held", 10**6)):
@@ -267,7 +267,15 @@ def small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
     target = replace(TARGETS["stories"].quick(), window=32, training_window=32, calibration_window=32)
     target = replace(target, shapes=(Shape("kv-1", 1), Shape("half", kv_budget="50%")), tokens=(256,))
     monkeypatch.setattr(steps, "best_rate", lambda rates, loss: min((rates[0], 2 * rates[0]), key=loss))
-    return target, folder / "work", original, str(folder / "given.jsonl"), [str(folder / "held.jsonl")], 256, 1
+    return {
+        "target": target,
+        "work": folder / "work",
+        "model": original,
+        "text": str(folder / "given.jsonl"),
+        "held_out": [str(folder / "held.jsonl")],
+        "choose_at": 256,
+        "seeds": 1,
+    }
 
 
 def never(command: Sequence[str], log: Path) -> Usage:
@@ -281,23 +289,23 @@ def named(found: dict[str, Any] | None) -> list[tuple[str, str, int]]:
 
 def test_steps_on_a_small_model_are_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = small(tmp_path, monkeypatch)
-    first = program.run(*given, ["original", "kv-1-mean-s0", "kv-1-distilled-own-*"], runner=here)
+    first = program.run(**given, only=["original", "kv-1-mean-s0", "kv-1-distilled-own-*"], runner=here)
     assert named(first) == [("kv-1", "mean", 0), ("kv-1", "distilled-own", 256)]
     assert str(tmp_path) not in json.dumps(first)
-    again = program.run(*given, ["original", "kv-1-mean-s0", "kv-1-distilled-own-*"], runner=never)
+    again = program.run(**given, only=["original", "kv-1-mean-s0", "kv-1-distilled-own-*"], runner=never)
     assert first is not None
     assert again is not None
     assert again["results"] == first["results"]
     with pytest.raises(RegroupError, match="no step is called so"):
-        program.run(*given, ["kv-7"], runner=never)
+        program.run(**given, only=["kv-7"], runner=never)
 
 
 @pytest.mark.slow
 def test_all_steps_on_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = small(tmp_path, monkeypatch)
-    found = program.run(*given, ["*"], runner=here)
+    found = program.run(**given, only=["*"], runner=here)
     assert found is not None
-    assert named(found) == summary.order(given[0])
+    assert named(found) == summary.order(given["target"])
     for row in found["results"]["rows"]:
         (held,) = row["texts"].values()
         assert held["kl_nats_per_token"] > 0

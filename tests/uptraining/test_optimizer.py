@@ -101,7 +101,9 @@ def test_a_step_is_that_of_the_two_optimizers_alone() -> None:
             for name, (own, rate, decay) in found.items()
             if own == part
         ]
-        extra = {"adjust_lr_fn": "match_rms_adamw"} if part == "muon" else {"betas": (0.9, 0.95), "fused": True}
+        extra: dict[str, Any] = (
+            {"adjust_lr_fn": "match_rms_adamw"} if part == "muon" else {"betas": (0.9, 0.95), "fused": True}
+        )
         parts.append(make(groups, **extra))
     steps(model, optimizer, 2)
     for number in range(2):

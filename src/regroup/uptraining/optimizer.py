@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -124,4 +124,4 @@ def _matrices(model: Any) -> Iterator[nn.Parameter]:
         tables.add(id(head.weight))
     for module in model.modules():
         if isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) not in tables:
-            yield module.weight
+            yield cast(nn.Parameter, module.weight)

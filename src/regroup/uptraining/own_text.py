@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ class OwnReader:
     def sources(self) -> Sequence[Any]:
         return [self.own]
 
-    def examples(self, cursor: Cursor) -> Iterator[tuple[Example, Cursor]]:
+    def examples(self, cursor: Cursor) -> Generator[tuple[Example, Cursor], None, None]:
         number = cursor.taken
         while cursor.source == 0 and (self.own.limit is None or number < self.own.limit):
             example = {"ids": self.own.row(number), "starts": np.array([], np.int32)}
