@@ -58,7 +58,9 @@ def test_plans_have_the_cache_of_their_budget(tmp_path: Path, text: CalibrationT
         plan, _ = plan_checkpoint(source, kv_budget="50%", calibration=text)
         assert {layer.name: layer.num_key_value_heads for layer in plan.layers} == one.heads
         recovery = found.record["results"]["recovery"]
-        assert one.loss == pytest.approx((plan.predicted_kl or 0) * recovery["additivity"])
+        alone = sum(layer.predicted_kl or 0 for layer in plan.layers)
+        # A plan is chosen on half of the held-out text, and its own loss measured on the other half.
+        assert one.loss == pytest.approx(alone * recovery["additivity"], rel=0.2)
     # In the same cache the plan by layer never loses more.
     for p in found.predictions:
         if p.name.startswith("by layer"):

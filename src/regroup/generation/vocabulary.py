@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import RegroupError
+from ..errors import DegenerateTextError
 
 # "text" is what the tokenizer puts before a text, as it did in pre-training: BOS if it does so, else what separates
 # documents (SmolLM2-Instruct after its own <|im_start|> writes empty turns of a chat), else BOS.
@@ -66,7 +66,7 @@ class Vocabulary:
             tokenizer: of transformers; without one, all ids of the embedding count as text but the special ones.
 
         Raises:
-            RegroupError: nothing is left that could be drawn.
+            DegenerateTextError: nothing is left that could be drawn.
         """
         told = [dict(generation or {}), dict(config)]
         special = _ids(getattr(tokenizer, "all_special_ids", None))
@@ -90,7 +90,7 @@ class Vocabulary:
             if 0 <= token < size:
                 plain[token] = False
         if not bool(plain.any()):
-            raise RegroupError(
+            raise DegenerateTextError(
                 "the model's vocabulary holds no text",
                 expected="token ids that stand for text",
                 got=f"{size} ids in the embedding, of which the tokenizer knows special ones alone",
