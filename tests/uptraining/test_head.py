@@ -98,5 +98,27 @@ def test_the_gradient_through_a_head_is_a_gradient() -> None:
         left, right = Unprojected(x, Head(linear, own.after)), Unprojected(theirs, other)
         return mixed_loss(left, targets, teacher=right, mix=Mix(0.4, 1.5), chunk=4)[0]
 
+    class Anew(torch.autograd.Function):
+        """The loss, computed anew for each backward pass: gradcheck runs many, and a gradient is used once."""
+
+        @staticmethod
+        def forward(ctx: Any, *given: Tensor) -> Tensor:
+            ctx.save_for_backward(*given)
+            return loss(*given)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+            given = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            with torch.enable_grad():
+                return torch.autograd.grad(loss(*given), given, grads)
+
     parameters = (hidden, *(p.detach().requires_grad_() for p in own.linear.parameters()))
-    assert torch.autograd.gradcheck(loss, parameters)
+    assert torch.autograd.gradcheck(Anew.apply, parameters)
+
+
+def test_a_gradient_is_used_once() -> None:
+    hidden, own, theirs, other, targets = case(True, 3.0)
+    found = mixed_loss(Unprojected(hidden, own), targets, teacher=Unprojected(theirs, other), mix=Mix(0.4))[0]
+    found.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="used already"):
+        found.backward()

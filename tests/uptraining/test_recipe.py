@@ -106,6 +106,7 @@ def test_one_source_needs_no_list(tmp_path: Path) -> None:
         ("data", 1, "list of text"),
         ("seed", None, "a value"),
         ("seed", 2**32, "at most 4294967295"),
+        ("batch_size", -1, "at least 0"),
         ("batch_size", 2**63, "at most 9223372036854775807"),
         ("stages", ["logits"], "local, logit"),
         ("objective", "mlm", "span-corruption"),

@@ -137,9 +137,10 @@ def test_distillation_is_that_of_a_loop_written_by_hand(shop: Path, tmp_path: Pa
         log_p, log_q = (out.logits[:, :-1][asked].log_softmax(-1) for out in (own, other))
         kl = functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
         entropy = functional.nll_loss(log_p, batch["labels"][:, 1:][asked])
+        pairs = zip(own.hidden_states[1:], other.hidden_states[1:], strict=True)
+        kept = [(s[:, :-1][asked], t[:, :-1][asked]) for s, t in pairs]
         shares = [
-            ((s - t)[:, :-1][asked].norm(dim=-1) / t[:, :-1][asked].norm(dim=-1)) ** 2
-            for s, t in zip(own.hidden_states[1:], other.hidden_states[1:], strict=True)
+            (s - t).norm(dim=-1) ** 2 / (s.detach().norm(dim=-1) ** 2 / 2 + t.norm(dim=-1) ** 2 / 2) for s, t in kept
         ]
         return 0.6 * kl + 0.4 * entropy + 3.0 * torch.stack(shares).mean()
 
@@ -256,6 +257,7 @@ def test_families_whose_tensors_change_names_resume_too(name: str, tmp_path: Pat
     original, _ = runs.pair(tmp_path, name, "mixed")
     runs.text(tmp_path)
     given = {"steps": 3, "save_every": 1, "teacher": str(original), "held_out": str(tmp_path / "held-out.txt")}
+    given |= {"optimizer": "auto"}
     whole = uptrain(runs.recipe(tmp_path, output=tmp_path / "a", **given))
     assert whole.record is not None
     results = whole.record["results"]
@@ -438,8 +440,8 @@ def test_a_folder_that_appears_meanwhile_is_refused(shop: Path, tmp_path: Path, 
     recipe = runs.recipe(shop, output=tmp_path / "run", steps=4, save_every=2)
     prepare = run_module.prepare
 
-    def meanwhile(recipe: Any) -> Any:
-        ready = prepare(recipe)
+    def meanwhile(recipe: Any, **options: Any) -> Any:
+        ready = prepare(recipe, **options)
         with monkeypatch.context() as patch:
             patch.setattr(run_module, "prepare", prepare)
             broken_off(monkeypatch, recipe, 4)

@@ -68,7 +68,9 @@ def keep_products_alone(model: Any, recipe: Recipe, layout: Layout) -> bool:
     if not large or recipe.gradient_checkpointing or recipe.compile or not model.supports_gradient_checkpointing:
         return False
     contexts = partial(create_selective_checkpoint_contexts, _policy)
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    # Newer versions of transformers warn of the older name, and earlier ones know no other.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": contexts})
     return True
 
 

@@ -43,7 +43,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "top_k": (1, None),
     "window": (2, None),
     "max_target": (2, None),
-    "batch_size": (1, None),
+    "batch_size": (0, None),
     "micro_batch": (1, None),
     "epochs": (1, None),
     "learning_rate": (0, None),
