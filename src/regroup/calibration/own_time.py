@@ -18,9 +18,9 @@ from ..layout import Layout
 from ..plans import CalibrationText
 from .own_text import own_sizes
 
-# Calibration takes about as long as so many products of all weights with the text, beside the calls themselves
-# (measured on SmolLM2-135M; docs/scale.md).
-_PASSES = 4
+# Calibration takes about as long as so many products of all weights with the text, beside the calls themselves: seen
+# with SmolLM2-135M on two cores, with the comparisons after it.
+_PASSES = 8
 # Seconds of a decoder layer's calls, however small it is.
 _CALLS = 1e-3
 # Weights that are read once a step do not come from a cache.
