@@ -56,6 +56,7 @@ def test_every_page_with_examples_is_run() -> None:
         "docs/adding-a-family.md",
         "docs/benchmarks.md",
         "docs/cli.md",
+        "docs/real-models.md",
         "docs/results.md",
         "docs/scale.md",
     }

@@ -34,6 +34,12 @@ def called(*arguments: object, **options: object) -> subprocess.CompletedProcess
     return subprocess.run(call, stderr=subprocess.PIPE, check=False, timeout=120, env=environment, **options)  # type: ignore[call-overload]
 
 
+def scripted(script: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a script that Ctrl-C reaches: a shell starts what it runs in the background with the signal ignored."""
+    given = f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{script}"
+    return subprocess.run([sys.executable, "-c", given], capture_output=True, check=False, timeout=120)
+
+
 def suggested(text: str) -> list[bytes]:
     """The words of the command that a message suggests, as a shell reads them."""
     return by_bash(re.findall(r"regroup (?:convert|evaluate) .*", text)[-1])
@@ -87,7 +93,8 @@ def test_a_card_names_its_parent_as_it_is(shop: Path, tmp_path: Path) -> None:
 
 
 def test_help_shows_brackets_and_the_name_of_the_command() -> None:
-    assert "[default: 65,536]" in " ".join(CliRunner().invoke(app, ["plan", "--help"]).stdout.split())
+    shown = " ".join(CliRunner().invoke(app, ["plan", "--help"]).stdout.split())
+    assert "[default: 65,536; of self 16,384] [x>=1]" in shown
     for verb in ("advise", "inspect", "bench decode"):
         assert f"Usage: regroup {verb} [OPTIONS]" in CliRunner().invoke(app, [*verb.split(), "--no-such"]).stderr
 
@@ -182,7 +189,7 @@ folders = {str(shop / "parent")!r}, {str(tmp_path / "child")!r}
 sys.argv = ["regroup", "convert", *folders, "--kv-heads", "2", "--method", "mean"]
 cli.main()
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, timeout=120)
+    done = scripted(script)
     assert done.returncode == 2, done.stderr
     assert done.stderr.rstrip().endswith(b"no incomplete result was left"), done.stderr
     assert b"Traceback" not in done.stderr
@@ -221,7 +228,7 @@ cli.app.command(name="verb")(verb)
 sys.argv = ["regroup", "verb"]
 cli.main()
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, timeout=60)
+    done = scripted(script)
     if comes_again:
         assert (done.returncode, done.stdout) == (2, b""), done.stderr
         assert done.stderr.rstrip().endswith(b"no incomplete result was left"), done.stderr
@@ -246,10 +253,10 @@ cli.app.command(name="verb")(verb)
 sys.argv = ["regroup", "verb"]
 cli.main()
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, timeout=60)
+    done = scripted(script)
     assert done.returncode == 2, done.stderr
     control = script.replace("cli.main()", "cli.streams.atexit.register = lambda *_: None\ncli.main()")
-    done = subprocess.run([sys.executable, "-c", control], capture_output=True, check=False, timeout=60)
+    done = scripted(control)
     assert done.returncode == -signal.SIGINT, done.stderr
 
 
