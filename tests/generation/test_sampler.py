@@ -120,7 +120,6 @@ def test_a_separator_both_ends_a_text_and_starts_the_next() -> None:
     [
         ("bos", 1, [1, 1, 1]),
         ("document", 1, [2, 2, 2]),
-        ("mixed", 1, [1, 2, 1]),
         ("bos", None, [2, 2, 2]),
         ("text", 1, [1, 1, 1]),
         ("text", None, [2, 2, 2]),
@@ -161,8 +160,8 @@ class Words:
 )
 def test_texts_start_as_the_tokenizer_starts_them(names: dict[str, int], first: list[int], expected: int) -> None:
     found = Vocabulary.of(20, CONFIG, tokenizer=Words(names, first=first))
-    assert found.start("text", 0) == expected
-    assert found.start("bos", 0) == 1
+    assert found.start("text") == expected
+    assert found.start("bos") == 1
 
 
 def test_without_bos_and_eos_a_random_token_of_text_starts() -> None:

@@ -24,6 +24,7 @@ from regroup.cli import app
 from regroup.data import causal_batches, read_texts
 from regroup.errors import RegroupError
 from regroup.evaluation import score
+from regroup.files import sha256_of
 
 SENTENCE = "Number {} is a paragraph of its own, which is long enough that no two of them are the same by chance."
 TOOK = {"seconds": 60.0, "cpu_seconds": 90.0, "peak_memory_bytes": 10**9, "resumed": False}
@@ -68,7 +69,7 @@ def test_prepared_texts_are_named_by_their_content(tmp_path: Path) -> None:
     held.write_text(passage(*range(5000, 5100)))
     sizes = {"tuning": 100, "calibration": 3000, "train": 3000}
     found = texts.prepare(str(given), [str(held)], tmp_path / "texts", sizes, words)
-    assert found.facts["given"] == {"name": "given.txt", "sha256": texts.sha256(given)}
+    assert found.facts["given"] == {"name": "given.txt", "sha256": sha256_of(given)}
     uses = [found.tuning, found.calibration, found.train, *found.held_out.values()]
     kept = [{key for text in read_texts(use) for key in texts.paragraphs(text)} for use in uses]
     assert all(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -131,7 +132,7 @@ def _check_room(checkpoint: Checkpoint, layout: Layout, units: Sequence[Mapping[
     needed = 0
     for layer, unit in zip(layout.layers, units, strict=True):
         infos = [checkpoint.tensors[name] for name in projection_tensors(layer)]
-        whole = sum(TORCH_DTYPES[info.dtype].itemsize * _count(info.shape) for info in infos)
+        whole = sum(TORCH_DTYPES[info.dtype].itemsize * math.prod(info.shape) for info in infos)
         needed += whole * sum(heads != layer.num_key_value_heads for heads in unit)
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -142,10 +143,3 @@ def _check_room(checkpoint: Checkpoint, layout: Layout, units: Sequence[Mapping[
             got=f"{human_bytes(free)} free",
             remedy="set TMPDIR to a folder with more room",
         )
-
-
-def _count(shape: Sequence[int]) -> int:
-    found = 1
-    for size in shape:
-        found *= size
-    return found

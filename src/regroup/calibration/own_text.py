@@ -51,7 +51,7 @@ def obstacle(folder: Path, config: dict[str, Any]) -> str | None:
     """Why a model cannot be calibrated on text of its own, or None, from its config alone."""
     family = family_for(config)
     if family is not None and family.speech:
-        return "a speech model writes about what it hears, and nothing from nothing"
+        return "a speech model needs audio to write text"
     if slow_output(config, family):
         return "calibration solves output projections, and transformers leaves out their biases here (slow_but_exact)"
     try:

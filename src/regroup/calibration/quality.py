@@ -117,7 +117,6 @@ def measure_quality(
     ]
     rows = [row for row in rows if row.tokens]
     tokens = sum(row.tokens for row in rows)
-
     predicted = max(1, sum(row.predicted for row in rows))
 
     def mean(value: Callable[[Compared[str]], float], per: int = tokens) -> float:

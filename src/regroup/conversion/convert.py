@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Unpack
 from ..calibration.settings import Settings
 from ..checkpoint import staged_folder
 from ..checkpoint.writer import check_destination, copy_file, existing_parent
-from ..errors import DegenerateTextError, RegroupError
+from ..errors import DegenerateTextError
 from ..files import as_named
 from ..listener import Listener
 from ..opening import Source, open_source
-from ..plans import OWN_TEXT_FILE, CalibrationText, Plan, Result, spelled_out
+from ..plans import OWN_TEXT_FILE, Plan, Result, spelled_out
 from ..processes import SINGLE_PROCESS, ProcessGroup
 from ..solver.solve import solve_by_weights
 from ..solver.store import SolutionStore
@@ -27,7 +27,7 @@ from ..writer.write import write
 from .costs import layers_compared
 from .judged import judged
 from .request import Asked, asked_plan, check_asked, grouped, usual_calibration, weights_alone
-from .text import Pending, ready
+from .text import Pending, ready, unless_impossible, without_own_text
 
 if TYPE_CHECKING:
     import torch
@@ -130,39 +130,6 @@ def convert(
             prepared = prepare(opened.checkpoint, opened.layout, plan)
             batches = () if given is None else ready(opened, given, processes, listener, device)
             return carry_out(opened, prepared, target, batches, **rest)
-
-
-def unless_impossible(
-    opened: Source, plan: Plan, text: CalibrationText, listener: Listener, *, asked_for: bool
-) -> tuple[Plan, CalibrationText | None]:
-    """The plan and its text, or the weights alone where the model cannot write text and was not told to.
-
-    Raises:
-        RegroupError: it cannot, and was told to.
-    """
-    from ..calibration.own_text import obstacle
-
-    why = obstacle(opened.checkpoint.folder, opened.checkpoint.config)
-    if why is None:
-        return plan, text
-    if asked_for:
-        raise RegroupError(
-            "the model cannot be calibrated on text that it writes itself",
-            file=opened.folder,
-            got=why,
-            remedy="pass --calibration none, or leave self out",
-        )
-    listener.notice(without_own_text(why, None))
-    return weights_alone(plan, opened.layout), None
-
-
-def without_own_text(why: str, given: CalibrationText | None) -> str:
-    if given is not None:
-        return f"the given text alone is used: {why}"
-    return (
-        f"the weights alone are used: {why}. That costs quality (the demonstration's model from 8 KV heads to 2 lost "
-        "1.2 nats per token instead of 0.5), which text of the right kind saves: --calibration FILE"
-    )
 
 
 def carry_out(
@@ -302,9 +269,12 @@ def _calibrate(
 
 
 def _positions(batches: Sequence[dict[str, torch.Tensor]]) -> int:
-    """Positions of the decoder."""
-    tokens = (next(batch[name] for name in ("decoder_input_ids", "input_ids") if name in batch) for batch in batches)
-    return sum(ids.numel() for ids in tokens)
+    """Positions of the decoder; without text the models' classes are not imported."""
+    if not batches:
+        return 0
+    from ..calibration.joint import token_count
+
+    return token_count(batches)
 
 
 def _digest(batches: Sequence[dict[str, torch.Tensor]]) -> str:

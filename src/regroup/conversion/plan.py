@@ -15,9 +15,8 @@ from ..opening import Source, open_layout, open_source
 from ..plans import OWN_TEXT_FILE, Plan, allocate, layer_units, parse_budget, spelled_out, token_bytes
 from ..processes import SINGLE_PROCESS, ProcessGroup
 from ..solver.grouping import weight_losses
-from .convert import unless_impossible, without_own_text
 from .request import Asked, asked_plan, calibration_of, check_asked, grouped, usual_calibration, weights_alone
-from .text import Pending, ready
+from .text import Pending, ready, unless_impossible, without_own_text
 
 if TYPE_CHECKING:
     from ..calibration.sensitivity import Measured

@@ -14,7 +14,7 @@ from ..errors import DegenerateTextError
 
 # "text" is what the tokenizer puts before a text, as it did in pre-training: BOS if it does so, else what separates
 # documents (SmolLM2-Instruct after its own <|im_start|> writes empty turns of a chat), else BOS.
-STARTS = ("text", "bos", "document", "mixed", "random")
+STARTS = ("text", "bos", "document", "random")
 # What separates documents in pre-training, where it is not the end-of-sequence token (chat models end turns with that).
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
 _SENTINEL = "<extra_id_{}>"
@@ -121,14 +121,12 @@ class Vocabulary:
             read[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return cls.of(size, read["config.json"], generation=read["generation_config.json"], tokenizer=tokenizer)
 
-    def start(self, kind: str, number: int) -> int | None:
-        """The token that window ``number`` starts with; None for a random one.
+    def start(self, kind: str) -> int | None:
+        """The token that windows start with; None for a random one.
 
         Args:
             kind: one of ``STARTS``. Where the model has no such token, the other one is taken.
         """
-        if kind == "mixed":
-            kind = "bos" if number % 2 == 0 else "document"
         order = {
             "text": (self.text,),
             "bos": (self.bos, self.separator),

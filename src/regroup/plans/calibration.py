@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import RegroupError
-from ..files import as_named
+from ..files import as_named, sha256_of
 
 # Tokens that a model writes itself where nothing else is said: enough for the statistics of each layer, while sampling
 # and calibration take minutes.
@@ -121,8 +120,7 @@ class CalibrationText:
         path = as_named(self.data)
         if not path.is_file():
             return self
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(path)
         if self.sha256 not in (None, found):
             raise RegroupError(
                 "this is not the calibration text of the plan",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import random
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -95,3 +97,19 @@ def lacking(what: str, why: str) -> RegroupError:
         expected=why,
         remedy="use the tokenizer of the original model, or another objective",
     )
+
+
+def packed(example: Example) -> dict[str, str]:
+    """An example as text, for a state that is saved as JSON."""
+    return {
+        key: base64.b64encode(zlib.compress(value.astype("<i4").tobytes(), 1)).decode()
+        for key, value in example.items()
+    }
+
+
+def unpacked(state: dict[str, str]) -> Example:
+    """What ``packed`` made text of."""
+    return {
+        key: np.frombuffer(zlib.decompress(base64.b64decode(value)), "<i4").astype(np.int32)
+        for key, value in state.items()
+    }

@@ -10,11 +10,9 @@ that no generator's state is needed.
 
 from __future__ import annotations
 
-import base64
 import copy
 import hashlib
 import random
-import zlib
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,14 +20,13 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from ..data.batches import check_vocabulary
 from ..data.chunking import Source
 from ..data.sources import find_sources
 from ..errors import RegroupError
-from .examples import Example, Objective
+from .examples import Example, Objective, packed, unpacked
 from .own_text import AHEAD, Mixture, OwnReader, OwnText
 from .reader import Cursor, Reader, sides
 
@@ -147,7 +144,7 @@ class ExampleStream:
                     "of": self._identity,
                     "examples": snapshot.examples,
                     "cursor": copy.deepcopy(vars(snapshot.cursor)),
-                    "buffer": [_packed(example) for example in snapshot.buffer],
+                    "buffer": [packed(example) for example in snapshot.buffer],
                     "pass_examples": self.pass_examples,
                 }
         raise RegroupError(
@@ -174,7 +171,7 @@ class ExampleStream:
         self._snapshots.clear()
         self.pass_examples = state.get("pass_examples")
         cursor = Cursor(**copy.deepcopy(state["cursor"]))
-        self._snapshots.append(_Snapshot(state["examples"], cursor, tuple(map(_unpacked, state["buffer"]))))
+        self._snapshots.append(_Snapshot(state["examples"], cursor, tuple(map(unpacked, state["buffer"]))))
 
     def estimated_tokens(self) -> int | None:
         """About how many tokens one pass holds, by the sizes of the data and the first chunks of three sources.
@@ -280,20 +277,6 @@ class ExampleStream:
             if self._epochs is not None and cursor.epoch + 1 >= self._epochs:
                 return
             cursor = Cursor(cursor.epoch + 1, 0, None, {}, 0)
-
-
-def _packed(example: Example) -> dict[str, str]:
-    return {
-        key: base64.b64encode(zlib.compress(value.astype("<i4").tobytes(), 1)).decode()
-        for key, value in example.items()
-    }
-
-
-def _unpacked(state: dict[str, str]) -> Example:
-    return {
-        key: np.frombuffer(zlib.decompress(base64.b64decode(value)), "<i4").astype(np.int32)
-        for key, value in state.items()
-    }
 
 
 def open_stream(
