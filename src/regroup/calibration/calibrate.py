@@ -139,7 +139,6 @@ class _Run:
             if layer.name not in visit.groupings:
                 continue
             targets = visit.outputs.pop(layer.name)
-            add_residual_gap(layer, targets, visit.before, self.converted)
             want = self.plans[layer.name]
             solvers = visit.groupings[layer.name].solvers(want.num_key_value_heads)
             chosen, outcome = self.converter.convert(
@@ -200,13 +199,3 @@ class _Run:
         self.done += 1
         if keep and self.store is not None and self.processes.size == 1:
             self.store.keep_states(self.done, self.original, self.converted)
-
-
-def add_residual_gap(
-    layer: AttentionLayer, outputs: list[torch.Tensor], original: list[torch.Tensor], converted: list[torch.Tensor]
-) -> None:
-    """Add to the original output projection's results what the converted model's stream lacks before it, in place."""
-    if layer.residual_scale is not None:
-        for output, o, c in zip(outputs, original, converted, strict=True):
-            # In units of the output projection's result.
-            output += (o - c) / layer.residual_scale

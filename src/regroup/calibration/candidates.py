@@ -63,7 +63,7 @@ class Candidates:
         """The share of the targets' energy that it misses on held-out text. It is installed when first asked for."""
         if candidate not in self._errors:
             output = self.install(candidate).output.flatten(0, 1)
-            self._errors[candidate] = self.regression.refit(output, self.fit)[0].error
+            self._errors[candidate] = self.regression.refit(output, self.fit).error
         return self._errors[candidate]
 
     def install(self, candidate: Candidate) -> HeadWeights:

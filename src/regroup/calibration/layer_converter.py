@@ -114,7 +114,7 @@ class LayerConverter:
             student: a copy of the decoder layer, its earlier attention layers converted already.
             layers: attention layers of the decoder layer up to the one to convert.
             solvers: one for each way to group the heads, of which the best stays.
-            targets: for each batch what the output projection should give, (B, T, hidden).
+            targets: for each batch what the output projection gave, (B, T, hidden).
             hidden: the converted model's hidden states before the decoder layer, for each batch.
             original: those of the original model.
 
@@ -124,22 +124,22 @@ class LayerConverter:
         layer, repair = layers[-1], self.settings.repair
         judging, fit = (None, None) if repair == "none" else (self.judging, self.fit)
         weights = [position_weights(states) for states in original]
-        regression = LayerRegression(student, layers, targets, hidden, self.held_out, self.processes, weights)
+        regression = LayerRegression(student, layers, targets, hidden, original, self.held_out, self.processes, weights)
         candidates = Candidates(self.checkpoint, regression, solvers, judging)
         best = candidates.best()
         want, made = candidates.want(best), candidates.install(best)
-        refit, attended = regression.refit(made.output.flatten(0, 1), fit)
+        refit = regression.refit(made.output.flatten(0, 1), None if repair == "distill" else fit)
         merged = refit.error_before
-        candidates.put(want, replace(made, output=refit.weights.view_as(made.output)))
         if repair == "distill":
-            moments = regression.input_moments(self.judging, attended)
-            regression.distill(self.fit, self.settings.distillation, moments)
+            regression.where_the_original_runs().distill(self.fit, self.settings.distillation)
             slot = layer.output.weight
             weight = regression.attention.get_parameter(slot.tensor.removeprefix(layer.name + "."))
             trained = gather(slot, lambda _: weight).flatten(0, 1)
-            refit, _ = regression.refit(trained, fit)
+            refit = regression.refit(trained, fit)
             heads = refit.weights.view_as(made.output)
             load_into(regression.attention, layer, {slot.tensor: scatter([(slot, heads)])})
+        else:
+            candidates.put(want, replace(made, output=refit.weights.view_as(made.output)))
         return want, LayerOutcome(layer.name, want.key_method, want.value_method, merged, refit.error)
 
 

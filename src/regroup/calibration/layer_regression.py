@@ -22,8 +22,9 @@ class LayerRegression:
     Attributes:
         student: the decoder layer, which is changed in place.
         layers: its attention layers up to the one that is fitted, in the order of the forward pass.
-        targets: for each batch what the output projection of that one should give, (B, T, hidden).
+        targets: for each batch what the original model's output projection gave, (B, T, hidden).
         hidden: hidden states before the decoder layer, for each batch, (B, T, hidden).
+        original: those of the original model. What the others lack of them is asked of the output projection as well.
         held_out: numbers of the batches that are judged on and never fitted.
         processes: those that do this together, each on its own batches.
         weights: for each batch what the squared error of each position counts, (B, T, 1); None counts all alike.
@@ -33,6 +34,7 @@ class LayerRegression:
     layers: Sequence[AttentionLayer]
     targets: Sequence[torch.Tensor]
     hidden: Sequence[torch.Tensor]
+    original: Sequence[torch.Tensor]
     held_out: Sequence[int]
     processes: ProcessGroup = SINGLE_PROCESS
     weights: Sequence[torch.Tensor] | None = None
@@ -54,13 +56,21 @@ class LayerRegression:
 
     def target(self, batch: int) -> torch.Tensor:
         """What the output projection should give where there is text, (rows, hidden)."""
-        return self._rows(self.targets[batch].to(self.student.caller.device), batch)
+        target, scale = self.targets[batch], self.layer.residual_scale
+        if scale is not None and self.original[batch] is not self.hidden[batch]:
+            # In units of the output projection's result.
+            target = target + (self.original[batch] - self.hidden[batch]) / scale
+        return self._rows(target.to(self.student.caller.device), batch)
+
+    def where_the_original_runs(self) -> LayerRegression:
+        """The same layer on the original model's hidden states, of which nothing is lacking."""
+        return replace(self, hidden=self.original)
 
     def weighted(self, squares: torch.Tensor, batch: int) -> torch.Tensor:
         """Squared errors (rows, hidden) where there is text, each as much as its position counts."""
         return squares if self.weights is None else squares * self._rows(self.weights[batch].to(squares), batch)
 
-    def refit(self, output: torch.Tensor, fit: Sequence[int] | None) -> tuple[Refit, torch.Tensor | None]:
+    def refit(self, output: torch.Tensor, fit: Sequence[int] | None) -> Refit:
         """Held-out error of the layer, with the output projection solved again where it may be.
 
         Args:
@@ -68,29 +78,23 @@ class LayerRegression:
             fit: numbers of the batches to solve it on; None leaves it as it is.
 
         Returns:
-            The projection (F, hidden) with errors, and the second moment of its inputs (F, F) where text was fitted.
+            The projection (F, hidden) with errors.
         """
         fitted = None if fit is None else self._sums(fit)
         held_out = self._sums(self.held_out).merged(self.processes)
         if fitted is None:
             error = self.processes.from_first(lambda: held_out.error(output))
-            return Refit(output, error, error), None
+            return Refit(output, error, error)
         merged = fitted.merged(self.processes)
         best = self.processes.from_first(lambda: refit_output(merged, held_out, output))
-        return replace(best, weights=best.weights.to(output.dtype)), merged.gram
+        return replace(best, weights=best.weights.to(output.dtype))
 
-    def distill(
-        self,
-        fit: Sequence[int],
-        settings: DistillSettings,
-        inputs: dict[str, tuple[torch.Tensor, int]] | None = None,
-    ) -> tuple[float, float]:
-        """Train the layer against its targets.
+    def distill(self, fit: Sequence[int], settings: DistillSettings) -> tuple[float, float]:
+        """Train the layer's four projections against its targets.
 
         Args:
             fit: numbers of the batches to train on.
             settings: see there.
-            inputs: what ``input_moments`` gives, for training in whitened coordinates.
 
         Returns:
             The share of the targets' energy that held-out batches miss, before and after.
@@ -104,36 +108,7 @@ class LayerRegression:
 
         names = [name.removeprefix(self.layer.name + ".") for name in projection_tensors(self.layer)]
         with torch.enable_grad():
-            return distill(self.attention, names, loss_of, fit, self.held_out, settings, inputs, self.processes)
-
-    def input_moments(
-        self, batches: Sequence[int], attended: torch.Tensor | None
-    ) -> dict[str, tuple[torch.Tensor, int]]:
-        """For each projection's weight: the second moment of its inputs (F, F), and the axis of its inputs.
-
-        Args:
-            batches: numbers of the batches to sum over.
-            attended: the second moment of the output projection's inputs, where it is known.
-        """
-        sums: dict[str, torch.Tensor] = {}
-        for batch in batches:
-            trace = self.trace(batch)
-            for name, states in (("query", trace.query_input), ("memory", trace.memory)):
-                flat = states.flatten(0, 1)
-                gram = (flat.T @ flat).double()
-                sums[name] = sums[name] + gram if name in sums else gram
-        sums = self.processes.sum_tensors(sums)
-        if attended is not None:
-            sums["output"] = attended
-        found = {}
-        for part, projection in self.layer.projections().items():
-            slot = projection.weight
-            of = {"query": "query", "output": "output"}.get(part, "memory")
-            if of in sums and "{head}" not in slot.tensor:
-                # Heads lie along the axis that is not the inputs', except in the output projection.
-                axis = slot.axis if part == "output" else 1 - slot.axis
-                found[slot.tensor.removeprefix(self.layer.name + ".")] = (sums[of], axis)
-        return found
+            return distill(self.attention, names, loss_of, fit, self.held_out, settings, self.processes)
 
     def _sums(self, batches: Sequence[int]) -> Regression:
         """The regression of targets on inputs of the output projection, summed over batches of this process."""

@@ -72,11 +72,11 @@ def own_sizes(text: CalibrationText, config: dict[str, Any]) -> tuple[int, int]:
         length = min(_TARGET, limit or _TARGET)
         return max(1, text.own_tokens // 16), length
     length = min(text.window, limit or text.window)
-    count = max(1, text.own_tokens // length)
-    if text.data is None and count < 2 * text.batch:
+    count, batch = max(1, text.own_tokens // length), text.batch_size(pairs=False)
+    if text.data is None and count < 2 * batch:
         raise RegroupError(
             "there is too little calibration text",
-            expected=f"at least two batches of {text.batch} windows of {length} tokens",
+            expected=f"at least two batches of {batch} windows of {length} tokens",
             got=f"{text.own_tokens} tokens",
             remedy="raise self:TOKENS, or a smaller --calibration-window or --calibration-batch",
         )
@@ -109,7 +109,7 @@ def write_own_text(
     count, length = own_sizes(text, config)
     pairs = is_encoder_decoder(config)
     sampler = open_sampler(
-        folder, seed=text.seed, stream="calibration", start=text.start or "text", device=device, check=not pairs
+        folder, seed=text.seed, stream="calibration", start=text.start or "mixed", device=device, check=not pairs
     )
     if pairs:
         made = OwnText(pairs=_pairs(sampler, text.own_tokens, 8 * count, length, progress))

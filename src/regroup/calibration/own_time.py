@@ -61,7 +61,7 @@ def own_text_ahead(
     if is_encoder_decoder(config):
         steps *= 2  # the source is written too
     products = parameters * _per_weight(width, 1024, torch.float32, device) / 1024
-    calls = _PASSES * layers * _CALLS * text.tokens / (text.batch * length)
+    calls = _PASSES * layers * _CALLS * text.tokens / (text.batch_size(pairs=is_encoder_decoder(config)) * length)
     return OwnTextAhead(
         text.own_tokens,
         0.0 if text.written is not None else steps * step,

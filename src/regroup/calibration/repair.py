@@ -1,20 +1,20 @@
-"""Repair after merging: the output projection is solved again, or the layer is distilled, on the converted inputs.
+"""Repair after merging: a layer is distilled where the original one runs, and its output projection is solved again.
 
-The target is the original attention's output, plus what the converted model's residual stream lacks before the layer
-where that is known (``AttentionLayer.residual_scale``): a layer makes up for the ones before it as far as it can.
+Distillation has the original attention's output as its target, on the original model's hidden states. The output
+projection is solved where the converted model runs; its target is the same, plus what the converted model's residual
+stream lacks before the layer where that is known (``AttentionLayer.residual_scale``): it makes up for earlier layers as
+far as it can. As a target of distillation that lack would drown what the layer itself has to learn.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from ..processes import SINGLE_PROCESS, ProcessGroup
 from .settings import DistillSettings
@@ -98,30 +98,6 @@ def refit_output(fit: Regression, held_out: Regression, given: torch.Tensor) -> 
     return best
 
 
-class _Whitened(nn.Module):
-    """A weight in the coordinates in which its inputs are white: W = W' C^{-1/2} along the axis of inputs.
-
-    Adam scales every coordinate on its own; where inputs are correlated those are the wrong coordinates. The same idea,
-    with the gradients' side as well, is K-FAC (Martens and Grosse 2015).
-    """
-
-    def __init__(self, moments: torch.Tensor, axis: int, level: float) -> None:
-        super().__init__()
-        values, vectors = torch.linalg.eigh(moments.double())
-        values = values.clamp(min=0) / values.clamp(min=0).mean().clamp(min=1e-300) + level
-        self.axis = axis
-        self.narrow: torch.Tensor
-        self.widen: torch.Tensor
-        self.register_buffer("narrow", ((vectors * values.rsqrt()) @ vectors.T).to(torch.float32))
-        self.register_buffer("widen", ((vectors * values.sqrt()) @ vectors.T).to(torch.float32))
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight @ self.narrow if self.axis else self.narrow @ weight
-
-    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight @ self.widen if self.axis else self.widen @ weight
-
-
 def distill(
     module: nn.Module,
     names: Sequence[str],
@@ -129,10 +105,9 @@ def distill(
     fit: Sequence[int],
     held_out: Sequence[int],
     settings: DistillSettings,
-    inputs: Mapping[str, tuple[torch.Tensor, int]] | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[float, float]:
-    """Train a layer's attention parameters on one pass over the batches ``fit``; keep the best state seen.
+    """Train a layer's attention parameters on several passes over the batches ``fit``, a step for each batch.
 
     With several processes a step sees a batch of each: gradients are added, and there are fewer steps.
 
@@ -142,33 +117,20 @@ def distill(
         loss_of: the relative error on a batch, differentiable in those parameters.
         fit, held_out: numbers of the batches to train and to judge on.
         settings: see there.
-        inputs: for the weights among ``names`` the second moment of what they multiply, (F, F), and the axis of the
-            weight that F lies along; those are trained in whitened coordinates.
         processes: the processes that do this together, each on its own batches; all end with the same parameters.
 
     Returns:
-        Held-out error before and after; after is never larger.
+        Held-out error before and after. Where it would not be smaller the module stays as it was, to the last bit.
     """
-
     judged = processes.sum(len(held_out))
 
     def judge() -> float:
         with torch.no_grad():
             return processes.sum(sum(float(loss_of(batch)) for batch in held_out)) / judged
 
-    before = best = judge()
-    kept = {name: module.get_parameter(name).detach().clone() for name in names}
-    parameters = []
-    for name in names:
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        if inputs is not None and name in inputs:
-            moments, axis = inputs[name]
-            white = processes.from_first(partial(_whitened, moments, axis, settings.whitening))
-            parametrize.register_parametrization(owner, leaf, white.to(module.get_parameter(name).device))
-            parameters.append(owner.get_parameter(f"parametrizations.{leaf}.original"))
-        else:
-            parameters.append(module.get_parameter(name))
+    before = judge()
+    parameters = [module.get_parameter(name) for name in names]
+    kept = [parameter.detach().clone() for parameter in parameters]
     sizes = [float(p.detach().square().mean().sqrt()) for p in parameters]
     # A bias that is zero has no size of its own.
     usual = sum(sizes) / len(sizes)
@@ -178,47 +140,37 @@ def distill(
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(groups, betas=settings.betas)
     # Of some processes the last batch may be missing: they take part in the last step all the same.
-    steps, worse, lowest = max(processes.all_gather(len(fit))), 0, math.inf
-    every = max(1, steps // settings.checks)
+    each = max(processes.all_gather(len(fit)))
+    steps = settings.passes * each
+    order = torch.Generator().manual_seed(settings.seed)
     for step in range(steps):
+        if step % each == 0:
+            places = torch.randperm(len(fit), generator=order).tolist()
         scale = min(1.0, (step + 1) / max(1.0, settings.warmup * steps))
         scale *= 0.5 * (1 + math.cos(math.pi * step / steps))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * scale
         optimizer.zero_grad()
-        if step < len(fit):
-            loss_of(fit[step]).backward()
+        if step % each < len(fit):
+            loss_of(fit[places[step % each]]).backward()
         if processes.size > 1:
             _add_gradients(parameters, processes)
         optimizer.step()
-        if (step + 1) % every == 0 or step + 1 == steps:
-            now = judge()
-            if now < best:
-                best, kept = now, {name: attrgetter(name)(module).detach().clone() for name in names}
-            # The start is a solved optimum: the first steps may well be worse, and still lead somewhere better.
-            worse = 0 if now < lowest else worse + 1
-            lowest = min(lowest, now)
-            if worse > settings.patience:
-                break
-    for name, parameter in zip(names, parameters, strict=True):
+    for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        if parametrize.is_parametrized(owner, leaf):
-            parametrize.remove_parametrizations(owner, leaf)
-    if processes.size > 1:
-        # Processors of several kinds need not round a step alike.
-        best, kept = processes.from_first(lambda: (best, {name: value.cpu() for name, value in kept.items()}))
+    # Processors of several kinds need not round a step alike.
+    after, values = processes.from_first(partial(_judged, parameters, judge()))
+    better = after < before
     with torch.no_grad():
-        for name, value in kept.items():
-            module.get_parameter(name).requires_grad_(False).copy_(value)
-    return before, best
+        for parameter, value in zip(parameters, values if better else kept, strict=True):
+            parameter.copy_(value)
+    return before, after if better else before
 
 
-def _whitened(moments: torch.Tensor, axis: int, level: float) -> _Whitened:
-    # From the CPU it can be sent to other processes.
-    return _Whitened(moments, axis, level).cpu()
+def _judged(parameters: Sequence[torch.Tensor], error: float) -> tuple[float, list[torch.Tensor]]:
+    """An error with the parameters that it is of; from the CPU they can be sent to other processes."""
+    return error, [parameter.detach().cpu() for parameter in parameters]
 
 
 def _add_gradients(parameters: Sequence[torch.Tensor], processes: ProcessGroup) -> None:

@@ -12,20 +12,17 @@ class DistillSettings:
     """How a layer is distilled.
 
     Attributes:
-        learning_rate: of Adam, relative to the root mean square of each matrix.
+        learning_rate: the largest change of a weight in a step of Adam, relative to the root mean square of its matrix.
         warmup: share of the steps.
-        checks: how often held-out text is looked at; distillation ends when it stops getting better.
-        patience: checks without progress that are borne.
-        whitening: what is added to the eigenvalues of the inputs' second moment, relative to their mean, before its
-            root is taken.
+        passes: over the text.
+        seed: of the order of the batches.
     """
 
-    learning_rate: float = 0.04
-    warmup: float = 0.02
-    checks: int = 8
-    patience: int = 2
-    betas: tuple[float, float] = (0.9, 0.99)
-    whitening: float = 0.01
+    learning_rate: float = 0.01
+    warmup: float = 0.05
+    passes: int = 8
+    betas: tuple[float, float] = (0.9, 0.95)
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Settings:
     Attributes:
         search: look for heads that belong together, where the plan names no order and the family allows one.
         repair: ``"none"``, ``"output"`` (solve the output projection again) or ``"distill"`` (train the layer's
-            attention).
+            attention before that).
         held_out: share of the batches that is judged on and never fitted,
         held_out_tokens: and how many tokens of them at most, at one batch at least.
         judged_on: tokens to fit candidates on, at least ``judged_rows`` for each input of the output projection; what

@@ -57,12 +57,13 @@ def calibration_batches(
     read = [] if given is None else _given(given, folder, config, alone=not text.own)
     if text.own:
         own = _own(text, folder, config, device, progress)
-    batches = _mixed(read, [] if own is None else own, text.batch)
+    size = text.batch_size(pairs=is_encoder_decoder(config))
+    batches = _mixed(read, [] if own is None else own, size)
     if len(batches) < 2:
         raise RegroupError(
             "there is too little calibration text",
             file=text.data,
-            expected=f"at least two batches of {text.batch}",
+            expected=f"at least two batches of {size}",
             got=f"{len(batches)}",
             remedy=f"raise --calibration-tokens, give more text, or a smaller {_WINDOW} or --calibration-batch",
         )
@@ -81,7 +82,8 @@ def check_text(text: CalibrationText, folder: Path, config: dict[str, Any]) -> s
     own_sizes(text, config)
     if text.given is None:
         return ""
-    return digest(_mixed(_given(text.given, folder, config, alone=False), [], text.batch))
+    size = text.batch_size(pairs=is_encoder_decoder(config))
+    return digest(_mixed(_given(text.given, folder, config, alone=False), [], size))
 
 
 def digest(batches: Sequence[dict[str, torch.Tensor]]) -> str:
@@ -129,7 +131,7 @@ def _given(text: CalibrationText, folder: Path, config: dict[str, Any], *, alone
         pair_batches(
             draw.sample(pairs, min(count, len(pairs))),
             tokenizer,
-            batch_size=text.batch,
+            batch_size=text.batch_size(pairs=True),
             start_token=config.get("decoder_start_token_id") or 0,
         )
     )
@@ -170,7 +172,7 @@ def _as_inputs(kept: OwnText, text: CalibrationText, config: dict[str, Any]) -> 
     if kept.windows:
         return torch.tensor(kept.windows, dtype=torch.int64)
     start = config.get("decoder_start_token_id") or 0
-    found = list(id_batches(kept.pairs, batch_size=text.batch, start_token=start))
+    found = list(id_batches(kept.pairs, batch_size=text.batch_size(pairs=True), start_token=start))
     random.Random(text.seed).shuffle(found)
     return [batch.inputs for batch in found]
 

@@ -67,7 +67,11 @@ class Calibration:
         int | None, typer.Option(min=2, help="Tokens per calibration window. [default: 512]")
     ] = None
     calibration_batch: Annotated[
-        int | None, typer.Option(min=1, help="Calibration batch size, in windows or pairs. [default: 4]")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Calibration batch size, in windows or pairs. [default: windows of 512 tokens in all, or 4 pairs]",
+        ),
     ] = None
     document_starts: Annotated[
         bool,
@@ -76,7 +80,8 @@ class Calibration:
     repair: Annotated[
         str | None,
         typer.Option(
-            help="Repair after calibration: none, output (refit the output projections, the default) or distill."
+            help="Repair after merging: none, output (refit the output projections) or distill (train each layer's "
+            "attention first, the default)."
         ),
     ] = None
     device: Annotated[

@@ -44,7 +44,7 @@ class Asked(TypedDict, total=False):
         calibration: text to convert on, as a ``CalibrationText`` or as the command line says it (``"none"``,
             ``"self"``, ``"self:TOKENS"``, a file, ``"self,FILE"``). ``convert`` has the model write its own by default
             where the method is ``"auto"``; otherwise only the weights are used.
-        repair: with calibration ``"none"``, ``"output"`` (the default) or ``"distill"`` (see ``calibration.Settings``).
+        repair: with calibration ``"none"``, ``"output"`` or ``"distill"`` (the default) (see ``calibration.Settings``).
     """
 
     kv_heads: int | None

@@ -33,9 +33,9 @@ class Sampler:
         seed: any integer.
         stream: one of ``STREAMS``. Different streams have different texts: what is fitted is not what is judged.
         start: with which token windows start: ``"text"`` (BOS if the tokenizer puts it before a text, else what
-            separates documents, else BOS), ``"bos"``, ``"document"`` or ``"random"`` (any token of text). Where the
-            model lacks one, the other is taken, and a random one where it has neither. After an end a new text starts
-            likewise.
+            separates documents, else BOS), ``"bos"``, ``"document"``, ``"random"`` (any token of text) or ``"mixed"``
+            (``"text"`` and ``"random"`` in turn). Where the model lacks one, the other is taken, and a random one where
+            it has neither. After an end a new text starts likewise.
         temperature: 1 samples from the model's own distribution.
         batch: texts that are sampled together.
         check: refuse degenerate text.
@@ -133,10 +133,14 @@ class Sampler:
         plain = self.vocabulary.plain.to(self.device)
         return plain[(numbers * len(plain)).long().clamp_(max=len(plain) - 1)]
 
+    def _kind(self, number: int) -> str:
+        """How a window starts."""
+        return ("text", "random")[number % 2] if self.first_token == "mixed" else self.first_token
+
     def _windows(self, numbers: Sequence[int], length: int, progress: Callable[[int], None]) -> tuple[Tensor, Tensor]:
         """Windows (n, length) of these numbers, and which of their tokens were given and not drawn."""
         random = self.uniform(numbers, length)
-        wanted = [self.vocabulary.start(self.first_token)] * len(numbers)
+        wanted = [self.vocabulary.start(self._kind(number)) for number in numbers]
         # -1: a random token.
         starts = torch.tensor([-1 if token is None else token for token in wanted], device=self.device)
         ends = torch.tensor(sorted(self.vocabulary.ends), dtype=torch.int64, device=self.device)

@@ -14,7 +14,7 @@ from ..errors import DegenerateTextError
 
 # "text" is what the tokenizer puts before a text, as it did in pre-training: BOS if it does so, else what separates
 # documents (SmolLM2-Instruct after its own <|im_start|> writes empty turns of a chat), else BOS.
-STARTS = ("text", "bos", "document", "random")
+STARTS = ("text", "bos", "document", "random", "mixed")
 # What separates documents in pre-training, where it is not the end-of-sequence token (chat models end turns with that).
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
 _SENTINEL = "<extra_id_{}>"

@@ -13,6 +13,8 @@ from ..files import as_named, sha256_of
 # Tokens that a model writes itself where nothing else is said: enough for the statistics of each layer, while sampling
 # and calibration take minutes.
 OWN_TOKENS = 16_384
+# A layer's distillation takes a step for each batch: few tokens, so that there are many steps.
+_BATCH_TOKENS, _BATCH_PAIRS = 512, 4
 # What `--calibration` is called where it is no file.
 NO_TEXT, OWN_TEXT = "none", "self"
 # In a converted model: the text that the original model wrote.
@@ -30,7 +32,7 @@ class CalibrationText:
             model writes itself, alone.
         tokens: at most this many; for pairs, about this many in the targets. With both kinds of text, half of each.
         window: tokens per window of a decoder-only model.
-        batch: windows or pairs per batch.
+        batch: windows or pairs per batch; None for ``batch_size``'s choice.
         document_starts: begin windows where documents begin (see ``regroup.data.document_windows``).
         seed: of the sample of pairs, of the order of windows that begin where documents do, and of text that the model
             writes itself.
@@ -45,7 +47,7 @@ class CalibrationText:
     data: str | Path | None = None
     tokens: int = 65_536
     window: int = 512
-    batch: int = 4
+    batch: int | None = None
     document_starts: bool = False
     seed: int = 0
     sha256: str | None = None
@@ -108,6 +110,12 @@ class CalibrationText:
     def own_tokens(self) -> int:
         """How many tokens the model writes."""
         return 0 if not self.own else self.tokens if self.data is None else max(1, self.tokens - self.tokens // 2)
+
+    def batch_size(self, *, pairs: bool) -> int:
+        """Windows or pairs per batch: what was asked for, or windows of about 512 tokens in all, or 4 pairs."""
+        if self.batch is not None:
+            return self.batch
+        return _BATCH_PAIRS if pairs else max(1, _BATCH_TOKENS // self.window)
 
     def hashed(self) -> CalibrationText:
         """The same with the hash of its file.

@@ -39,7 +39,7 @@ def make_plan(
         seed: of the method ``random``, and of the search for groups.
         grouping: ``"search"`` to look for heads that belong together; None keeps neighbouring heads together.
         calibration: text to calibrate on.
-        repair: what calibration does after merging: ``"none"``, ``"output"`` (the default) or ``"distill"``.
+        repair: what calibration does after merging: ``"none"``, ``"output"`` or ``"distill"`` (the default).
 
     Returns:
         A checked plan.

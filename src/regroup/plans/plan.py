@@ -28,7 +28,7 @@ FORMAT = "regroup-plan/1"
 # What may be asked for: a method, or "auto" for the one that does best for each layer.
 ASKED_METHODS = ("auto", *METHODS)
 REPAIRS = ("none", "output", "distill")
-DEFAULT_REPAIR = "output"
+DEFAULT_REPAIR = "distill"
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,9 @@ class Plan:
                 )
         text = self.calibration
         sizes = (
-            () if text is None else (("tokens", text.tokens, 1), ("window", text.window, 2), ("batch", text.batch, 1))
+            ()
+            if text is None
+            else (("tokens", text.tokens, 1), ("window", text.window, 2), ("batch", text.batch_size(pairs=False), 1))
         )
         for name, size, least in sizes:
             if not least <= size < 2**63:
