@@ -39,7 +39,7 @@ class CalibrationText:
         sha256: of a file's content; None until it is read (``hashed``), and for data that is no file.
         own: have the original model write text itself, from its own distribution (see ``generation.Sampler``). Its
             windows are never longer than the model's positions.
-        start: how that text starts (``generation.STARTS``); None for the usual way.
+        start: how that text starts (``generation.STARTS``); None for ``"mixed"``.
         written: a file with that text (``OWN_TEXT_FILE`` of a converted model), which is then used as it is. It is a
             place, and no part of what a plan asks for.
     """
