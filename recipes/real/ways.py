@@ -34,7 +34,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Training:
-    """A way to uptrain: from which conversion, on which text (``"self"`` or ``"given"``), with a teacher or without."""
+    """A way to uptrain: from which conversion, on which text (as in ``Conversion``), with a teacher or without."""
 
     name: str
     title: str
@@ -56,6 +56,7 @@ TRAININGS = (
     PAPER,
     Training("distilled-given", "calibrated and distilled on given text", GIVEN, "given"),
     Training("distilled-own", "calibrated and distilled on self-written text", OWN, "self"),
+    Training("distilled-both", "calibrated and distilled on both, half of each", BOTH, "both"),
 )
 
 
@@ -100,12 +101,16 @@ def uptraining(
 ) -> list[str]:
     """Command line of an uptraining run in ``folder``; without a rate, with the product's."""
     return [
-        *("uptrain", str(start), "--data", str(texts.train) if way.text == "given" else way.text, "-o", str(folder)),
+        *("uptrain", str(start), "--data", _data(texts, way), "-o", str(folder)),
         *(["--teacher", str(original)] if way.distilled else []),
         *("--tokens", str(tokens), "--window", str(target.training_window)),
         *("--batch-size", str(target.training_batch), "--seed", str(seed)),
         *([] if rate is None else ["--learning-rate", f"{rate:g}"]),
     ]
+
+
+def _data(texts: Texts, way: Training) -> str:
+    return {"given": str(texts.train), "self": "self", "both": f"self,{texts.train}"}[way.text]
 
 
 def measuring(

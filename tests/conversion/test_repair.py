@@ -250,3 +250,29 @@ def test_a_layer_is_fitted_by_weighted_least_squares(name: str, saved: Callable[
         np.testing.assert_allclose(found[weighted], tried[best], rtol=1e-2, atol=1e-3)
         assert refit.error == pytest.approx(errors[best], rel=1e-3)
     assert np.abs(found[True] - found[False]).max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["llama", "granite", "gemma2"])
+@torch.no_grad()
+def test_what_the_stream_lacks_is_asked_of_the_output_alone(name: str, saved: Callable[[str], Path]) -> None:
+    """Solved again, the output makes up for it, in its own units; distillation knows the layer's own output alone."""
+    folder = saved(name)
+    runner = LayerRunner(folder, layout_of(folder), batches(name, 3))
+    layer, student = runner.attention_layers(1)[0], runner.layer(1)
+    chance = torch.Generator().manual_seed(1)
+    targets, converted = ([torch.randn(hidden.shape, generator=chance) for hidden in runner.hidden] for _ in range(2))
+    regression = LayerRegression(student, [layer], targets, converted, runner.hidden, range(2, 3))
+    own = regression.where_the_original_runs()
+    for batch, hidden in enumerate(runner.hidden):
+        torch.testing.assert_close(own.target(batch), targets[batch].flatten(0, 1))
+        torch.testing.assert_close(
+            own.trace(batch).memory, regression_input(student, batch, hidden, layer.name, [layer])
+        )
+        lacking = (regression.target(batch) - targets[batch].flatten(0, 1)) * (layer.residual_scale or 1.0)
+        expected = (hidden - converted[batch]).flatten(0, 1) * (0 if layer.residual_scale is None else 1)
+        torch.testing.assert_close(lacking, expected, rtol=1e-4, atol=1e-4)
+        assert (lacking.abs().max() > 0.1) == (layer.residual_scale is not None)
+
+
+def regression_input(student: Any, batch: int, hidden: Tensor, name: str, layers: list[Any]) -> Tensor:
+    return student.observe(batch, hidden, layers, whole=False)[0][name].memory

@@ -164,6 +164,15 @@ def test_texts_start_as_the_tokenizer_starts_them(names: dict[str, int], first: 
     assert found.start("bos") == 1
 
 
+def test_every_other_window_of_a_mixture_starts_with_a_random_token() -> None:
+    """Those in between are the windows of the usual start, and the others those of the random one."""
+    found = {start: sampler(start=start).windows(0, 40, 3) for start in ("text", "random", "mixed")}
+    assert torch.equal(found["mixed"][0::2], found["text"][0::2])
+    assert torch.equal(found["mixed"][1::2], found["random"][1::2])
+    assert len(set(found["mixed"][0::2, 0].tolist())) == 1
+    assert len(set(found["mixed"][1::2, 0].tolist())) > 10
+
+
 def test_without_bos_and_eos_a_random_token_of_text_starts() -> None:
     for found in (sampler(config={"pad_token_id": 0}), sampler(start="random")):
         starts = found.windows(0, 40, 2)[:, 0].tolist()
