@@ -138,7 +138,7 @@ def distill(
     groups = [{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(groups, betas=settings.betas)
+    optimizer = torch.optim.Adam(groups, betas=settings.betas, fused=True)
     # Of some processes the last batch may be missing: they take part in the last step all the same.
     each = max(processes.all_gather(len(fit)))
     steps = settings.passes * each

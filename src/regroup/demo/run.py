@@ -92,7 +92,7 @@ class Demonstration:
         folder = self.output / f"{method.replace(' + ', '-')}-{heads}"
         shutil.rmtree(folder, ignore_errors=True)
         on_text = method.endswith("text")
-        text = CalibrationText(self.texts.calibration, tokens=CALIBRATION_TOKENS, window=WINDOW, batch=8)
+        text = CalibrationText(self.texts.calibration, tokens=CALIBRATION_TOKENS, window=WINDOW)
         convert(
             PARENT,
             folder,
