@@ -108,25 +108,6 @@ def test_less_data_than_a_step_is_refused(shop: Path, tmp_path: Path) -> None:
     assert record["results"]["steps"] == 1
 
 
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_a_local_stage_takes_neither_all_steps_nor_more_than_there_are_data(
-    share: float, shop: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "short.txt").write_text("the cat sat on the mat; " * 100)
-    given = {
-        "data": (str(tmp_path / "short.txt"),),
-        "output": tmp_path / "run",
-        "teacher": str(shop / "parent"),
-        "stages": ("local", "logit"),
-        "local_share": share,
-        "steps": 400,
-    }
-    words = "leaves no step" if share == 1 else "data ended within the local stage"
-    with pytest.raises(RegroupError, match=words):
-        uptrain(runs.recipe(shop, **given))
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_training_that_changes_nothing_is_refused(shop: Path, tmp_path: Path) -> None:
     """A rate so small that no float32 notices."""
     given = {

@@ -20,7 +20,6 @@ from ..errors import RegroupError
 RUN_FILE = "run.json"
 STATE_FILE = "uptrain_state.json"
 MODEL_FOLDER = "model"
-LOCAL_FOLDER = "local"
 # Hidden, so that neither we nor transformers takes them for states.
 _STAGING = ".saving"
 _REMOVED = ".removed-"
