@@ -128,6 +128,16 @@ def test_a_training_that_changes_nothing_is_refused(shop: Path, tmp_path: Path) 
     assert any(not torch.equal(after[name], value) for name, value in before.items())
 
 
+def test_a_run_that_is_forgotten_leaves_only_what_is_not_its_own(tmp_path: Path) -> None:
+    for output, kept in ((tmp_path / "one", []), (tmp_path / "two", ["notes.txt"])):
+        for name in ("own/00000000.npy", "logs/events", "run.json", *kept):
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            (output / name).write_text("{}")
+        states.forget(output)
+        assert output.exists() == bool(kept)
+        assert [path.name for path in output.glob("*")] == kept
+
+
 def test_a_finished_run_says_that_nothing_was_done(shop: Path, tmp_path: Path) -> None:
     given = ("--data", shop / "train.txt", "-o", tmp_path / "run", "--steps", 1, "--window", 32, "--device", "cpu")
     assert "wrote" in run("uptrain", shop / "child", *given)[2]

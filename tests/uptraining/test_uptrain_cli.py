@@ -43,7 +43,6 @@ def test_a_run_and_its_end(shop: Path, tmp_path: Path) -> None:
         (("--alpha", 0.05), ("--pretraining-tokens",)),
         (("--steps", 2, "--tokens", "1k"), ("remedy:",)),
         (("--steps", 2, "--hidden-weight", 1), ("without a teacher", "--teacher")),
-        (("--steps", 2, "--stages", "local"), ("No such option", "--stages")),
         (("--steps", 2, "--optimizer", "sgd"), ("optimizer", "adamw")),
         (("--steps", 2, "--top-k", 4), ("without a teacher",)),
         (("--steps", 2, "--fsdp"), ("nothing to shard over", "torchrun")),

@@ -19,7 +19,7 @@ OPTIMIZERS = ("muon", "adamw", "adafactor")
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Of earlier states: what to do instead.
-_REMOVED = dict.fromkeys(
+_REMOVED: dict[str, str] = dict.fromkeys(
     ("stages", "local_share"),
     "leave it out; layers are distilled one by one in conversion: regroup convert with --calibration TEXT",
 )
