@@ -17,7 +17,7 @@ from regroup.exports.request import TARGETS
 from regroup.merge.registry import METHODS
 from regroup.plans import ASKED_METHODS, REPAIRS, LayerPlan
 from regroup.uptraining.schedule import SCHEDULES
-from regroup.uptraining.settings import OBJECTIVES, OPTIMIZERS, STAGES
+from regroup.uptraining.settings import OBJECTIVES, OPTIMIZERS
 
 # What a verb needs beside the option, by the verb; {p} is a checkpoint, {t} text, {o} a place for output.
 NEEDS = {
@@ -45,7 +45,6 @@ OPTIONS = [
     ("uptrain", "--objective", ("auto", *OBJECTIVES)),
     ("uptrain", "--optimizer", ("auto", *OPTIMIZERS)),
     ("uptrain", "--schedule", ("auto", *SCHEDULES)),
-    ("uptrain", "--stages", STAGES),
     ("uptrain", "--dtype", tuple(BENCH_DTYPES)),
 ]
 IDS = [f"{verb} {option}" for verb, option, _ in OPTIONS]

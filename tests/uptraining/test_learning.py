@@ -108,25 +108,6 @@ def test_less_data_than_a_step_is_refused(shop: Path, tmp_path: Path) -> None:
     assert record["results"]["steps"] == 1
 
 
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_a_local_stage_takes_neither_all_steps_nor_more_than_there_are_data(
-    share: float, shop: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "short.txt").write_text("the cat sat on the mat; " * 100)
-    given = {
-        "data": (str(tmp_path / "short.txt"),),
-        "output": tmp_path / "run",
-        "teacher": str(shop / "parent"),
-        "stages": ("local", "logit"),
-        "local_share": share,
-        "steps": 400,
-    }
-    words = "leaves no step" if share == 1 else "data ended within the local stage"
-    with pytest.raises(RegroupError, match=words):
-        uptrain(runs.recipe(shop, **given))
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_training_that_changes_nothing_is_refused(shop: Path, tmp_path: Path) -> None:
     """A rate so small that no float32 notices."""
     given = {
@@ -145,6 +126,16 @@ def test_a_training_that_changes_nothing_is_refused(shop: Path, tmp_path: Path) 
     assert done.model is not None
     before, after = tensors(shop / "child"), tensors(done.model)
     assert any(not torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_run_that_is_forgotten_leaves_only_what_is_not_its_own(tmp_path: Path) -> None:
+    for output, kept in ((tmp_path / "one", []), (tmp_path / "two", ["notes.txt"])):
+        for name in ("own/00000000.npy", "logs/events", "run.json", *kept):
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            (output / name).write_text("{}")
+        states.forget(output)
+        assert output.exists() == bool(kept)
+        assert [path.name for path in output.glob("*")] == kept
 
 
 def test_a_finished_run_says_that_nothing_was_done(shop: Path, tmp_path: Path) -> None:

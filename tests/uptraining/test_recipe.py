@@ -27,7 +27,7 @@ def test_a_file_gives_what_flags_give(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(
         "model: child\noutput: out\ndata: [a.txt, b.jsonl]\npretraining-tokens: 2T\nalpha: 0.05\n"
-        "learning-rate: 1e-4\nstages: [local, logit]\nteacher: parent\nbetas: [0.9, 0.99]\nfsdp: true\n"
+        "learning-rate: 1e-4\nreport-to: [wandb, tensorboard]\nteacher: parent\nbetas: [0.9, 0.99]\nfsdp: true\n"
         "teacher_cache: cache\nwindow: 1024\n"
     )
     flags = Recipe.load(
@@ -37,7 +37,7 @@ def test_a_file_gives_what_flags_give(tmp_path: Path) -> None:
         pretraining_tokens="2T",
         alpha=0.05,
         learning_rate=1e-4,
-        stages=("local", "logit"),
+        report_to=("wandb", "tensorboard"),
         teacher="parent",
         betas=(0.9, 0.99),
         fsdp=True,
@@ -108,7 +108,6 @@ def test_one_source_needs_no_list(tmp_path: Path) -> None:
         ("seed", 2**32, "at most 4294967295"),
         ("batch_size", -1, "at least 0"),
         ("batch_size", 2**63, "at most 9223372036854775807"),
-        ("stages", ["logits"], "local, logit"),
         ("objective", "mlm", "span-corruption"),
         ("optimizer", "sgd", "adafactor"),
         ("schedule", "linear", "inverse-sqrt"),
@@ -148,6 +147,18 @@ def test_files_that_are_refused(text: str, words: str, tmp_path: Path) -> None:
         Recipe.load(path)
 
 
+@pytest.mark.parametrize("key", ["stages", "local-share"])
+def test_settings_of_earlier_states_are_told_what_replaces_them(key: str, tmp_path: Path) -> None:
+    with pytest.raises(RegroupError, match=r"not known[\s\S]*remedy: .*regroup convert with --calibration") as refusal:
+        Recipe.load(written(tmp_path, **{key: "local"}))
+    assert "recipe.yaml" in str(refusal.value)
+    assert refusal.value.details["got"] == key.replace("-", "_")
+    # The control: of another name nothing is said but what comes close to it.
+    with pytest.raises(RegroupError, match="not known") as refusal:
+        Recipe.load(written(tmp_path, stage="local"))
+    assert "remedy" not in str(refusal.value)
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(RegroupError, match="cannot be read"):
         Recipe.load(tmp_path / "none.yaml")
@@ -175,7 +186,6 @@ def test_a_decoder_is_uptrained_with_adamw_and_a_cosine() -> None:
     recipe, chosen = resolved(Recipe("child", Path("out"), ("a.txt",)), "llama", False)
     assert (recipe.objective, recipe.optimizer, recipe.schedule) == ("causal", "adamw", "cosine")
     assert (recipe.learning_rate, recipe.weight_decay) == (3e-4, 0.1)
-    assert recipe.stages == ()
     assert [line.split(":")[0] for line in chosen] == [
         *("objective", "optimizer", "batch-size", "schedule", "learning-rate", "weight-decay"),
     ]
@@ -211,16 +221,13 @@ def test_what_was_asked_for_stays() -> None:
         learning_rate=0.5,
         weight_decay=0.3,
         teacher="parent",
-        stages=("logit", "local"),
         hidden_weight=0.5,
         batch_size=3,
         windows="packed",
     )
     recipe, chosen = resolved(asked, "llama", False)
-    assert replace(recipe, objective="auto", stages=asked.stages) == asked
-    assert recipe.stages == ("local", "logit")
-    assert len(chosen) == 2
-    assert resolved(replace(asked, stages=()), "llama", False)[0].stages == ("logit",)
+    assert replace(recipe, objective="auto") == asked
+    assert len(chosen) == 1
 
 
 def test_hidden_states_are_matched_where_the_teacher_runs() -> None:
@@ -244,7 +251,6 @@ def test_hidden_states_are_matched_where_the_teacher_runs() -> None:
         ({"objective": "pairs"}, "llama", False, "another kind"),
         ({"objective": "span-corruption"}, "llama", False, "another kind"),
         ({"schedule": "inverse-sqrt"}, "llama", False, "--original-steps"),
-        ({"stages": ("local",)}, "llama", False, "without a teacher"),
         ({"top_k": 4}, "llama", False, "top-k"),
         ({"teacher_cache": Path("c")}, "llama", False, "teacher-cache"),
     ],

@@ -25,11 +25,10 @@ def test_a_dry_run_prints_the_arithmetic_and_writes_nothing(shop: Path, tmp_path
 def test_a_run_and_its_end(shop: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"report-to: []\nlearning-rate: 1e-3\nsteps: 9\ndata: ['{shop / 'no-such-file'}']\n")
-    more = ("--recipe", recipe, "--steps", 10, "--teacher", shop / "parent", "--stages", "local,logit")
+    more = ("--recipe", recipe, "--steps", 10, "--teacher", shop / "parent")
     given = options(shop, tmp_path / "run", *more, "--held-out", shop / "held-out.txt")
     status, _, message = run("uptrain", *given)
     assert status == 0, message
-    assert "attention output missed by" in message
     assert "held-out" in message
     assert "record.json and curve.png" in message
     assert "finished already" in run("uptrain", *given)[2]
@@ -43,8 +42,7 @@ def test_a_run_and_its_end(shop: Path, tmp_path: Path) -> None:
         ((), ("--alpha", "--tokens", "--steps")),
         (("--alpha", 0.05), ("--pretraining-tokens",)),
         (("--steps", 2, "--tokens", "1k"), ("remedy:",)),
-        (("--steps", 2, "--stages", "local"), ("without a teacher", "--teacher")),
-        (("--steps", 2, "--stages", "local,logit", "--teacher", "PARENT"), ("needs two batches", "local_share")),
+        (("--steps", 2, "--hidden-weight", 1), ("without a teacher", "--teacher")),
         (("--steps", 2, "--optimizer", "sgd"), ("optimizer", "adamw")),
         (("--steps", 2, "--top-k", 4), ("without a teacher",)),
         (("--steps", 2, "--fsdp"), ("nothing to shard over", "torchrun")),
@@ -53,8 +51,7 @@ def test_a_run_and_its_end(shop: Path, tmp_path: Path) -> None:
     ],
 )
 def test_impossible_requests(more: tuple[object, ...], words: tuple[str, ...], shop: Path, tmp_path: Path) -> None:
-    given = [shop / "parent" if option == "PARENT" else option for option in more]
-    message = refused("uptrain", *options(shop, tmp_path / "run", *given))
+    message = refused("uptrain", *options(shop, tmp_path / "run", *more))
     assert [word for word in words if word not in message] == []
     assert everything(tmp_path) == []
 

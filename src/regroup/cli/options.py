@@ -201,8 +201,6 @@ def resumable(output: Path, converted: Path | None = None) -> Iterator[None]:
             kept, file = "the result was already complete", output / states.MODEL_FOLDER
         elif saved:
             kept, file = f"the state after step {saved[-1][0]} is kept", saved[-1][1]
-        elif (output / states.LOCAL_FOLDER / "config.json").is_file():
-            kept, file = "the result of the local stage is kept", output / states.LOCAL_FOLDER
         elif converted is not None and converted.exists():
             kept, file = "the conversion is complete and kept; the uptraining saved no state", converted
         else:

@@ -46,10 +46,6 @@ def uptrain(
     teacher: Annotated[
         str | None, typer.Option(help="Teacher for distillation, usually the original model: a folder or a hub id.")
     ] = None,
-    stages: Annotated[
-        str | None,
-        typer.Option(help="Stages of distillation: logit, local (layer by layer), or local,logit for both in turn."),
-    ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Temperature of both softmaxes in the KL divergence.")
     ] = None,
@@ -147,7 +143,6 @@ def uptrain(
         from ..uptraining.listener import ConsoleListener
         from ..uptraining.recipe import Recipe
 
-        given["stages"] = tuple(stages.split(",")) if stages else None
         loaded = Recipe.load(recipe, **given)
         with resumable(loaded.output):
             done = run(loaded, listener=ConsoleListener(), dry_run=dry_run)

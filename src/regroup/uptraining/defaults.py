@@ -132,7 +132,7 @@ def resolved(
         choose("weight_decay", WEIGHT_DECAY if decays else 0.0, "of matrices" if decays else "none")
     if tuning and recipe.dropout is None:
         choose("dropout", 0.1, "fine-tuning in Ainslie et al. 2023")
-    return _staged(recipe, chosen)
+    return _distilled(recipe, chosen)
 
 
 def _check_muon(recipe: Recipe) -> None:
@@ -151,10 +151,9 @@ def _check_muon(recipe: Recipe) -> None:
         )
 
 
-def _staged(recipe: Recipe, chosen: list[str]) -> tuple[Recipe, list[str]]:
+def _distilled(recipe: Recipe, chosen: list[str]) -> tuple[Recipe, list[str]]:
     if recipe.teacher is None:
         named = [name for name in ("hidden_weight", "top_k", "teacher_cache") if getattr(recipe, name) is not None]
-        named += ["stages"] if recipe.stages else []
         if named:
             raise RegroupError(
                 "distillation is asked for without a teacher",
@@ -163,10 +162,6 @@ def _staged(recipe: Recipe, chosen: list[str]) -> tuple[Recipe, list[str]]:
                 remedy="pass --teacher ORIGINAL",
             )
         return recipe, chosen
-    # The local stage prepares the other one, in whichever order they are named.
-    stages = tuple(stage for stage in ("local", "logit") if stage in recipe.stages) or ("logit",)
-    if stages != recipe.stages:
-        chosen.append(f"stages: {', '.join(stages)} (with a teacher)")
     weight = recipe.hidden_weight
     if recipe.teacher_cache is not None:
         if weight:
@@ -180,7 +175,7 @@ def _staged(recipe: Recipe, chosen: list[str]) -> tuple[Recipe, list[str]]:
     elif weight is None:
         weight = HIDDEN_WEIGHT
         chosen.append(f"hidden-weight: {weight:g} (hidden states are matched as well as logits)")
-    return replace(recipe, stages=stages, hidden_weight=weight), chosen
+    return replace(recipe, hidden_weight=weight), chosen
 
 
 def _shown(value: object) -> str:

@@ -45,8 +45,6 @@ class Job:
         held_out: batches to evaluate on; none for no evaluation.
         budget: of the whole run.
         lines: for a person: what the run does, and why.
-        local_steps: of the budget, for the local stage.
-        local_done: whether an earlier start did that stage.
         state_folder, state: to continue from, or None.
     """
 
@@ -62,24 +60,12 @@ class Job:
     held_out: list[Batch]
     budget: Budget
     lines: list[str]
-    local_steps: int
-    local_done: bool
     state_folder: Path | None
     state: dict[str, Any] | None
 
     @property
     def checkpoint(self) -> Checkpoint:
         return self.source.checkpoint
-
-    @property
-    def steps(self) -> int:
-        """Of the stage that trains the whole model."""
-        return self.budget.steps - self.local_steps
-
-    @property
-    def first_example(self) -> int:
-        """Examples of the stream that were used before the first of these steps."""
-        return self.local_steps * self.recipe.batch_size
 
     @property
     def step(self) -> int | None:
@@ -89,7 +75,7 @@ class Job:
     @cached_property
     def arguments(self) -> TrainingArguments:
         """Of the Trainer."""
-        arguments = training_arguments(self.recipe, self.steps)
+        arguments = training_arguments(self.recipe, self.budget.steps)
         arguments.eval_on_start = bool(self.held_out) and self.state is None
         # Looking for parameters that a step did not use costs time, and only dropped layers leave any.
         dropped = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")

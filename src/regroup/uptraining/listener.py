@@ -109,9 +109,7 @@ class Progress(TrainerCallback):
         self._listener.saved(state.global_step)
 
 
-def curve(
-    path: Path, history: Sequence[Mapping[str, float]], tokens_per_step: int, title: str, *, steps_before: int = 0
-) -> None:
+def curve(path: Path, history: Sequence[Mapping[str, float]], tokens_per_step: int, title: str) -> None:
     """A figure of the losses against tokens.
 
     Args:
@@ -119,7 +117,6 @@ def curve(
         history: entries of the Trainer's log.
         tokens_per_step: see ``Budget``.
         title: of the figure.
-        steps_before: of the local stage, which the Trainer does not count.
     """
     from matplotlib.figure import Figure
 
@@ -127,7 +124,7 @@ def curve(
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
 
     def line(key: str) -> list[tuple[float, float]]:
-        return [((entry["step"] + steps_before) * tokens_per_step, entry[key]) for entry in history if key in entry]
+        return [(entry["step"] * tokens_per_step, entry[key]) for entry in history if key in entry]
 
     drawn = (
         ("cross_entropy", "cross-entropy", "C0", ""),

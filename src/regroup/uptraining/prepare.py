@@ -71,11 +71,9 @@ def prepare(recipe: Recipe, *, dry_run: bool = False) -> Job:
     found = state_of(recipe, digest, run)
     state_folder, state = found if found is not None else (None, None)
 
-    local = recipe.output / states.LOCAL_FOLDER
-    begun = local if (local / "config.json").is_file() else folder
-    if state_folder is not None and state is not None:
-        # The Trainer reads a sharded state itself, once the model is sharded.
-        begun = folder if state["sharded"] else state_folder
+    begun = folder
+    if state_folder is not None and state is not None and not state["sharded"]:
+        begun = state_folder  # a sharded state is read by the Trainer itself, once the model is sharded
     options: dict[str, Any] = {**dropouts(recipe, config)}
     require_head(folder)
     student: Any = load(begun, dtype=torch.float32, progress=False, **options)
@@ -109,11 +107,8 @@ def prepare(recipe: Recipe, *, dry_run: bool = False) -> Job:
             choices.append(f"micro-batch: {rows} (activations of more take too much memory)")
     held_out = list(_held_out_batches(recipe, tokenizer, objective, vocab_size, teacher_folder, dry_run=dry_run))
     budget = _budget(recipe, source, student, teacher_folder)
-    local_steps = _local_steps(recipe, budget.steps)
     if state is not None:
         stream.load_state_dict(state["stream"])
-    elif begun == local:
-        _skip(stream, recipe, local_steps)
     check_room(recipe, source.checkpoint, student)
 
     teacher = None
@@ -126,7 +121,7 @@ def prepare(recipe: Recipe, *, dry_run: bool = False) -> Job:
     lines = [*budget.explain(), *choices, *facts, *_stream_lines(stream, recipe, budget)]
     lines.append(f"result: {recipe.output / states.MODEL_FOLDER}")
     if state is not None:
-        lines.append(f"resuming from step {state['step']} of {budget.steps - local_steps}: {state_folder}")
+        lines.append(f"resuming from step {state['step']} of {budget.steps}: {state_folder}")
     job = Job(
         recipe=recipe,
         digest=digest,
@@ -140,8 +135,6 @@ def prepare(recipe: Recipe, *, dry_run: bool = False) -> Job:
         held_out=held_out,
         budget=budget,
         lines=lines,
-        local_steps=local_steps,
-        local_done=state is not None or begun == local,
         state_folder=state_folder,
         state=state,
     )
@@ -254,38 +247,6 @@ def _lookups(student: Any, tied: bool) -> int:
     head = student.get_output_embeddings()
     weight = student.get_input_embeddings().weight
     return 0 if tied or (head is not None and head.weight is weight) else weight.numel()
-
-
-def _local_steps(recipe: Recipe, steps: int) -> int:
-    """How many of the steps the local stage takes.
-
-    Raises:
-        RegroupError: too few to judge on one of them.
-    """
-    if "local" not in recipe.stages:
-        return 0
-    share = round(steps * recipe.local_share) if "logit" in recipe.stages else steps
-    if "logit" in recipe.stages and share >= steps:
-        raise RegroupError(
-            "the local stage leaves no step to the stage after it",
-            got=f"{share} of {steps} steps",
-            remedy="set a smaller local_share in the recipe, or ask for --stages local alone",
-        )
-    if share < 2:
-        raise RegroupError(
-            "the local stage needs two batches at least, one to judge on",
-            got=f"{share} of {steps} steps",
-            remedy="give the run more tokens, or a larger local_share in the recipe",
-        )
-    return share
-
-
-def _skip(stream: Any, recipe: Recipe, steps: int) -> None:
-    """Move a stream past the examples of the local stage."""
-    batches = stream.batches(recipe.batch_size)
-    for _ in range(steps):
-        next(batches, None)
-    batches.close()
 
 
 def _stream_lines(stream: Any, recipe: Recipe, budget: Budget) -> list[str]:

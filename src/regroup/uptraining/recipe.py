@@ -35,9 +35,6 @@ class Recipe:
         alpha, pretraining_tokens, tokens, steps: how long (see ``regroup.uptraining.budget.plan_budget``).
         objective: ``"causal"``, ``"span-corruption"``, ``"pairs"``, or ``"auto"`` for what the family was trained with.
         teacher: the original model: a folder or hub id; None trains on cross-entropy alone.
-        stages: ``"local"`` (layer by layer against the teacher) and ``"logit"`` (whole model), in this order; empty
-            stands for ``("logit",)`` with a teacher. Without a teacher it stays empty.
-        local_share: share of the steps that the local stage takes where both are asked for.
         temperature: of both softmaxes in the KL.
         distill_weight: 1 trains on KL alone, 0 on cross-entropy alone.
         hidden_weight: of the distance from the teacher's hidden states (``distill.hidden_distance``), added to the KL;
@@ -93,8 +90,6 @@ class Recipe:
     steps: int | None = None
     objective: str = "auto"
     teacher: str | None = None
-    stages: tuple[str, ...] = ()
-    local_share: float = 0.2
     temperature: float = 1.0
     distill_weight: float = 1.0
     hidden_weight: float | None = None

@@ -96,10 +96,6 @@ def uptrain(recipe: Recipe, *, listener: Listener | None = None, dry_run: bool =
                     lock.enter_context(states.begun(job.recipe.output, run))
                 states.clean(job.recipe.output)
         try:
-            if job.local_steps and not job.local_done:
-                from .local import local_stage
-
-                local_stage(job, listener)
             trainer = _trained(job, listener)
         except NothingLearnedError:
             if rank() == 0:
@@ -126,7 +122,7 @@ def _trained(job: Job, listener: Listener) -> UptrainTrainer:
         trainer.seconds_before = state["seconds"]
     trainer.add_callback(Progress(trainer, listener, job.budget.tokens_per_step))
     first = job.step or 0
-    if state is not None and (first >= job.steps or state["data_ended"]):
+    if state is not None and (first >= job.budget.steps or state["data_ended"]):
         # Broken off between the last state and the finished model.
         from transformers import TrainerState
 
@@ -136,12 +132,8 @@ def _trained(job: Job, listener: Listener) -> UptrainTrainer:
         return trainer
     trainer.begin()
     before = [] if trainer.is_fsdp_enabled else sample(job.student)
-    if job.steps == 0:  # the local stage was all
-        if job.held_out:
-            trainer.evaluate()
-        return trainer
     try:
-        with listener.training(job.steps, first):
+        with listener.training(job.budget.steps, first):
             trainer.train(resume_from_checkpoint=None if job.state_folder is None else str(job.state_folder))
     except torch.OutOfMemoryError as error:
         raise RegroupError(
@@ -153,7 +145,7 @@ def _trained(job: Job, listener: Listener) -> UptrainTrainer:
         raise NothingLearnedError(
             "the data ended before the first step",
             file=", ".join(job.recipe.data),
-            expected=f"{job.recipe.batch_size} examples in addition to those of the local stage",
+            expected=f"{job.recipe.batch_size} examples",
             remedy="give more data, or more epochs in the recipe",
         )
     if first == 0 and not trainer.learned:
@@ -161,7 +153,7 @@ def _trained(job: Job, listener: Listener) -> UptrainTrainer:
     if first == 0 and not trainer.is_fsdp_enabled:
         check_changed(before, job.student, trainer.state.global_step)
     if trainer.data_ended:
-        listener.notice(f"the data ended after step {trainer.state.global_step} of {job.steps}: raise epochs")
+        listener.notice(f"the data ended after step {trainer.state.global_step} of {job.budget.steps}: raise epochs")
     return trainer
 
 
@@ -174,13 +166,7 @@ def _finish(job: Job, trainer: UptrainTrainer) -> Result:
         if rank() == 0:
             write_record(output / "record.json", value)
             title = f"{Path(recipe.model).name}: {trainer.state.global_step:,} steps"
-            curve(
-                output / "curve.png",
-                trainer.state.log_history,
-                job.budget.tokens_per_step,
-                title,
-                steps_before=job.local_steps,
-            )
+            curve(output / "curve.png", trainer.state.log_history, job.budget.tokens_per_step, title)
             write_model(
                 job.checkpoint,
                 job.student if state is None else trainer.accelerator.unwrap_model(trainer.model),
@@ -194,7 +180,7 @@ def _finish(job: Job, trainer: UptrainTrainer) -> Result:
 
 def _record(job: Job, trainer: UptrainTrainer) -> dict[str, Any]:
     budget, history = job.budget, trainer.state.log_history
-    steps = trainer.state.global_step + job.local_steps
+    steps = trainer.state.global_step
     tokens = steps * budget.tokens_per_step
     teacher = job.teacher
     computed = 1.0

@@ -11,11 +11,11 @@ import torch
 
 from ..errors import RegroupError
 from ..generation import open_sampler
+from . import states
 from .budget import parse_count
 from .own_text import SELF, OwnText, is_own
 from .recipe import Recipe
 
-OWN_FOLDER = "own"
 _HELD_OUT_STREAM, _STREAM = "evaluation", "uptraining"
 
 
@@ -83,7 +83,7 @@ def own_text(recipe: Recipe, teacher: Path | None) -> OwnText | None:
     def sample(first: int, count: int) -> np.ndarray:
         return _sampled(recipe, teacher, _STREAM, first, count).numpy()
 
-    return OwnText(sample, recipe.window, recipe.seed, recipe.output / OWN_FOLDER)
+    return OwnText(sample, recipe.window, recipe.seed, recipe.output / states.OWN_FOLDER)
 
 
 def held_out_examples(recipe: Recipe, teacher: Path) -> list[dict[str, Any]]:

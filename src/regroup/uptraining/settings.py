@@ -15,13 +15,16 @@ from .budget import parse_count
 from .schedule import SCHEDULES
 
 OBJECTIVES = ("causal", "span-corruption", "pairs")
-STAGES = ("local", "logit")
 OPTIMIZERS = ("muon", "adamw", "adafactor")
 DTYPES = ("float32", "bfloat16", "float16")
 
+# Of earlier states: what to do instead.
+_REMOVED: dict[str, str] = dict.fromkeys(
+    ("stages", "local_share"),
+    "leave it out; layers are distilled one by one in conversion: regroup convert with --calibration TEXT",
+)
 _CHOICES = {
     "objective": ("auto", *OBJECTIVES),
-    "stages": STAGES,
     "optimizer": ("auto", *OPTIMIZERS),
     "schedule": ("auto", *SCHEDULES),
     "dtype": DTYPES,
@@ -36,7 +39,6 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "tokens": (1, None),
     "unique_tokens": (1, None),
     "steps": (1, None),
-    "local_share": (0, 1),
     "temperature": (0, None),
     "distill_weight": (0, 1),
     "hidden_weight": (0, None),
@@ -95,6 +97,7 @@ def unknown_setting(key: str, known: list[str], path: Path | None) -> RegroupErr
         file=path,
         expected=" or ".join(close) if close else "one of " + ", ".join(known),
         got=key,
+        remedy=_REMOVED.get(key),
     )
 
 
@@ -122,7 +125,7 @@ def checked(key: str, value: Any, hint: Any, path: Path | None) -> Any:
     parts = result if isinstance(result, tuple) else (result,)
     if any(type(part) is int and part > _LARGEST for part in parts):
         raise refuse(f"at most {_LARGEST}")
-    if key in _CHOICES and not set(parts) <= set(_CHOICES[key]):
+    if key in _CHOICES and result not in _CHOICES[key]:
         raise refuse("one of " + ", ".join(_CHOICES[key]))
     if key in _RANGES:
         low, high = _RANGES[key]

@@ -20,7 +20,7 @@ from ..errors import RegroupError
 RUN_FILE = "run.json"
 STATE_FILE = "uptrain_state.json"
 MODEL_FOLDER = "model"
-LOCAL_FOLDER = "local"
+OWN_FOLDER = "own"
 # Hidden, so that neither we nor transformers takes them for states.
 _STAGING = ".saving"
 _REMOVED = ".removed-"
@@ -137,9 +137,10 @@ def forget(output: Path) -> None:
     clean(output)
     for _, folder in complete(output):
         remove(folder)
-    shutil.rmtree(output / "logs", ignore_errors=True)
+    for name in ("logs", OWN_FOLDER):
+        shutil.rmtree(output / name, ignore_errors=True)
     (output / RUN_FILE).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # something else lies there, such as what the local stage learned
+    with contextlib.suppress(OSError):  # something that is not the run's lies there
         output.rmdir()
 
 

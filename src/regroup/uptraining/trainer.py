@@ -300,7 +300,7 @@ class UptrainTrainer(Trainer):
         states.rotate(output, self.job.recipe.keep, spared)
 
     def _own_state(self, step: int) -> dict[str, Any]:
-        examples = self.job.first_example + step * self.job.recipe.batch_size
+        examples = step * self.job.recipe.batch_size
         return {
             "format": 1,
             "digest": self.job.digest,
