@@ -168,8 +168,8 @@ def dropouts(recipe: Recipe, config: dict[str, Any]) -> dict[str, float]:
 def check_room(recipe: Recipe, checkpoint: Checkpoint, student: Any) -> None:
     """Refuse a disk that cannot hold the states and the result."""
     parameters = sum(p.numel() for p in student.parameters())
-    # Weights in float32; AdamW's two moments with them.
-    state = parameters * (12 if recipe.optimizer == "adamw" else 5)
+    # Weights in float32, with them AdamW's two moments; Muon has one of matrices alone, Adafactor sums of rows.
+    state = parameters * (5 if recipe.optimizer == "adafactor" else 12)
     needed = state * (recipe.keep + 1) + checkpoint.nbytes
     there = sum(allocated(folder) for _, folder in states.complete(recipe.output))
     place = recipe.output if recipe.output.is_dir() else existing_parent(recipe.output)
