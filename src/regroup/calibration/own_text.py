@@ -20,7 +20,7 @@ from ..files import parse_json
 from ..generation import Sampler, open_sampler
 from ..generation.degenerate import refuse_degenerate
 from ..modeling import load_tokenizer
-from ..modeling.lm_head import require_head
+from ..modeling.lm_head import require_head_of
 from ..plans import CalibrationText
 
 # Tokens of a target at most.
@@ -47,7 +47,7 @@ class OwnText:
         return sum(map(len, self.windows)) + sum(len(target) for _, target in self.pairs)
 
 
-def obstacle(folder: Path, config: dict[str, Any]) -> str | None:
+def obstacle(config: dict[str, Any]) -> str | None:
     """Why a model cannot be calibrated on text of its own, or None, from its config alone."""
     family = family_for(config)
     if family is not None and family.speech:
@@ -55,7 +55,7 @@ def obstacle(folder: Path, config: dict[str, Any]) -> str | None:
     if slow_output(config, family):
         return "calibration solves output projections, and transformers leaves out their biases here (slow_but_exact)"
     try:
-        require_head(folder)
+        require_head_of(config, "config.json")
     except RegroupError as error:
         return error.what
     return None

@@ -104,9 +104,10 @@ def convert(
     with open_source(
         str(source), revision=revision, allow_pickle=allow_pickle, scratch=target.absolute().parent
     ) as opened:
-        plan, text = asked_plan(opened.layout, usual, processes)
-        if text is not None and text.own:
-            plan, text = unless_impossible(opened, plan, text, listener, asked_for=usual is asked)
+        config, layout, asked_for = opened.checkpoint.config, opened.layout, usual is asked
+        plan, text = unless_impossible(
+            config, layout, *asked_plan(layout, usual, processes), listener, asked_for=asked_for
+        )
         prepared = prepare(opened.checkpoint, opened.layout, plan)
         # What can be wrong with the destination or the text is said before weights are looked at.
         check_destination(target, opened.folder, prepared.nbytes + prepared.solved_bytes)

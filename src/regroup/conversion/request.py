@@ -42,8 +42,8 @@ class Asked(TypedDict, total=False):
         plan: a Plan or the path of one, in the place of all these. Calibration text may be given with it: where the
             plan names text, as the place of that text.
         calibration: text to convert on, as a ``CalibrationText`` or as the command line says it (``"none"``,
-            ``"self"``, ``"self:TOKENS"``, a file, ``"self,FILE"``). ``convert`` has the model write its own by default
-            where the method is ``"auto"``; otherwise only the weights are used.
+            ``"self"``, ``"self:TOKENS"``, a file, ``"self,FILE"``). By default the model writes its own where the
+            method is ``"auto"``; otherwise only the weights are used.
         repair: with calibration ``"none"``, ``"output"`` (the default) or ``"distill"`` (see ``calibration.Settings``).
     """
 
@@ -83,8 +83,13 @@ def calibration_of(asked: Asked) -> CalibrationText | None:
 
 def usual_calibration(asked: Asked) -> Asked:
     """The same with text of the model's own where nothing is said of text, and no method that needs none is named."""
-    open_ = asked.get("calibration") is None and asked.get("plan") is None and asked.get("method") in (None, "auto")
-    return {**asked, "calibration": OWN_TEXT} if open_ else asked
+    unsaid = asked.get("calibration") is None
+    return {**asked, "calibration": OWN_TEXT} if unsaid and calibrated_by_default(asked) else asked
+
+
+def calibrated_by_default(asked: Asked) -> bool:
+    """Whether a conversion is calibrated where nothing is said of text."""
+    return asked.get("plan") is None and asked.get("method") in (None, "auto")
 
 
 def weights_alone(plan: Plan, layout: Layout) -> Plan:

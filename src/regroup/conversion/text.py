@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.writer import copy_file
 from ..errors import RegroupError
 from ..files import as_named, sha256_of
+from ..layout import Layout
 from ..listener import Listener
 from ..opening import Source
 from ..plans import OWN_TEXT_FILE, CalibrationText, Plan
@@ -97,28 +98,42 @@ def ready(
 
 
 def unless_impossible(
-    opened: Source, plan: Plan, text: CalibrationText, listener: Listener, *, asked_for: bool
+    config: dict[str, Any],
+    layout: Layout,
+    plan: Plan,
+    text: CalibrationText | None,
+    listener: Listener,
+    *,
+    asked_for: bool,
 ) -> tuple[Plan, CalibrationText | None]:
     """The plan and its text, or the weights alone where the model cannot write text and was not told to.
+
+    Args:
+        config, layout: of the original model.
+        plan, text: as ``request.asked_plan`` gives them.
+        listener: told why the weights alone are used.
+        asked_for: whether the text was asked for, and is no default.
 
     Raises:
         RegroupError: it cannot, and was told to.
     """
+    if text is None or not text.own:
+        return plan, text
     from ..calibration.own_text import obstacle
 
-    why = obstacle(opened.checkpoint.folder, opened.checkpoint.config)
+    why = obstacle(config)
     if why is None:
         return plan, text
     if asked_for:
         raise RegroupError(
             "the model cannot be calibrated on text that it writes itself",
-            file=opened.folder,
+            file="config.json",
             got=why,
             remedy="pass --calibration none, or leave self out",
         )
     # Other text would not do either.
     listener.notice(f"the weights alone are used: {why}. What that costs in quality is not measured")
-    return weights_alone(plan, opened.layout), None
+    return weights_alone(plan, layout), None
 
 
 def without_own_text(why: str, given: CalibrationText | None) -> str:
