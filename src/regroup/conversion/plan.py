@@ -137,8 +137,7 @@ def measured(
     """What each layer loses at each number of KV heads, alone, on the plan's text (see ``sensitivity.measure``)."""
     from ..calibration.sensitivity import measure
 
-    with listener.calibrating(opened.layout.layers[-1].index + 1) as count:
-        return _on_text(measure, opened, start, listener, device, processes, choices, progress=count)
+    return _on_text(measure, opened, start, listener, device, processes, choices, stage=listener.stage)
 
 
 def _on_text(
