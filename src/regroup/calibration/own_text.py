@@ -30,7 +30,7 @@ _ROUND = 32
 
 
 @dataclass(frozen=True)
-class OwnText:
+class SelfWrittenIds:
     """Token ids that the model wrote.
 
     Attributes:
@@ -112,9 +112,9 @@ def write_own_text(
         folder, seed=text.seed, stream="calibration", start=text.start or "text", device=device, check=not pairs
     )
     if pairs:
-        made = OwnText(pairs=_pairs(sampler, text.own_tokens, 8 * count, length, progress))
+        made = SelfWrittenIds(pairs=_pairs(sampler, text.own_tokens, 8 * count, length, progress))
     else:
-        made = OwnText(windows=sampler.windows(0, count, length, progress=progress).tolist())
+        made = SelfWrittenIds(windows=sampler.windows(0, count, length, progress=progress).tolist())
     decode = _decoder(folder)
     rows = [{"input_ids": row, **decode(text=row)} for row in made.windows]
     rows += [
@@ -125,7 +125,7 @@ def write_own_text(
     part.replace(path)
 
 
-def read_own_text(path: Path, *, pairs: bool) -> OwnText | None:
+def read_own_text(path: Path, *, pairs: bool) -> SelfWrittenIds | None:
     """What ``write_own_text`` kept; None where a file holds something else.
 
     Args:
@@ -135,7 +135,7 @@ def read_own_text(path: Path, *, pairs: bool) -> OwnText | None:
     Raises:
         RegroupError: the file begins as such a file and goes on otherwise, or is for the other kind of model.
     """
-    found = OwnText()
+    found = SelfWrittenIds()
     if not path.is_file():
         return None  # a pipe can be read only once
     try:

@@ -23,7 +23,7 @@ from ..families.reading import slow_output
 from ..files import as_named
 from ..modeling import load_tokenizer
 from ..plans import OWN_TEXT_FILE, CalibrationText
-from .own_text import OwnText, own_sizes, read_own_text, write_own_text
+from .own_text import SelfWrittenIds, own_sizes, read_own_text, write_own_text
 
 # The command line's name for ``CalibrationText.window``.
 _WINDOW = "--calibration-window"
@@ -163,7 +163,7 @@ def _own(
     return _as_inputs(kept, text, config)
 
 
-def _as_inputs(kept: OwnText, text: CalibrationText, config: dict[str, Any]) -> Batches | torch.Tensor:
+def _as_inputs(kept: SelfWrittenIds, text: CalibrationText, config: dict[str, Any]) -> Batches | torch.Tensor:
     largest = max(max(row) for row in (*kept.windows, *(side for pair in kept.pairs for side in pair)))
     if isinstance(config.get("vocab_size"), int):
         check_vocabulary(largest, config["vocab_size"], text.written or text.data)
