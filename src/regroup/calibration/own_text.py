@@ -23,8 +23,8 @@ from ..modeling import load_tokenizer
 from ..modeling.lm_head import require_head_of
 from ..plans import CalibrationText
 
-# Tokens of a target at most.
-_TARGET = 128
+# Tokens of a target: at most, and about how many for a number of pairs.
+_TARGET, MEAN_TARGET = 128, 16
 # Pairs that are sampled between looks at how many tokens there are: part of what is sampled, whatever a batch holds.
 _ROUND = 32
 
@@ -70,7 +70,7 @@ def own_sizes(text: CalibrationText, config: dict[str, Any]) -> tuple[int, int]:
     limit = longest_window(config)
     if is_encoder_decoder(config):
         length = min(_TARGET, limit or _TARGET)
-        return max(1, text.own_tokens // 16), length
+        return max(1, text.own_tokens // MEAN_TARGET), length
     length = min(text.window, limit or text.window)
     count = max(1, text.own_tokens // length)
     if text.data is None and count < 2 * text.batch:

@@ -15,8 +15,8 @@ from ..opening import Source, open_headers, open_source
 from ..plans import OWN_TEXT_FILE, Plan, allocate, layer_units, parse_budget, spelled_out, token_bytes
 from ..processes import SINGLE_PROCESS, ProcessGroup
 from ..solver.grouping import weight_losses
-from .request import Asked, asked_plan, check_asked, grouped, usual_calibration, weights_alone
-from .text import Pending, ready, unless_impossible, without_own_text
+from .request import Asked, check_asked, grouped, usual_calibration
+from .text import Pending, possible_plan, ready, without_own_text
 
 if TYPE_CHECKING:
     from ..calibration.sensitivity import Measured
@@ -57,13 +57,10 @@ def plan(
         RegroupError: as ``convert``; a budget that cannot be read or met.
     """
     listener = listener or Listener()
-    usual = usual_calibration(asked)
-    check_asked(usual, device, processes)
-    asked_for = usual is asked
+    check_asked(usual_calibration(asked), device, processes)
     if kv_budget is None:
         config, layout = open_headers(str(source), revision=revision, allow_pickle=allow_pickle)
-        given = asked_plan(layout, usual, processes)
-        made, text = unless_impossible(config, layout, *given, listener, asked_for=asked_for)
+        made, text = possible_plan(config, layout, asked, listener, processes)
         if text is None and asked.get("grouping") == "search":
             with open_source(str(source), revision=revision, allow_pickle=allow_pickle) as opened:
                 made = grouped(opened, made, listener)
@@ -71,16 +68,13 @@ def plan(
     if asked.get("kv_heads") is not None or asked.get("layers") is not None:
         raise RegroupError("a KV budget and numbers of KV heads were both given", remedy="give one of them")
     with open_source(str(source), revision=revision, allow_pickle=allow_pickle) as opened:
-        config, layout = opened.checkpoint.config, opened.layout
-        given = asked_plan(layout, {**usual, "kv_heads": None, "layers": {}, "tensor_parallel": None}, processes)
-        start, text = unless_impossible(config, layout, *given, listener, asked_for=asked_for)
+        layout = opened.layout
+        whole: Asked = {**asked, "kv_heads": None, "layers": {}, "tensor_parallel": None}
+        start, text = possible_plan(opened.checkpoint.config, layout, whole, listener, processes)
         try:
             made = _within(kv_budget, opened, start, asked.get("tensor_parallel"), listener, device, processes)
         except DegenerateTextError as error:
-            assert text is not None
-            rest = text.given
-            listener.notice(without_own_text(f"{error.what}: {error.details.get('got')}", rest))
-            start = weights_alone(start, layout) if rest is None else replace(start, calibration=rest)
+            start, _ = without_own_text(error, layout, start, text, listener)
             made = _within(kv_budget, opened, start, asked.get("tensor_parallel"), listener, device, processes)
     made = replace(made, kv_budget=kv_budget)
     made.check(layout)
@@ -159,8 +153,7 @@ def _on_text(
     batches = ready(opened, start.calibration, processes, listener, device)
     if isinstance(batches, Pending):
         with tempfile.TemporaryDirectory(prefix="regroup-") as folder:
-            batches = batches.batches(opened, Path(folder) / OWN_TEXT_FILE, listener, processes.device(device))
-        processes.shard(batches)  # refuses too many processes
+            batches = batches.batches(opened, Path(folder) / OWN_TEXT_FILE, listener, device, processes)
     place, given = device_named(processes.device(device)), (start, *arguments, batches, Settings.of(start))
     processes.call(run_alongside, opened.checkpoint.folder, device, work, *given)
     return work(opened.checkpoint, opened.layout, *given, device=place, processes=processes, **own)

@@ -16,7 +16,6 @@ from ..plans import (
     DEFAULT_REPAIR,
     NO_TEXT,
     OWN_TEXT,
-    OWN_TOKENS,
     REPAIRS,
     CalibrationText,
     Plan,
@@ -207,8 +206,7 @@ def _found_text(wanted: CalibrationText, given: CalibrationText | None, plan: ob
             remedy="leave --calibration out, or change the plan",
         )
     if given is not None:
-        count = 65_536 if not given.own else OWN_TOKENS if given.data is None else 2 * OWN_TOKENS
-        usual = CalibrationText(given.data, own=given.own, tokens=count)
+        usual = CalibrationText.parse(given.name) if given.own else CalibrationText(given.data)
         for name in ("tokens", "window", "batch", "document_starts", "seed"):
             if getattr(given, name) not in (getattr(wanted, name), getattr(usual, name)):
                 raise RegroupError(
