@@ -151,7 +151,7 @@ def show_plan(plan: Plan, layout: Layout) -> None:
         else:
             err.print(
                 f"KV budget {plan.kv_budget}: expect a KL divergence from the original model of "
-                f"{plan.predicted_kl:.3f} nats per token when converting with --calibration on such text"
+                f"{plan.predicted_kl:.3f} nats per token after a conversion by this plan"
             )
     if plan.tensor_parallel > 1:
         for count, number in Counter(layer.num_key_value_heads for layer in plan.layers).items():
@@ -165,13 +165,14 @@ def show_plan(plan: Plan, layout: Layout) -> None:
 
 
 def _order(plan: Plan, want: LayerPlan, layer: AttentionLayer) -> str:
-    """How the query heads of a layer are ordered."""
+    """How the query heads of a layer are ordered; what a conversion is to find is by text or by weights."""
     if not want.changes:
         return "–"
     if want.query_order is not None:
         return "searched"
-    free = layer.fixed_order is None and layer.order_group is None and want.num_key_value_heads > 1
-    return "by text" if free and plan.grouping == "search" and plan.calibration is not None else "in order"
+    if plan.grouping != "search" or layer.fixed_order is not None or want.num_key_value_heads == 1:
+        return "in order"
+    return "by text" if plan.calibration is not None and layer.order_group is None else "by weights"
 
 
 def show_preview(ahead: Preview) -> None:

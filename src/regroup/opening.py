@@ -125,13 +125,21 @@ def _tied(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def open_layout(name: str, *, revision: str | None = None, allow_pickle: bool = False) -> Layout:
-    """The layout alone; of a hub repository from its headers, without downloading a weight.
+def open_headers(
+    name: str, *, revision: str | None = None, allow_pickle: bool = False
+) -> tuple[dict[str, Any], Layout]:
+    """The config and the layout alone; of a hub repository from its headers, without downloading a weight.
 
     Raises:
         RegroupError: as ``open_source``.
     """
     if not as_named(name).exists() and is_hub_id(name) and not allow_pickle:
-        return detect(*headers_of(name, revision=revision))
+        config, tensors = headers_of(name, revision=revision)
+        return dict(as_known(config)), detect(config, tensors)
     with open_source(name, revision=revision, allow_pickle=allow_pickle) as source:
-        return source.layout
+        return source.checkpoint.config, source.layout
+
+
+def open_layout(name: str) -> Layout:
+    """The layout alone (see ``open_headers``)."""
+    return open_headers(name)[1]

@@ -18,9 +18,11 @@ import tiny
 from helpers import config_of, digests, edit_json, everything, refused, run
 from regroup.calibration import own_text
 from regroup.calibration.text import calibration_batches
+from regroup.checkpoint import Checkpoint
 from regroup.errors import RegroupError
 from regroup.listener import Listener
 from regroup.plans import OWN_TEXT_FILE, PLAN_FILE, RESULT_FILE, CalibrationText, Plan
+from regroup.safe_text import command
 
 OWN = "self:1024"  # 16 windows of as many tokens as the tiny models have positions
 SMALL: dict[str, Any] = {"kv_heads": 2, "device": "cpu"}
@@ -77,6 +79,44 @@ def test_the_default_of_auto_is_own_text(parent: Path, converted: Path, monkeypa
     assert all("text" in line for line in lines)
     assert [ahead.tokens for ahead in listener.ahead] == [1024]
     assert listener.ahead[0].calibration_seconds > 0
+
+
+def test_a_plan_is_calibrated_by_default_too(
+    parent: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan is what a conversion with the same options records, made from headers; it makes the same model."""
+    monkeypatch.setattr("regroup.plans.calibration.OWN_TOKENS", 1024)
+    with monkeypatch.context() as patch:
+        patch.setattr(own_text, "open_sampler", lambda *_, **__: pytest.fail("sampled"))
+        patch.setattr(Checkpoint, "read", lambda *_, **__: pytest.fail("read a weight"))
+        status, _, err = run("plan", parent, "--kv-heads", 2, "-o", tmp_path / "plan.json")
+        assert status == 0, err
+        seeded, _ = regroup.plan(parent, kv_heads=2, seed=1)
+        weights, _ = regroup.plan(parent, kv_heads=2, calibration="none")
+    made = Plan.load(tmp_path / "plan.json")
+    assert made.dumps() == (converted / PLAN_FILE).read_text()
+    regroup.convert(parent, tmp_path / "a", plan=tmp_path / "plan.json", device="cpu")
+    assert digests(tmp_path / "a") == digests(converted)
+    # Another seed writes another text, and without text there is another plan.
+    assert seeded.calibration == CalibrationText(own=True, tokens=1024, seed=1)
+    assert weights.calibration is None
+    assert len({made.digest(), seeded.digest(), weights.digest()}) == 3
+
+
+@pytest.mark.parametrize("said", ["none", "FILE", "self:512,FILE"])
+def test_a_plan_makes_what_the_same_options_make(said: str, parent: Path, tmp_path: Path) -> None:
+    text, plan = tmp_path / "text.txt", tmp_path / "elsewhere" / "plan.json"
+    text.write_text(texts.TEXT * 4)
+    sizes = () if said == "none" else ("--calibration-window", 32, "--calibration-batch", 2)
+    words = ("--kv-heads", 2, "--calibration", said.replace("FILE", str(text)), *sizes)
+    status, _, err = run("plan", parent, *words, "-o", plan)
+    assert status == 0, err
+    place = () if said == "none" else ("--calibration", text)
+    assert command("convert", parent, "DST", plan=plan, calibration=text if place else None) in " ".join(err.split())
+    assert run("convert", parent, tmp_path / "a", *words, "--device", "cpu")[0] == 0
+    assert run("convert", parent, tmp_path / "b", "--plan", plan, *place, "--device", "cpu")[0] == 0
+    assert plan.read_text() == (tmp_path / "a" / PLAN_FILE).read_text()
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
 
 @pytest.mark.parametrize("method", ["mean", "first", "lowrank"])
@@ -150,6 +190,12 @@ def test_what_cannot_write_is_converted_by_its_weights(saved: Callable[[str], Pa
     regroup.convert(saved("whisper"), tmp_path / "b", calibration="none", kv_heads=3)
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
     assert any("speech" in note for note in listener.notes)
+    listener = Noted()
+    plan, _ = regroup.plan(saved("whisper"), listener=listener, kv_heads=3)
+    assert plan.dumps() == (tmp_path / "b" / PLAN_FILE).read_text()
+    assert any("speech" in note for note in listener.notes)
+    with pytest.raises(RegroupError, match="writes itself"):
+        regroup.plan(saved("whisper"), calibration="self", kv_heads=3)
     # Who asks for it is told.
     with pytest.raises(RegroupError, match="writes itself"):
         regroup.convert(saved("whisper"), tmp_path / "c", calibration="self", kv_heads=3)

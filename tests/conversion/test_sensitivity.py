@@ -32,6 +32,7 @@ from regroup.checkpoint import open_checkpoint
 from regroup.conversion import plan as planning
 from regroup.conversion.plan import plan as plan_checkpoint
 from regroup.errors import RegroupError
+from regroup.files import sha256_of
 from regroup.listener import Listener
 from regroup.plans import CalibrationText, Plan, make_plan
 from regroup.solver.grouping import weight_losses
@@ -377,7 +378,7 @@ def test_weights_alone_by_enumeration(llama: Path) -> None:
 
 
 def test_a_planned_budget_is_carried_out(llama: Path, text: CalibrationText, tmp_path: Path) -> None:
-    """The file that the command writes converts with text and without; with it the model is closer to its parent."""
+    """The plan names its text and converts on it, or without; with it the model is closer to its parent."""
     path = tmp_path / "plan.json"
     options = ("--calibration", text.data, "--calibration-tokens", 96)
     options = (*options, "--calibration-window", text.window, "--calibration-batch", text.batch)
@@ -386,12 +387,15 @@ def test_a_planned_budget_is_carried_out(llama: Path, text: CalibrationText, tmp
     assert status == 0, err
     said = json.loads(path.read_text())
     assert said["kv_budget"] == "60%"
+    assert said["calibration"]["sha256"] == sha256_of(Path(str(text.data)))
+    assert said["calibration"]["data"] == "words.txt"
+    assert f"--plan {path} --calibration {text.data}" in " ".join(err.split())
     assert "compared" in err
     assert f"expect a KL divergence from the original model of {said['predicted_kl']:.3f}" in " ".join(err.split())
     heads = [layer["num_key_value_heads"] for layer in said["layers"]]
     data = calibration_batches(replace(text, tokens=96), llama, config_of(llama))
     apart = {}
-    for name, more in (("text", options), ("weights", ())):
+    for name, more in (("text", ("--calibration", text.data)), ("weights", ("--calibration", "none"))):
         status, _, err = run("convert", llama, tmp_path / name, "--plan", path, *more)
         assert status == 0, err
         assert [layer.num_key_value_heads for layer in layout_of(tmp_path / name).layers] == heads
@@ -447,9 +451,6 @@ def test_budgets_that_cannot_be(llama: Path, text: CalibrationText, monkeypatch:
         for more in ((), words):
             message = refused("plan", llama, *options, *more)
             assert [word for word in expected if word not in message] == []
-    message = refused("plan", llama, "--kv-heads", 2, *words)
-    assert "no KV budget" in message
-    assert "--kv-budget" in message
     with pytest.raises(AssertionError, match="measured before"):
         plan_checkpoint(llama, kv_budget="25%", calibration=text)
     with pytest.raises(AssertionError, match="measured before"):

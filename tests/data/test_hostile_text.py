@@ -161,7 +161,7 @@ def test_a_pipe_gives_what_the_file_gives(shop: Path, tmp_path: Path) -> None:
 
 
 def test_calibration_and_plans_come_through_pipes(shop: Path, tmp_path: Path) -> None:
-    status, plan, _ = run("plan", shop / "parent", "--kv-heads", 2)
+    status, plan, _ = run("plan", shop / "parent", "--kv-heads", 2, "--method", "mean")
     assert status == 0
     writer = fed(tmp_path / "plan", plan.encode())
     status, _, message = run("convert", shop / "parent", tmp_path / "c", "--plan", tmp_path / "plan")

@@ -16,7 +16,7 @@ from regroup.errors import RegroupError
 from regroup.modeling import load_tokenizer
 from regroup.uptraining import own_text
 from regroup.uptraining.objective import make_objective
-from regroup.uptraining.own_text import OwnText
+from regroup.uptraining.own_text import SampledWindows
 from regroup.uptraining.recipe import Recipe
 from regroup.uptraining.run import uptrain
 from regroup.uptraining.sampled import with_length
@@ -25,7 +25,7 @@ from regroup.uptraining.stream import ExampleStream, open_stream
 WINDOW = 8
 
 
-def counted(folder: Path, limit: int | None = None) -> tuple[OwnText, list[tuple[int, int]]]:
+def counted(folder: Path, limit: int | None = None) -> tuple[SampledWindows, list[tuple[int, int]]]:
     """Own text whose window n is n, n, …, and what was asked of its sampler."""
     asked: list[tuple[int, int]] = []
 
@@ -33,10 +33,10 @@ def counted(folder: Path, limit: int | None = None) -> tuple[OwnText, list[tuple
         asked.append((first, count))
         return np.arange(first, first + count)[:, None].repeat(WINDOW, 1) % 96
 
-    return OwnText(sample, WINDOW, 0, folder, limit), asked
+    return SampledWindows(sample, WINDOW, 0, folder, limit), asked
 
 
-def opened(shop: Path, own: OwnText | None, files: tuple[str, ...] = (), **settings: Any) -> ExampleStream:
+def opened(shop: Path, own: SampledWindows | None, files: tuple[str, ...] = (), **settings: Any) -> ExampleStream:
     tokenizer = load_tokenizer(shop / "parent")
     objective = make_objective("causal", tokenizer, window=WINDOW, documents=True)
     given: dict[str, Any] = {"vocab_size": 96, "shuffle_buffer": 1, "own": own, **settings}

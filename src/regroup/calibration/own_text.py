@@ -20,17 +20,17 @@ from ..files import parse_json
 from ..generation import Sampler, open_sampler
 from ..generation.degenerate import refuse_degenerate
 from ..modeling import load_tokenizer
-from ..modeling.lm_head import require_head
+from ..modeling.lm_head import require_head_of
 from ..plans import CalibrationText
 
-# Tokens of a target at most.
-_TARGET = 128
+# Tokens of a target: at most, and about how many for a number of pairs.
+_TARGET, MEAN_TARGET = 128, 16
 # Pairs that are sampled between looks at how many tokens there are: part of what is sampled, whatever a batch holds.
 _ROUND = 32
 
 
 @dataclass(frozen=True)
-class OwnText:
+class SelfWrittenIds:
     """Token ids that the model wrote.
 
     Attributes:
@@ -47,7 +47,7 @@ class OwnText:
         return sum(map(len, self.windows)) + sum(len(target) for _, target in self.pairs)
 
 
-def obstacle(folder: Path, config: dict[str, Any]) -> str | None:
+def obstacle(config: dict[str, Any]) -> str | None:
     """Why a model cannot be calibrated on text of its own, or None, from its config alone."""
     family = family_for(config)
     if family is not None and family.speech:
@@ -55,7 +55,7 @@ def obstacle(folder: Path, config: dict[str, Any]) -> str | None:
     if slow_output(config, family):
         return "calibration solves output projections, and transformers leaves out their biases here (slow_but_exact)"
     try:
-        require_head(folder)
+        require_head_of(config, "config.json")
     except RegroupError as error:
         return error.what
     return None
@@ -70,7 +70,7 @@ def own_sizes(text: CalibrationText, config: dict[str, Any]) -> tuple[int, int]:
     limit = longest_window(config)
     if is_encoder_decoder(config):
         length = min(_TARGET, limit or _TARGET)
-        return max(1, text.own_tokens // 16), length
+        return max(1, text.own_tokens // MEAN_TARGET), length
     length = min(text.window, limit or text.window)
     count, batch = max(1, text.own_tokens // length), text.batch_size(pairs=False)
     if text.data is None and count < 2 * batch:
@@ -112,9 +112,9 @@ def write_own_text(
         folder, seed=text.seed, stream="calibration", start=text.start or "mixed", device=device, check=not pairs
     )
     if pairs:
-        made = OwnText(pairs=_pairs(sampler, text.own_tokens, 8 * count, length, progress))
+        made = SelfWrittenIds(pairs=_pairs(sampler, text.own_tokens, 8 * count, length, progress))
     else:
-        made = OwnText(windows=sampler.windows(0, count, length, progress=progress).tolist())
+        made = SelfWrittenIds(windows=sampler.windows(0, count, length, progress=progress).tolist())
     decode = _decoder(folder)
     rows = [{"input_ids": row, **decode(text=row)} for row in made.windows]
     rows += [
@@ -125,7 +125,7 @@ def write_own_text(
     part.replace(path)
 
 
-def read_own_text(path: Path, *, pairs: bool) -> OwnText | None:
+def read_own_text(path: Path, *, pairs: bool) -> SelfWrittenIds | None:
     """What ``write_own_text`` kept; None where a file holds something else.
 
     Args:
@@ -135,7 +135,7 @@ def read_own_text(path: Path, *, pairs: bool) -> OwnText | None:
     Raises:
         RegroupError: the file begins as such a file and goes on otherwise, or is for the other kind of model.
     """
-    found = OwnText()
+    found = SelfWrittenIds()
     if not path.is_file():
         return None  # a pipe can be read only once
     try:

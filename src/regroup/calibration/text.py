@@ -16,14 +16,14 @@ import torch
 
 from ..data import causal_batches, document_windows, pair_batches, read_pairs, read_texts, token_windows
 from ..data.batches import check_vocabulary, id_batches
-from ..data.text import check_window, longest_window
+from ..data.text import check_window
 from ..errors import RegroupError
 from ..families import family_for, is_encoder_decoder
 from ..families.reading import slow_output
 from ..files import as_named
 from ..modeling import load_tokenizer
 from ..plans import OWN_TEXT_FILE, CalibrationText
-from .own_text import OwnText, own_sizes, read_own_text, write_own_text
+from .own_text import MEAN_TARGET, SelfWrittenIds, own_sizes, read_own_text, write_own_text
 
 # The command line's name for ``CalibrationText.window``.
 _WINDOW = "--calibration-window"
@@ -118,21 +118,21 @@ def _given(text: CalibrationText, folder: Path, config: dict[str, Any], *, alone
         return _as_inputs(kept, text, config)
     if not seq2seq:
         if not alone:
-            text = replace(text, window=min(text.window, longest_window(config) or text.window))
+            text = replace(text, window=own_sizes(text, config)[1])
         check_window(config, text.window, option=_WINDOW)
     tokenizer = load_tokenizer(folder)
     if not seq2seq:
         return _windows(text, tokenizer)
     # A dictionary or a corpus in order begins with what is alike: a sample of all of it stands for it.
     assert text.data is not None
-    pairs, count = list(read_pairs(text.data)), max(1, text.tokens // 16)
+    pairs, count = list(read_pairs(text.data)), max(1, text.tokens // MEAN_TARGET)
     draw = random.Random(text.seed)
     found = list(
         pair_batches(
             draw.sample(pairs, min(count, len(pairs))),
             tokenizer,
             batch_size=text.batch_size(pairs=True),
-            start_token=config.get("decoder_start_token_id") or 0,
+            start_token=_decoder_start(config),
         )
     )
     # Batches come sorted by length: what is held out should be like what is fitted.
@@ -165,16 +165,19 @@ def _own(
     return _as_inputs(kept, text, config)
 
 
-def _as_inputs(kept: OwnText, text: CalibrationText, config: dict[str, Any]) -> Batches | torch.Tensor:
+def _as_inputs(kept: SelfWrittenIds, text: CalibrationText, config: dict[str, Any]) -> Batches | torch.Tensor:
     largest = max(max(row) for row in (*kept.windows, *(side for pair in kept.pairs for side in pair)))
     if isinstance(config.get("vocab_size"), int):
         check_vocabulary(largest, config["vocab_size"], text.written or text.data)
     if kept.windows:
         return torch.tensor(kept.windows, dtype=torch.int64)
-    start = config.get("decoder_start_token_id") or 0
-    found = list(id_batches(kept.pairs, batch_size=text.batch_size(pairs=True), start_token=start))
+    found = list(id_batches(kept.pairs, batch_size=text.batch_size(pairs=True), start_token=_decoder_start(config)))
     random.Random(text.seed).shuffle(found)
     return [batch.inputs for batch in found]
+
+
+def _decoder_start(config: dict[str, Any]) -> int:
+    return config.get("decoder_start_token_id") or 0
 
 
 def _mixed(given: Batches | torch.Tensor, own: Batches | torch.Tensor, size: int) -> Batches:

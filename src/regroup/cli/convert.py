@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,16 +61,14 @@ def convert(
     """Convert a checkpoint to fewer KV heads; all other tensors are copied bit for bit."""
     from ..api import convert as convert_checkpoint
     from ..console import ConsoleListener, err, show_estimate
-    from ..plans import CalibrationText
+    from ..conversion.request import calibrated_by_default
     from ..processes import launched
 
     with launched() as processes:
         if processes.rank > 0:
             processes.assist()
             return
-        text = calibration.text(usual=plan is None and method in (None, "auto"))
-        if seed is not None and isinstance(text, CalibrationText) and text.own:
-            text = replace(text, seed=seed)
+        usual = calibrated_by_default({"plan": plan, "method": method})
         options: dict[str, Any] = {
             "kv_heads": kv_heads,
             "layers": layers,
@@ -80,7 +77,7 @@ def convert(
             "tensor_parallel": tensor_parallel,
             "seed": seed,
             "plan": plan,
-            "calibration": text,
+            "calibration": calibration.text(usual=usual, seed=seed),
             "repair": calibration.repair,
             "revision": revision,
             "allow_pickle": allow_pickle,

@@ -56,8 +56,8 @@ class Calibration:
         typer.Option(
             metavar="none|self[:TOKENS]|FILE|self[:TOKENS],FILE",
             help="Calibration data: none (weights alone), self (text that the original model writes), text, JSON "
-            "lines, pairs or a data set (hf:name), or both. [default: self for convert and --kv-budget with method "
-            "auto, else none]",
+            "lines, pairs or a data set (hf:name), or both. [default: self for convert and plan with method auto, "
+            "else none]",
         ),
     ] = None
     calibration_tokens: Annotated[
@@ -94,11 +94,12 @@ class Calibration:
             return {}
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "device"}
 
-    def text(self, *, usual: bool = False) -> CalibrationText | str | None:
+    def text(self, *, usual: bool = False, seed: int | None = None) -> CalibrationText | str | None:
         """The text that the options name, ``"none"`` where they say so, or None where they say nothing.
 
         Args:
             usual: where nothing is said the model writes text itself, to which the other options apply.
+            seed: of that text.
 
         Raises:
             RegroupError: options about text that is not there, or an unknown repair.
@@ -128,8 +129,8 @@ class Calibration:
             )
         if self.calibration is None:
             sized = any(value is not None for value in given.values())
-            return CalibrationText.parse(OWN_TEXT, **sizes) if sized else None
-        return CalibrationText.parse(self.calibration, **sizes) or NO_TEXT
+            return CalibrationText.parse(OWN_TEXT, seed=seed or 0, **sizes) if sized else None
+        return CalibrationText.parse(self.calibration, seed=seed or 0, **sizes) or NO_TEXT
 
 
 # The largest int64, which PyTorch and Python's iterators count with.

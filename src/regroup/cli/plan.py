@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -48,10 +47,13 @@ def plan(
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Write a conversion plan as JSON that can be edited; --kv-budget chooses the number of KV heads of each layer."""
+    """Write a conversion plan as JSON that can be edited; --kv-budget chooses the number of KV heads of each layer.
+
+    The plan names the calibration text, on which convert --plan calibrates. Only --kv-budget runs the model here.
+    """
     from ..api import plan as make_plan
     from ..console import ConsoleListener, err, show_plan
-    from ..plans import CalibrationText
+    from ..conversion.request import calibrated_by_default
     from ..processes import launched
     from ..record import write_whole
 
@@ -61,9 +63,6 @@ def plan(
             return
         if output is not None:
             check_file(output)
-        text = calibration.text(usual=kv_budget is not None and method in (None, "auto"))
-        if seed is not None and isinstance(text, CalibrationText) and text.own:
-            text = replace(text, seed=seed)
         made, layout = make_plan(
             source,
             kv_heads=kv_heads,
@@ -73,7 +72,7 @@ def plan(
             grouping=grouping,
             tensor_parallel=tensor_parallel,
             seed=seed,
-            calibration=text,
+            calibration=calibration.text(usual=calibrated_by_default({"method": method}), seed=seed),
             repair=calibration.repair,
             device=calibration.device,
             revision=revision,
@@ -86,7 +85,7 @@ def plan(
             typer.echo(made.dumps(), nl=False)
             return
         write_whole(output, made.dumps(), "the plan")
-        again = {"plan": output, "revision": revision, "allow_pickle": allow_pickle}
-        again |= {} if made.predicted_kl is None or made.calibration is not None else calibration.as_options()
-        following = command("convert", source, "DST", **again)
-        err.print(f"wrote {output}; convert with: {following}")
+        # A plan names a file of text, and not its folder.
+        place = None if made.calibration is None else made.calibration.data
+        again = {"plan": output, "calibration": place, "revision": revision, "allow_pickle": allow_pickle}
+        err.print(f"wrote {output}; convert with: {command('convert', source, 'DST', **again)}")

@@ -26,8 +26,8 @@ from ..writer.preview import Prepared, Preview, prepare
 from ..writer.write import write
 from .costs import layers_compared
 from .judged import judged
-from .request import Asked, asked_plan, check_asked, grouped, usual_calibration, weights_alone
-from .text import Pending, ready, unless_impossible, without_own_text
+from .request import Asked, check_asked, grouped, usual_calibration
+from .text import Pending, possible_plan, ready, without_own_text
 
 if TYPE_CHECKING:
     import torch
@@ -98,15 +98,12 @@ def convert(
         >>> regroup.convert("meta-llama/Llama-2-7b-hf", "llama-2-7b-gqa8", kv_heads=8)  # doctest: +SKIP
     """
     target, listener = as_named(destination), listener or Listener()
-    usual = usual_calibration(asked)
-    check_asked(usual, device, processes)
+    check_asked(usual_calibration(asked), device, processes)
     existing_parent(target)  # refuses what can have no folder
     with open_source(
         str(source), revision=revision, allow_pickle=allow_pickle, scratch=target.absolute().parent
     ) as opened:
-        plan, text = asked_plan(opened.layout, usual, processes)
-        if text is not None and text.own:
-            plan, text = unless_impossible(opened, plan, text, listener, asked_for=usual is asked)
+        plan, text = possible_plan(opened.checkpoint.config, opened.layout, asked, listener, processes)
         prepared = prepare(opened.checkpoint, opened.layout, plan)
         # What can be wrong with the destination or the text is said before weights are looked at.
         check_destination(target, opened.folder, prepared.nbytes + prepared.solved_bytes)
@@ -123,12 +120,9 @@ def convert(
             return carry_out(opened, prepared, target, ahead or (), keep_text=keep_calibration, **rest)
         except DegenerateTextError as error:
             # Nothing is left of it. What was given besides is text all the same.
-            assert text is not None
-            given = text.given
-            listener.notice(without_own_text(f"{error.what}: {error.details.get('got')}", given))
-            plan = weights_alone(plan, opened.layout) if given is None else replace(plan, calibration=given)
+            plan, text = without_own_text(error, opened.layout, plan, text, listener)
             prepared = prepare(opened.checkpoint, opened.layout, plan)
-            batches = () if given is None else ready(opened, given, processes, listener, device)
+            batches = () if text is None else ready(opened, text, processes, listener, device)
             return carry_out(opened, prepared, target, batches, **rest)
 
 
@@ -181,8 +175,7 @@ def carry_out(
     with staged_folder(destination, adopt=journal.adopt, keep=worth_keeping) as stage:
         journal.begin(stage)
         if isinstance(batches, Pending):
-            batches = batches.batches(opened, journal.written, listener, processes.device(device))
-            processes.shard(batches)  # refuses too many processes
+            batches = batches.batches(opened, journal.written, listener, device, processes)
         if journal.found is None:
             journal.find(grouped(opened, plan, listener))
         assert journal.found is not None

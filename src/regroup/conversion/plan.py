@@ -1,4 +1,4 @@
-"""From a KV budget to a plan: numbers of KV heads for each layer that keep the most of the model."""
+"""From what a user asks for to a plan: as a conversion would have it, or by layer within a KV budget."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, TypeVar, Unpack
 from ..errors import DegenerateTextError, RegroupError
 from ..layout import Layout
 from ..listener import Listener
-from ..opening import Source, open_layout, open_source
+from ..opening import Source, open_headers, open_source
 from ..plans import OWN_TEXT_FILE, Plan, allocate, layer_units, parse_budget, spelled_out, token_bytes
 from ..processes import SINGLE_PROCESS, ProcessGroup
 from ..solver.grouping import weight_losses
-from .request import Asked, asked_plan, calibration_of, check_asked, grouped, usual_calibration, weights_alone
-from .text import Pending, ready, unless_impossible, without_own_text
+from .request import Asked, check_asked, grouped, usual_calibration
+from .text import Pending, possible_plan, ready, without_own_text
 
 if TYPE_CHECKING:
     from ..calibration.sensitivity import Measured
@@ -42,47 +42,39 @@ def plan(
         kv_budget: what the KV cache may take, such as ``"25%"`` of the original (see ``plans.parse_budget``), in the
             place of ``kv_heads`` and ``layers``.
         device, revision, allow_pickle, listener, processes: see ``convert``.
-        asked: see ``Asked``. Without a budget, heads are grouped as neighbours unless ``grouping`` is ``"search"``;
-            with one, ``calibration`` is text on which each layer is converted to each number of KV heads, and whole
-            models are compared; by default text that the model writes itself. With ``"none"`` the residual energies of
-            the weights have to do.
+        asked: see ``Asked``; calibration is that of ``convert``, by default text that the model writes itself. Without
+            a budget nothing is run on it: the plan is what ``convert`` would carry out, made from headers, and leaves
+            methods and groups open where text is to choose them. From the weights alone, heads are grouped here if
+            ``grouping`` is ``"search"``, and otherwise in the conversion. With a budget, each layer is converted to
+            each number of KV heads on the text, and whole models are compared; from the weights alone the residual
+            energies have to do.
 
     Returns:
-        The plan and the layout that it is for. With calibration the plan holds the KL divergence to be expected.
+        The plan and the layout that it is for. The plan names its calibration text, and with a budget the KL divergence
+        to be expected on it.
 
     Raises:
         RegroupError: as ``convert``; a budget that cannot be read or met.
     """
     listener = listener or Listener()
-    # The loss is measured unless that is ruled out: energies rank layers, and not always rightly.
-    said, asked = asked, usual_calibration(asked) if kv_budget is not None else asked
-    check_asked(asked, device, processes)
-    text, grouping = calibration_of(asked), asked.get("grouping")
-    if kv_budget is None and text is not None:
-        raise RegroupError(
-            "calibration text was given, and no KV budget to divide by it",
-            remedy="pass --kv-budget, or give the text to `regroup convert`",
-        )
-    if kv_budget is not None and (asked.get("kv_heads") is not None or asked.get("layers") is not None):
+    check_asked(usual_calibration(asked), device, processes)
+    if kv_budget is None:
+        config, layout = open_headers(str(source), revision=revision, allow_pickle=allow_pickle)
+        made, text = possible_plan(config, layout, asked, listener, processes)
+        if text is None and asked.get("grouping") == "search":
+            with open_source(str(source), revision=revision, allow_pickle=allow_pickle) as opened:
+                made = grouped(opened, made, listener)
+        return made, layout
+    if asked.get("kv_heads") is not None or asked.get("layers") is not None:
         raise RegroupError("a KV budget and numbers of KV heads were both given", remedy="give one of them")
-    if kv_budget is None and grouping != "search":
-        # Headers are enough.
-        layout = open_layout(str(source), revision=revision, allow_pickle=allow_pickle)
-        return replace(asked_plan(layout, asked, processes)[0], grouping=None), layout
     with open_source(str(source), revision=revision, allow_pickle=allow_pickle) as opened:
         layout = opened.layout
-        if kv_budget is None:
-            return grouped(opened, asked_plan(layout, asked, processes)[0], listener), layout
-        start = asked_plan(layout, {**asked, "kv_heads": None, "layers": {}, "tensor_parallel": None}, processes)[0]
-        if text is not None and text.own:
-            start, text = unless_impossible(opened, start, text, listener, asked_for=said is asked)
+        whole: Asked = {**asked, "kv_heads": None, "layers": {}, "tensor_parallel": None}
+        start, text = possible_plan(opened.checkpoint.config, layout, whole, listener, processes)
         try:
             made = _within(kv_budget, opened, start, asked.get("tensor_parallel"), listener, device, processes)
         except DegenerateTextError as error:
-            assert text is not None
-            listener.notice(without_own_text(f"{error.what}: {error.details.get('got')}", text.given))
-            given = text.given
-            start = weights_alone(start, layout) if given is None else replace(start, calibration=given)
+            start, _ = without_own_text(error, layout, start, text, listener)
             made = _within(kv_budget, opened, start, asked.get("tensor_parallel"), listener, device, processes)
     made = replace(made, kv_budget=kv_budget)
     made.check(layout)
@@ -123,11 +115,8 @@ def _within(
 
     found = _on_text(plan_within, opened, start, listener, device, processes, units, budget, stage=listener.stage)
     listener.chosen(found)
-    made = spelled_out(found.plan, layout)
-    if start.calibration.own and start.calibration.data is None:
-        # Whoever has the plan has this text, and the prediction holds for a conversion on it.
-        made = replace(made, calibration=start.calibration, repair=start.repair)
-    return made
+    # The prediction holds for a conversion on the same text.
+    return replace(spelled_out(found.plan, layout), calibration=start.calibration, repair=start.repair)
 
 
 def measured(
@@ -142,8 +131,7 @@ def measured(
     """What each layer loses at each number of KV heads, alone, on the plan's text (see ``sensitivity.measure``)."""
     from ..calibration.sensitivity import measure
 
-    with listener.calibrating(opened.layout.layers[-1].index + 1) as count:
-        return _on_text(measure, opened, start, listener, device, processes, choices, progress=count)
+    return _on_text(measure, opened, start, listener, device, processes, choices, stage=listener.stage)
 
 
 def _on_text(
@@ -165,8 +153,7 @@ def _on_text(
     batches = ready(opened, start.calibration, processes, listener, device)
     if isinstance(batches, Pending):
         with tempfile.TemporaryDirectory(prefix="regroup-") as folder:
-            batches = batches.batches(opened, Path(folder) / OWN_TEXT_FILE, listener, processes.device(device))
-        processes.shard(batches)  # refuses too many processes
+            batches = batches.batches(opened, Path(folder) / OWN_TEXT_FILE, listener, device, processes)
     place, given = device_named(processes.device(device)), (start, *arguments, batches, Settings.of(start))
     processes.call(run_alongside, opened.checkpoint.folder, device, work, *given)
     return work(opened.checkpoint, opened.layout, *given, device=place, processes=processes, **own)

@@ -16,7 +16,6 @@ from ..plans import (
     DEFAULT_REPAIR,
     NO_TEXT,
     OWN_TEXT,
-    OWN_TOKENS,
     REPAIRS,
     CalibrationText,
     Plan,
@@ -42,8 +41,8 @@ class Asked(TypedDict, total=False):
         plan: a Plan or the path of one, in the place of all these. Calibration text may be given with it: where the
             plan names text, as the place of that text.
         calibration: text to convert on, as a ``CalibrationText`` or as the command line says it (``"none"``,
-            ``"self"``, ``"self:TOKENS"``, a file, ``"self,FILE"``). ``convert`` has the model write its own by default
-            where the method is ``"auto"``; otherwise only the weights are used.
+            ``"self"``, ``"self:TOKENS"``, a file, ``"self,FILE"``). By default the model writes its own where the
+            method is ``"auto"``; otherwise only the weights are used.
         repair: with calibration ``"none"``, ``"output"`` or ``"distill"`` (the default) (see ``calibration.Settings``).
     """
 
@@ -83,8 +82,13 @@ def calibration_of(asked: Asked) -> CalibrationText | None:
 
 def usual_calibration(asked: Asked) -> Asked:
     """The same with text of the model's own where nothing is said of text, and no method that needs none is named."""
-    open_ = asked.get("calibration") is None and asked.get("plan") is None and asked.get("method") in (None, "auto")
-    return {**asked, "calibration": OWN_TEXT} if open_ else asked
+    unsaid = asked.get("calibration") is None
+    return {**asked, "calibration": OWN_TEXT} if unsaid and calibrated_by_default(asked) else asked
+
+
+def calibrated_by_default(asked: Asked) -> bool:
+    """Whether a conversion is calibrated where nothing is said of text."""
+    return asked.get("plan") is None and asked.get("method") in (None, "auto")
 
 
 def weights_alone(plan: Plan, layout: Layout) -> Plan:
@@ -202,8 +206,7 @@ def _found_text(wanted: CalibrationText, given: CalibrationText | None, plan: ob
             remedy="leave --calibration out, or change the plan",
         )
     if given is not None:
-        count = 65_536 if not given.own else OWN_TOKENS if given.data is None else 2 * OWN_TOKENS
-        usual = CalibrationText(given.data, own=given.own, tokens=count)
+        usual = CalibrationText.parse(given.name) if given.own else CalibrationText(given.data)
         for name in ("tokens", "window", "batch", "document_starts", "seed"):
             if getattr(given, name) not in (getattr(wanted, name), getattr(usual, name)):
                 raise RegroupError(

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.writer import copy_file
-from ..errors import RegroupError
+from ..errors import DegenerateTextError, RegroupError
 from ..files import as_named, sha256_of
+from ..layout import Layout
 from ..listener import Listener
 from ..opening import Source
 from ..plans import OWN_TEXT_FILE, CalibrationText, Plan
 from ..processes import ProcessGroup
-from .request import weights_alone
+from .request import Asked, asked_plan, usual_calibration, weights_alone
 
 if TYPE_CHECKING:
     import torch
@@ -47,11 +48,14 @@ class Pending:
         content = None if written is None else sha256_of(written)
         return hashlib.sha256(json.dumps([self.text.to_json(), content, self.rest]).encode()).hexdigest()
 
-    def batches(self, opened: Source, kept: Path, listener: Listener, device: str | None) -> Batches:
+    def batches(
+        self, opened: Source, kept: Path, listener: Listener, device: str | None, processes: ProcessGroup
+    ) -> Batches:
         """Model inputs; what the model writes is in the file ``kept`` afterwards, or was there before.
 
         Raises:
             DegenerateTextError: what the model writes is no text.
+            RegroupError: there are more processes than batches.
         """
         from ..calibration.own_text import write_own_text
         from ..calibration.text import calibration_batches
@@ -61,8 +65,10 @@ class Pending:
             copy_file(self.text.written, kept)
         elif not kept.exists():
             with listener.writing_text(self.text.own_tokens) as count:
-                write_own_text(self.text, folder, config, kept, device=device, progress=count)
-        return calibration_batches(replace(self.text, written=kept), folder, config)
+                write_own_text(self.text, folder, config, kept, device=processes.device(device), progress=count)
+        made = calibration_batches(replace(self.text, written=kept), folder, config)
+        processes.shard(made)  # refuses too many processes
+        return made
 
     def describe(self, kept: Path, *, stays: bool) -> dict[str, Any]:
         """For the record: what the model wrote."""
@@ -96,35 +102,61 @@ def ready(
     return pending
 
 
-def unless_impossible(
-    opened: Source, plan: Plan, text: CalibrationText, listener: Listener, *, asked_for: bool
+def possible_plan(
+    config: dict[str, Any], layout: Layout, asked: Asked, listener: Listener, processes: ProcessGroup
 ) -> tuple[Plan, CalibrationText | None]:
-    """The plan and its text, or the weights alone where the model cannot write text and was not told to.
+    """The plan that is asked for and its text (see ``request.asked_plan``), by default text of the model's own.
+
+    Where the model cannot write text, and was not told to, the plan is for the weights alone.
+
+    Args:
+        config, layout: of the original model.
+        asked: see there.
+        listener: told why the weights alone are used.
+        processes: of the run.
 
     Raises:
-        RegroupError: it cannot, and was told to.
+        RegroupError: the model cannot write text, and was told to; or as ``request.asked_plan``.
     """
+    usual = usual_calibration(asked)
+    plan, text = asked_plan(layout, usual, processes)
+    if text is None or not text.own:
+        return plan, text
     from ..calibration.own_text import obstacle
 
-    why = obstacle(opened.checkpoint.folder, opened.checkpoint.config)
+    why = obstacle(config)
     if why is None:
         return plan, text
-    if asked_for:
+    if usual is asked:
         raise RegroupError(
             "the model cannot be calibrated on text that it writes itself",
-            file=opened.folder,
+            file="config.json",
             got=why,
             remedy="pass --calibration none, or leave self out",
         )
     # Other text would not do either.
     listener.notice(f"the weights alone are used: {why}. What that costs in quality is not measured")
-    return weights_alone(plan, opened.layout), None
+    return weights_alone(plan, layout), None
 
 
-def without_own_text(why: str, given: CalibrationText | None) -> str:
-    if given is not None:
-        return f"the given text alone is used: {why}"
-    return (
+def without_own_text(
+    error: DegenerateTextError, layout: Layout, plan: Plan, text: CalibrationText | None, listener: Listener
+) -> tuple[Plan, CalibrationText | None]:
+    """The plan and its text where what the model writes is none: the given text, or the weights alone.
+
+    Args:
+        error: says what it writes; the listener is told.
+        layout: of the original model.
+        plan, text: as they were asked for.
+        listener: see there.
+    """
+    assert text is not None
+    why = f"{error.what}: {error.details.get('got')}"
+    if text.given is not None:
+        listener.notice(f"the given text alone is used: {why}")
+        return replace(plan, calibration=text.given), text.given
+    listener.notice(
         f"the weights alone are used: {why}. That costs quality (the demonstration's model from 8 KV heads to 2 lost "
         "1.2 nats per token instead of 0.5), which text of the right kind saves: --calibration FILE"
     )
+    return weights_alone(plan, layout), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,15 @@ def require_head(folder: str | Path, *, words: bool = True) -> None:
     Raises:
         RegroupError: there is no such head; or see ``expected.model_class``.
     """
+    file = Path(folder) / "config.json"
+    require_head_of(read_json(file), file, words=words)
+
+
+def require_head_of(config: Mapping[str, Any], file: str | Path, *, words: bool = True) -> None:
+    """The same of a parsed ``config.json``; ``file`` is its path, for messages."""
     import transformers
 
-    file = Path(folder) / "config.json"
-    config, _ = spelled(read_json(file))
+    config, _ = spelled(dict(config))
     cls = model_class(config, str(file))
     mapping: Any = transformers.MODEL_MAPPING
     bases: tuple[type, ...] = (mapping[cls.config_class],)

@@ -28,7 +28,7 @@ def is_own(source: str) -> bool:
 
 
 @dataclass
-class OwnText:
+class SampledWindows:
     """Windows of a stream of the sampler, by number. The same seed gives the same windows.
 
     They are kept in a folder of the run: several passes, several processes and a run that is continued use what was
@@ -91,7 +91,7 @@ class OwnText:
 class OwnReader:
     """Examples of own text, in the order of their numbers; an epoch has ``limit`` of them."""
 
-    own: OwnText
+    own: SampledWindows
 
     @property
     def sources(self) -> Sequence[Any]:
@@ -123,7 +123,7 @@ class Mixture:
         return next((part for part in self.parts if isinstance(part, Reader)), None)
 
     @property
-    def own(self) -> OwnText | None:
+    def own(self) -> SampledWindows | None:
         """The text that the teacher writes, if any."""
         return next((part.own for part in self.parts if isinstance(part, OwnReader)), None)
 

@@ -13,7 +13,7 @@ from ..errors import RegroupError
 from ..generation import open_sampler
 from . import states
 from .budget import parse_count
-from .own_text import SELF, OwnText, is_own
+from .own_text import SELF, SampledWindows, is_own
 from .recipe import Recipe
 
 _HELD_OUT_STREAM, _STREAM = "evaluation", "uptraining"
@@ -74,7 +74,7 @@ def windows_of(recipe: Recipe) -> int | None:
     return None if recipe.unique_tokens is None else max(1, recipe.unique_tokens // recipe.window)
 
 
-def own_text(recipe: Recipe, teacher: Path | None) -> OwnText | None:
+def own_text(recipe: Recipe, teacher: Path | None) -> SampledWindows | None:
     """The training text that the teacher writes, or None."""
     _, _, own = split_sources(recipe)
     if not own or teacher is None:
@@ -83,7 +83,7 @@ def own_text(recipe: Recipe, teacher: Path | None) -> OwnText | None:
     def sample(first: int, count: int) -> np.ndarray:
         return _sampled(recipe, teacher, _STREAM, first, count).numpy()
 
-    return OwnText(sample, recipe.window, recipe.seed, recipe.output / states.OWN_FOLDER)
+    return SampledWindows(sample, recipe.window, recipe.seed, recipe.output / states.OWN_FOLDER)
 
 
 def held_out_examples(recipe: Recipe, teacher: Path) -> list[dict[str, Any]]:

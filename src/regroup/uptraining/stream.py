@@ -27,7 +27,7 @@ from ..data.chunking import Source
 from ..data.sources import find_sources
 from ..errors import RegroupError
 from .examples import Example, Objective, packed, unpacked
-from .own_text import AHEAD, Mixture, OwnReader, OwnText
+from .own_text import AHEAD, Mixture, OwnReader, SampledWindows
 from .reader import Cursor, Reader, sides
 
 _REMEMBERED = 16
@@ -63,7 +63,7 @@ class ExampleStream:
         vocab_size: int,
         epochs: int | None,
         workers: int,
-        own: OwnText | None = None,
+        own: SampledWindows | None = None,
         limit: int | None = None,
     ) -> None:
         self.objective, self._tokenizer, self._vocab_size = objective, tokenizer, vocab_size
@@ -289,7 +289,7 @@ def open_stream(
     vocab_size: int,
     epochs: int | None = 1,
     workers: int = 0,
-    own: OwnText | None = None,
+    own: SampledWindows | None = None,
     limit: int | None = None,
 ) -> ExampleStream:
     """A stream over text or pairs.
