@@ -16,11 +16,14 @@ from ..families import is_encoder_decoder
 from ..generation.loading import BATCH, sampling_dtype
 from ..layout import Layout
 from ..plans import CalibrationText
+from ..solver.heads import projection_tensors
 from .own_text import own_sizes
+from .settings import Settings
 
-# Calibration takes about as long as so many products of all weights with the text, beside the calls themselves: seen
-# with SmolLM2-135M on two cores, with the comparisons after it.
-_PASSES = 8
+# Calibration takes about as long as so many products of all weights with the text, beside the calls themselves, and a
+# pass of distillation as long as so many of the attention's weights: seen with SmolLM2-135M, with the comparisons after
+# it.
+_PASSES, _TRAINED = 8, 6
 # Seconds of a decoder layer's calls, however small it is.
 _CALLS = 1e-3
 # Weights that are read once a step do not come from a cache.
@@ -43,12 +46,18 @@ class OwnTextAhead:
 
 
 def own_text_ahead(
-    text: CalibrationText, checkpoint: Checkpoint, config: dict[str, Any], layout: Layout, device: str
+    text: CalibrationText,
+    settings: Settings,
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    layout: Layout,
+    device: str,
 ) -> OwnTextAhead:
     """Estimate both, from the products of a few matrices of the model's width, timed just now.
 
     Args:
         text: what is to be written; nothing is where a file with it is given.
+        settings: of calibration.
         checkpoint, config, layout: of the original model.
         device: where it runs.
     """
@@ -60,12 +69,17 @@ def own_text_ahead(
     steps = math.ceil(text.own_tokens / length / BATCH) * length
     if is_encoder_decoder(config):
         steps *= 2  # the source is written too
-    products = parameters * _per_weight(width, 1024, torch.float32, device) / 1024
+    worked = _PASSES * parameters
+    if settings.repair == "distill":
+        names = {name for layer in layout.layers for name in projection_tensors(layer)}
+        attention = sum(math.prod(checkpoint.tensors[name].shape) for name in names)
+        worked += settings.distillation.passes * _TRAINED * attention
+    products = worked * _per_weight(width, 1024, torch.float32, device) / 1024
     calls = _PASSES * layers * _CALLS * text.tokens / (text.batch_size(pairs=is_encoder_decoder(config)) * length)
     return OwnTextAhead(
         text.own_tokens,
         0.0 if text.written is not None else steps * step,
-        _PASSES * products * text.tokens + calls,
+        products * text.tokens + calls,
     )
 
 

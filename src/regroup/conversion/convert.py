@@ -16,7 +16,7 @@ from ..errors import DegenerateTextError
 from ..files import as_named
 from ..listener import Listener
 from ..opening import Source, open_source
-from ..plans import OWN_TEXT_FILE, Plan, Result, spelled_out
+from ..plans import OWN_TEXT_FILE, CalibrationText, Plan, Result, spelled_out
 from ..processes import SINGLE_PROCESS, ProcessGroup
 from ..solver.solve import solve_by_weights
 from ..solver.store import SolutionStore
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..calibration.calibrate import Calibrated
+    from .text import Batches
 
 
 @dataclass(frozen=True)
@@ -107,23 +108,26 @@ def convert(
         prepared = prepare(opened.checkpoint, opened.layout, plan)
         # What can be wrong with the destination or the text is said before weights are looked at.
         check_destination(target, opened.folder, prepared.nbytes + prepared.solved_bytes)
+
+        def text_for(plan: Plan, text: CalibrationText | None) -> Batches | Pending:
+            if text is None:
+                return ()
+            return ready(opened, text, processes, listener, device, settings=Settings.of(plan))
+
         if dry_run:
-            if text is not None:
-                ready(opened, text, processes, listener, device)
+            text_for(plan, text)
             found = grouped(opened, plan, listener)
             listener.planned(opened, found, prepared.preview)
             time_and_disk = estimate(prepare(opened.checkpoint, opened.layout, found), target)
             return Conversion(None, prepared.preview, Result(found), estimate=time_and_disk)
         rest: dict[str, Any] = {"device": device, "workers": workers, "listener": listener, "processes": processes}
         try:
-            ahead = None if text is None else ready(opened, text, processes, listener, device)
-            return carry_out(opened, prepared, target, ahead or (), keep_text=keep_calibration, **rest)
+            return carry_out(opened, prepared, target, text_for(plan, text), keep_text=keep_calibration, **rest)
         except DegenerateTextError as error:
             # Nothing is left of it. What was given besides is text all the same.
             plan, text = without_own_text(error, opened.layout, plan, text, listener)
             prepared = prepare(opened.checkpoint, opened.layout, plan)
-            batches = () if text is None else ready(opened, text, processes, listener, device)
-            return carry_out(opened, prepared, target, batches, **rest)
+            return carry_out(opened, prepared, target, text_for(plan, text), **rest)
 
 
 def carry_out(

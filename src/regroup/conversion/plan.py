@@ -144,16 +144,23 @@ def _on_text(
     *arguments: object,
     **own: object,
 ) -> T:
-    """Have all processes do some work on the plan's text; ``own`` are arguments of this process alone."""
+    """Have all processes do some work on the plan's text, without distillation.
+
+    ``own`` are arguments of this process alone.
+    """
     from ..calibration.settings import Settings
     from ..devices import device_named
     from .assist import run_alongside
 
     assert start.calibration is not None
-    batches = ready(opened, start.calibration, processes, listener, device)
+    settings = Settings.of(start)
+    if settings.repair == "distill":
+        # Which layer bears what shows without it, in a fraction of the time.
+        settings = replace(settings, repair="output")
+    batches = ready(opened, start.calibration, processes, listener, device, settings=settings)
     if isinstance(batches, Pending):
         with tempfile.TemporaryDirectory(prefix="regroup-") as folder:
             batches = batches.batches(opened, Path(folder) / OWN_TEXT_FILE, listener, device, processes)
-    place, given = device_named(processes.device(device)), (start, *arguments, batches, Settings.of(start))
+    place, given = device_named(processes.device(device)), (start, *arguments, batches, settings)
     processes.call(run_alongside, opened.checkpoint.folder, device, work, *given)
     return work(opened.checkpoint, opened.layout, *given, device=place, processes=processes, **own)

@@ -22,6 +22,8 @@ from .request import Asked, asked_plan, usual_calibration, weights_alone
 if TYPE_CHECKING:
     import torch
 
+    from ..calibration.settings import Settings
+
     Batches = Sequence[dict[str, torch.Tensor]]
 
 
@@ -77,9 +79,17 @@ class Pending:
 
 
 def ready(
-    opened: Source, text: CalibrationText, processes: ProcessGroup, listener: Listener, device: str | None
+    opened: Source,
+    text: CalibrationText,
+    processes: ProcessGroup,
+    listener: Listener,
+    device: str | None,
+    *,
+    settings: Settings,
 ) -> Batches | Pending:
     """Calibration text as model inputs, or what is known of it before the model writes it.
+
+    ``settings`` of the calibration tell how long it will take.
 
     Raises:
         RegroupError: anything about the text that can be seen to be wrong by now.
@@ -98,7 +108,7 @@ def ready(
         raise RegroupError("the calibration text cannot be read", file=text.written, got="no such file")
     pending = Pending(text, check_text(text, folder, config))
     place = device_named(processes.device(device))
-    listener.own_text(own_text_ahead(text, opened.checkpoint, config, opened.layout, place))
+    listener.own_text(own_text_ahead(text, settings, opened.checkpoint, config, opened.layout, place))
     return pending
 
 
