@@ -150,9 +150,6 @@ def main(
     window: Annotated[int, typer.Option()] = 256,
     windows: Annotated[int, typer.Option()] = 64,
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 32_768,
-    distill_tokens: Annotated[int, typer.Option(help="Calibration tokens where the layer is distilled.")] = 262_144,
-    batch: Annotated[int, typer.Option()] = 8,
-    distill_batch: Annotated[int, typer.Option()] = 4,
     document_starts: Annotated[bool, typer.Option("--document-starts")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o")] = None,
 ) -> None:
@@ -169,8 +166,7 @@ def main(
             if heads == 1 and variant.needs_groups:
                 continue
             started = time.perf_counter()
-            count, together = (distill_tokens, distill_batch) if variant.repair == "distill" else (tokens, batch)
-            text = CalibrationText(calibration, count, window, together, document_starts) if variant.text else None
+            text = CalibrationText(calibration, tokens, window, None, document_starts) if variant.text else None
             with tempfile.TemporaryDirectory() as scratch:
                 converted = Path(scratch) / "child"
                 with moments_altered(variant.altered):
@@ -185,7 +181,7 @@ def main(
                     "kl_nats_per_token": result.kl_nats_per_token,
                     "predicted_kl_nats_per_token": predicted,
                     "standard_error": result.standard_error,
-                    "calibration_tokens": count if text else 0,
+                    "calibration_tokens": tokens if text else 0,
                     "seconds": seconds,
                 }
             )
@@ -198,7 +194,6 @@ def main(
         "window": window,
         "windows": len(cut),
         "document_starts": document_starts,
-        "distill_batch": distill_batch,
     }
     value = record("conversion-methods", configuration, {"parent_nats_per_token": base.nats_per_token, "rows": rows})
     write_record(output, value)

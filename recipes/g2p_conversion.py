@@ -85,9 +85,7 @@ def main(
     test: Path,
     kv_heads: Annotated[str, typer.Option("--kv-heads")] = "4,2,1",
     words: Annotated[int, typer.Option(help="Calibration pairs.")] = 4096,
-    batch: Annotated[int, typer.Option(help="Calibration pairs that run together.")] = 64,
-    distill_words: Annotated[int, typer.Option(help="Calibration pairs where the layer is distilled.")] = 8192,
-    distill_batch: Annotated[int, typer.Option(help="Pairs a step of distillation.")] = 16,
+    batch: Annotated[int, typer.Option(help="Calibration pairs per batch: a step of distillation.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the sample of calibration pairs.")] = 0,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     output: Annotated[Path | None, typer.Option("--output", "-o")] = None,
@@ -122,14 +120,12 @@ def main(
         Console(stderr=True).print(f"G={heads} {name}: {_cell(rows[-1])} ({seconds:.0f} s)")
 
     with tempfile.TemporaryDirectory() as scratch:
-        files = {count: Path(scratch) / f"calibration-{count}.tsv" for count in {words, distill_words}}
-        for count, file in files.items():
-            write_sample(pairs, count, seed, file)
+        sample = Path(scratch) / "calibration.tsv"
+        write_sample(pairs, words, seed, sample)
         measure("parent", layout.layers[0].num_key_value_heads, original, 0, 0.0)
         for heads in map(int, kv_heads.split(",")):
             for name, method, with_text, repair in VARIANTS:
-                count, together = (distill_words, distill_batch) if repair == "distill" else (words, batch)
-                text = CalibrationText(files[count], count * PAIR_TOKENS, batch=together) if with_text else None
+                text = CalibrationText(sample, words * PAIR_TOKENS, batch=batch) if with_text else None
                 with tempfile.TemporaryDirectory(dir=scratch) as place:
                     converted = Path(place) / "child"
                     started = time.perf_counter()
@@ -144,7 +140,7 @@ def main(
                         plan = replace(plan, layers=layers)
                         convert(original, converted, plan=plan, calibration=text, repair=repair, device="cpu")
                     seconds = time.perf_counter() - started
-                    measure(name, heads, converted, count if with_text else 0, seconds)
+                    measure(name, heads, converted, words if with_text else 0, seconds)
 
     configuration = {
         "parent": original.name,
@@ -153,7 +149,6 @@ def main(
         "training": training.name,
         "test": test.name,
         "calibration_batch": batch,
-        "distillation_batch": distill_batch,
         "seed": seed,
         "bootstrap_resamples": RESAMPLES,
     }

@@ -73,14 +73,13 @@ class Bench:
     def converted(self, way: Way, heads: int) -> Path:
         path = self.folder / f"{way.method}-{'text' if way.text else 'weights'}-{heads}"
         if not path.exists():
-            text = CalibrationText(self.calibration, CALIBRATION_TOKENS, self.window, 4, document_starts=self.starts)
+            text = CalibrationText(self.calibration, CALIBRATION_TOKENS, self.window, document_starts=self.starts)
             convert(
                 self.original,
                 path,
                 kv_heads=heads,
                 method=way.method,
                 calibration=text if way.text else "none",
-                repair="distill",
             )
         return path
 
