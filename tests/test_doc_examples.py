@@ -130,8 +130,7 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("regroup.console.out.width", 120)
     # The stand-ins need less text than the models that the pages are about.
-    for module in ("plans.calibration", "conversion.request"):
-        monkeypatch.setattr(f"regroup.{module}.OWN_TOKENS", 4096)
+    monkeypatch.setattr("regroup.plans.calibration.OWN_TOKENS", 4096)
     for line in RUN[name]:
         _succeeds(line.split())
     names: dict[str, Any] = {}

@@ -145,8 +145,8 @@ def test_layers_that_share_the_loss_are_not(converted: Any) -> None:
     assert "nats per token that a conversion" not in said
     found = costs_of(child)
     assert found["kl_nats_per_token"] > 0.1
-    # The first layer is suspected, since later ones make up for it; sparing it hardly gains anything.
-    assert list(found["kl_on_less_text_without"]) == ["model.layers.0.self_attn"]
+    # None adds so much more than the others that it would be looked at again.
+    assert "kl_on_less_text_without" not in found
 
 
 def test_what_is_suspected() -> None:

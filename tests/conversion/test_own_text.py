@@ -290,7 +290,7 @@ def test_a_plan_with_own_text(parent: Path, converted: Path, tmp_path: Path) -> 
     path = tmp_path / "plan.json"
     path.write_bytes((converted / PLAN_FILE).read_bytes())
     assert json.loads(path.read_text())["calibration"] == {
-        "tokens": 1024, "window": 512, "batch": 4, "document_starts": False, "seed": 0, "own": True,
+        "tokens": 1024, "window": 512, "document_starts": False, "seed": 0, "own": True,
     }  # fmt: skip
     # The weights alone, if that is said.
     regroup.convert(parent, tmp_path / "a", plan=path, calibration="none", device="cpu")

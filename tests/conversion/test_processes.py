@@ -146,11 +146,15 @@ def test_distillation_adds_the_gradients_of_a_batch_of_each(two: Crew) -> None:
     assert torch.equal(weights, theirs)
     assert [before, after] == errors
     module, data = teams.problem(BATCHES)
-    pairs = [(0, 1), (2, 3), (4,), (5, 6)]
+    # Each process goes through its own batches in an order of its own: 0, 2 and 4 in one, 1 and 3 in the other.
+    draw = [torch.Generator().manual_seed(settings.seed) for _ in range(2)]
+    order = [pair for _ in range(settings.passes) for pair in _pairs(draw)]
 
     def loss_of(pair: int) -> torch.Tensor:
-        return torch.stack([(module(data[b][0]) - data[b][1]).square().sum() for b in pairs[pair]]).sum()
+        of = (5, 6) if pair == 3 else order[next(step)]
+        return torch.stack([(module(data[b][0]) - data[b][1]).square().sum() for b in of]).sum()
 
+    step = iter(range(len(order)))
     start, end = distill(module, ["weight", "bias"], loss_of, range(3), range(3, 4), settings)
     expected = teams.weights_of(module)
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
@@ -159,6 +163,14 @@ def test_distillation_adds_the_gradients_of_a_batch_of_each(two: Crew) -> None:
     assert after < before
     # One process alone takes a step a batch, and comes to something else.
     assert not torch.allclose(teams.alone(teams.trained, BATCHES, settings)[0], expected, atol=1e-3)
+
+
+def _pairs(draw: list[torch.Generator]) -> list[tuple[int, ...]]:
+    """The batches of each step of a pass."""
+    first, second = ([(0, 2, 4), (1, 3)][k] for k in range(2))
+    ours = [first[place] for place in torch.randperm(3, generator=draw[0]).tolist()]
+    theirs = [second[place] for place in torch.randperm(2, generator=draw[1]).tolist()]
+    return [(one, *theirs[place : place + 1]) for place, one in enumerate(ours)]
 
 
 def test_distillation_of_a_layer_is_no_worse_than_its_repair(two: Crew, saved: Saved, tmp_path: Path) -> None:
@@ -176,7 +188,7 @@ def test_distillation_of_a_layer_is_no_worse_than_its_repair(two: Crew, saved: S
 
 
 def test_a_launcher_converts_as_one_process_does(text: Path, parent: Path, tmp_path: Path) -> None:
-    words = ("--calibration", text, *WORDS, "--device", "cpu")
+    words = ("--calibration", text, *WORDS, "--device", "cpu", "--repair", "output")
     status, _, err = run("convert", parent, tmp_path / "one", *words)
     assert status == 0, err
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

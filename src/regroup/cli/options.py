@@ -70,7 +70,7 @@ class Calibration:
         int | None,
         typer.Option(
             min=1,
-            help="Calibration batch size, in windows or pairs. [default: windows of 512 tokens in all, or 8 pairs]",
+            help="Calibration batch size, in windows or pairs. [default: 4, or windows of 512 tokens in all]",
         ),
     ] = None
     document_starts: Annotated[

@@ -14,7 +14,7 @@ from ..files import as_named, sha256_of
 # and calibration take minutes.
 OWN_TOKENS = 16_384
 # A layer's distillation takes a step for each batch: few tokens, so that there are many steps.
-_BATCH_TOKENS, _BATCH_PAIRS = 512, 8
+_BATCH_TOKENS, _BATCH_ROWS = 512, 4
 # What `--calibration` is called where it is no file.
 NO_TEXT, OWN_TEXT = "none", "self"
 # In a converted model: the text that the original model wrote.
@@ -112,10 +112,10 @@ class CalibrationText:
         return 0 if not self.own else self.tokens if self.data is None else max(1, self.tokens - self.tokens // 2)
 
     def batch_size(self, *, pairs: bool) -> int:
-        """Windows or pairs per batch: what was asked for, or windows of about 512 tokens in all, or 8 pairs."""
+        """Windows or pairs per batch: what was asked for, or 4, but windows of 512 tokens in all at most."""
         if self.batch is not None:
             return self.batch
-        return _BATCH_PAIRS if pairs else max(1, _BATCH_TOKENS // self.window)
+        return _BATCH_ROWS if pairs else min(_BATCH_ROWS, max(1, _BATCH_TOKENS // self.window))
 
     def hashed(self) -> CalibrationText:
         """The same with the hash of its file.
