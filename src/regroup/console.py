@@ -216,8 +216,8 @@ def show_own_text(ahead: OwnTextAhead) -> None:
     )
     err.print(
         f"{written} about {duration(ahead.calibration_seconds)} (from products timed just now). --calibration none "
-        "skips this and uses the weights alone, at a cost in quality: the demonstration's model from 8 KV heads to 2 "
-        "lost 1.2 nats per token that way, and 0.5 on text"
+        "skips this and uses the weights alone, at a cost in quality: SmolLM2-135M from 3 KV heads to 1 lost 7.2 "
+        "nats per token that way, and 1.1 on its own text"
     )
 
 
