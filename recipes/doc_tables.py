@@ -221,6 +221,7 @@ TABLES = {
     "real models": DocTable(
         "docs/real-models.md", tuple(name for name in REAL if (RECORDS / name).exists()), real.sections
     ),
+    "smollm2": DocTable("README.md", ("real-smollm2.json",), real.summary),
     "paper": DocTable("README.md", ("paper.json",), paper.summary),
     "demo": DocTable("README.md", ("demo.json",), demo),
     "scale sizes": DocTable("docs/scale.md", ("scale-computed.json",), scale_sizes),

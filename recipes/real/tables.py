@@ -42,6 +42,21 @@ def section(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def summary(record: dict[str, Any]) -> list[str]:
+    """The first size of the cache alone: excess loss by way and tokens of uptraining."""
+    shape, results = record["configuration"]["shapes"][0]["name"], record["results"]
+    names = list(results["original"])
+    lines = heading("", "tokens of uptraining", *names)
+    whole = (f"{found['nats_per_token']:.2f}" for found in results["original"].values())
+    lines.append(row("original model: nats per token", "", *whole))
+    for entry in results["rows"]:
+        if entry["shape"] == shape:
+            found = (entry["texts"][name] for name in names)
+            excess = (f"{one['excess_nats_per_token']:+.2f} ± {one['excess_standard_error']:.2f}" for one in found)
+            lines.append(row(TITLES[entry["way"]], f"{entry['tokens']:,}" if entry["tokens"] else "", *excess))
+    return lines
+
+
 def _initial(title: str) -> str:
     return title[:1].upper() + title[1:]
 
