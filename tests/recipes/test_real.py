@@ -297,6 +297,11 @@ def test_steps_on_a_small_model_are_done_once(tmp_path: Path, monkeypatch: pytes
     assert first is not None
     assert again is not None
     assert again["results"] == first["results"]
+    excess = [row["texts"][next(iter(row["texts"]))]["excess_nats_per_token"] for row in first["results"]["rows"]]
+    _, _, whole, *lines = [line.split(" | ") for line in tables.summary(first)]
+    assert whole[0] == "| original model: nats per token"
+    assert [line[1] for line in lines] == ["", "256"]
+    assert [line[2].split(" ± ")[0] for line in lines] == [f"{value:+.2f}" for value in excess]
     with pytest.raises(RegroupError, match="no step is called so"):
         program.run(**given, only=["kv-7"], runner=never)
 
