@@ -180,7 +180,7 @@ def run_demo(output: Path, *, windows: int) -> dict[str, Any]:
         "library.",
         f"Held out: {len(demonstration.windows)} windows of {WINDOW} tokens from files it never saw.",
         "",
-        f"1. Convert to {', '.join(str(g) for g in KV_HEADS)} key/value heads in {len(METHODS)} ways (a minute).",
+        f"1. Convert to {', '.join(str(g) for g in KV_HEADS)} key/value heads in {len(METHODS)} ways (a few minutes).",
         "",
         sep="\n",
     )
