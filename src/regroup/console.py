@@ -149,9 +149,10 @@ def show_plan(plan: Plan, layout: Layout) -> None:
                 "loss; --calibration measures it"
             )
         else:
+            less = ", and less after its distillation, which was left out here" if plan.repair == "distill" else ""
             err.print(
                 f"KV budget {plan.kv_budget}: expect a KL divergence from the original model of "
-                f"{plan.predicted_kl:.3f} nats per token after a conversion by this plan"
+                f"{plan.predicted_kl:.3f} nats per token after a conversion by this plan{less}"
             )
     if plan.tensor_parallel > 1:
         for count, number in Counter(layer.num_key_value_heads for layer in plan.layers).items():

@@ -147,7 +147,7 @@ def test_distillation_adds_the_gradients_of_a_batch_of_each(two: Crew) -> None:
     assert [before, after] == errors
     module, data = teams.problem(BATCHES)
     # Each process goes through its own batches in an order of its own: 0, 2 and 4 in one, 1 and 3 in the other.
-    draw = [torch.Generator().manual_seed(settings.seed) for _ in range(2)]
+    draw = [torch.Generator().manual_seed(0) for _ in range(2)]
     order = [pair for _ in range(settings.passes) for pair in _pairs(draw)]
 
     def loss_of(pair: int) -> torch.Tensor:

@@ -142,7 +142,7 @@ def distill(
     # Of some processes the last batch may be missing: they take part in the last step all the same.
     each = max(processes.all_gather(len(fit)))
     steps = settings.passes * each
-    order, places = torch.Generator().manual_seed(settings.seed), list[int]()
+    order, places = torch.Generator().manual_seed(0), list[int]()
     for step in range(steps):
         if step % each == 0:
             places = torch.randperm(len(fit), generator=order).tolist()

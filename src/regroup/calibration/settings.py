@@ -14,15 +14,13 @@ class DistillSettings:
     Attributes:
         learning_rate: the largest change of a weight in a step of Adam, relative to the root mean square of its matrix.
         warmup: share of the steps.
-        passes: over the text.
-        seed: of the order of the batches.
+        passes: over the text, each in an order of its own.
     """
 
     learning_rate: float = 0.01
     warmup: float = 0.05
     passes: int = 8
     betas: tuple[float, float] = (0.9, 0.95)
-    seed: int = 0
 
 
 @dataclass(frozen=True)

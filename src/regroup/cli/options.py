@@ -70,7 +70,7 @@ class Calibration:
         int | None,
         typer.Option(
             min=1,
-            help="Calibration batch size, in windows or pairs. [default: 4, or windows of 512 tokens in all]",
+            help="Calibration batch size, in windows or pairs. [default: 4, but windows of 512 tokens in all at most]",
         ),
     ] = None
     document_starts: Annotated[

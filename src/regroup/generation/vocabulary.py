@@ -125,7 +125,8 @@ class Vocabulary:
         """The token that windows start with; None for a random one.
 
         Args:
-            kind: one of ``STARTS``. Where the model has no such token, the other one is taken.
+            kind: one of ``STARTS`` but ``"mixed"``, which is several. Where the model has no such token, the other one
+                is taken.
         """
         order = {
             "text": (self.text,),
