@@ -189,8 +189,8 @@ def run_demo(output: Path, *, windows: int) -> dict[str, Any]:
     out.print(
         "",
         "mean, first and random are the paper's merge methods. auto shares heads by linear maps that queries and",
-        f"outputs absorb, from the weights alone or on {CALIBRATION_TOKENS:,} tokens of training text. Nothing was",
-        "trained so far.",
+        f"outputs absorb, from the weights alone or on {CALIBRATION_TOKENS:,} tokens of training text, on which",
+        "the attention of each layer alone was trained as well. No model as a whole was trained so far.",
         "",
         f"2. Uptrain two of them at α = {recovery.ALPHA}: {recovery.ALPHA * tokens:,.0f} tokens of other text "
         "(two minutes).",
